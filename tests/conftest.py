@@ -42,11 +42,16 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running store; `env` are the standard AWS variables that lead to it."""
+    """A running store; `env` are the AWS variables that lead to it, `reader_env` those of one who may not write."""
 
     endpoint: str
     access_key: str
     secret_key: str
+    reader_access_key: str = "reader"
+
+    @property
+    def reader_env(self) -> dict[str, str]:
+        return {**self.env, "AWS_ACCESS_KEY_ID": self.reader_access_key}
 
     @property
     def env(self) -> dict[str, str]:
@@ -88,9 +93,14 @@ def ray_local() -> Iterator[None]:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """SeaweedFS, a real S3 server, with the AWS variables of this process (and of `ray_local`'s workers) set to it."""
     folder = tmp_path_factory.mktemp("seaweedfs")
-    credentials = [{"accessKey": _S3.access_key, "secretKey": _S3.secret_key}]
-    identity = {"name": "t", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [
+        {"name": key, "credentials": [{"accessKey": key, "secretKey": _S3.secret_key}], "actions": actions}
+        for key, actions in (
+            (_S3.access_key, ["Admin", "Read", "Write", "List", "Tagging"]),
+            (_S3.reader_access_key, ["Read", "List"]),
+        )
+    ]
+    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
     command = [
         str(Path(sys.executable).with_name("weed")),
         "-logtostderr=true",

@@ -1,0 +1,200 @@
+"""Where things lie: a folder of this machine or `s3://bucket/prefix`, behind the few operations that a corpus needs.
+
+A write is whole or not at all, in both: locally a temporary name, fsync and rename; on S3 one PUT (or one completed
+multipart upload). S3's address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, or a profile or instance role). Throttling answers (503 SlowDown, 500, 429) and
+broken connections are tried again, with growing pauses, before they become an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+_TEMPORARY = ".tmp"
+_ATTEMPTS = 8  # pauses double from 1 s to at most 20 s, times a random factor: about 40 s in all
+
+
+class StoreError(OSError):
+    """A store that cannot be read or written: nothing about one person, and nothing that another try would heal."""
+
+
+class Store:
+    """Files below one root. Names are relative, with `/`. Make it with `open_store`."""
+
+    def __init__(self, uri: str, filesystem: Any, root: str, local: bool) -> None:
+        self.uri = uri
+        self.filesystem = filesystem
+        self.root = root
+        self.local = local
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+    def path(self, name: str) -> str:
+        """The filesystem's own path of `name`, for libraries that take one (pyarrow, pandas)."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def read(self, name: str) -> bytes:
+        """Whole content. Raises FileNotFoundError, or StoreError for anything else."""
+        try:
+            return bytes(self.filesystem.cat_file(self.path(name)))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri}/{name} does not exist") from None
+        except Exception as error:
+            raise self._error("read", name, error) from error
+
+    def read_json(self, name: str) -> Any:
+        data = self.read(name)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StoreError(f"{self.uri}/{name} is not valid JSON: {error}") from error
+
+    def read_many(self, names: Iterable[str], threads: int = 16) -> Iterator[bytes]:
+        """Contents in the order of `names`, fetched side by side."""
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(self.read, names)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A seekable stream: reads only the parts that are asked for (a Parquet footer, one column)."""
+        if not self.local:
+            return self.filesystem.open(self.path(name), "rb", block_size=2**20, cache_type="readahead")
+        return open(self.path(name), "rb")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write or replace, whole or not at all. Raises StoreError."""
+        try:
+            if self.local:
+                _write_local(Path(self.path(name)), data)
+            else:
+                self.filesystem.pipe_file(self.path(name), data)
+        except Exception as error:
+            raise self._error("write", name, error) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+    def delete(self, name: str) -> None:
+        """Remove; a file that is not there is no error."""
+        try:
+            self.filesystem.rm_file(self.path(name))
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raise self._error("delete", name, error) from error
+
+    def exists(self, name: str) -> bool:
+        try:
+            return bool(self.filesystem.exists(self.path(name)))
+        except Exception as error:
+            raise self._error("look for", name, error) from error
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """Name (without folder) -> bytes of the files directly in `folder`; none if it does not exist."""
+        return {
+            entry["name"].rpartition("/")[2]: int(entry["size"] or 0)
+            for entry in self._list(folder)
+            if entry["type"] == "file" and not entry["name"].endswith((_TEMPORARY, "/"))
+        }
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Sorted names of the folders directly in `folder`."""
+        entries = self._list(folder)
+        return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+
+    def sweep(self, folder: str) -> None:
+        """Remove what a killed local writer left half-written in `folder`. Call only when no writer runs."""
+        if self.local:
+            for path in Path(self.path(folder)).glob(f"*{_TEMPORARY}"):
+                path.unlink(missing_ok=True)
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
+        try:
+            entries = self.filesystem.ls(
+                self.path(folder).rstrip("/"), detail=True, **({} if self.local else {"refresh": True})
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except Exception as error:
+            raise self._error("list", folder, error) from error
+        # S3 lists a folder's own empty marker object among its content
+        return [entry for entry in entries if entry["name"].rstrip("/") != self.path(folder).strip("/")]
+
+    def _error(self, verb: str, name: str, error: Exception) -> StoreError:
+        where = f"{self.uri}/{name}" if name else self.uri
+        return StoreError(f"cannot {verb} {where}: {_reason(error, self.local)}")
+
+
+def open_store(uri: str | Path, attempts: int = _ATTEMPTS) -> Store:
+    """The store at `uri`: a local path, `file://...` or `s3://bucket/prefix`. Touches nothing yet.
+
+    `attempts`: how often an S3 request is tried. Raises ValueError for another scheme or an S3 address without bucket.
+    """
+    uri = str(uri)
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme == "file":
+        root = os.path.abspath(os.path.expanduser(rest if separator else uri))
+        return Store(uri.rstrip("/") or "/", fsspec.filesystem("file"), root, local=True)
+    if scheme not in ("s3", "s3a"):
+        raise ValueError(f"cannot open {uri!r}: give a local folder or s3://bucket/prefix")
+    root = rest.strip("/")
+    if not root:
+        raise ValueError(f"cannot open {uri!r}: an S3 address needs a bucket, as in s3://bucket/prefix")
+    filesystem = fsspec.filesystem(
+        "s3",
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        config_kwargs={
+            "retries": {"max_attempts": attempts, "mode": "standard"},
+            "connect_timeout": 10,
+            "read_timeout": 60,
+        },
+    )
+    # botocore tries a request again; s3fs's own tries matter where a connection breaks while an answer is being read.
+    filesystem.retries = min(4, attempts)
+    return Store(f"s3://{root}", filesystem, root, local=False)
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def _reason(error: Exception, local: bool) -> str:
+    """What happened and the way out, in words of the user's world."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "the disk is full. What is already written is safe: free some space and run the same command again"
+    if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EROFS):
+        way_out = "the folder's permissions" if local else "the credentials and what they may do with this bucket"
+        return f"permission denied ({error}). Check {way_out}"
+    if isinstance(error, FileNotFoundError) and not local:
+        return f"the bucket does not exist ({error}). Create it, or check the name and AWS_ENDPOINT_URL"
+    if type(error).__name__ == "NoCredentialsError":
+        return (
+            "no S3 credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or use an instance role"
+        )
+    return f"{type(error).__name__}: {error}"
