@@ -6,21 +6,9 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny_unet import TINY
 
 from lora_diffusion.lora.layout import LoRALayout
-
-TINY = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,23 @@
+"""A UNet like the shipped one, but narrower and with random weights: the laws of LoRAs hold for it just as well."""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+
+
+def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+    """Frozen, in eval mode, with random weights."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(**TINY).eval().requires_grad_(False)
