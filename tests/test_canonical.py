@@ -164,7 +164,7 @@ def test_misuse_is_explained() -> None:
 
 
 def test_sd15_vectors_need_no_large_matrices() -> None:
-    """N = 99,648: an SVD of the 64 full products would take half a minute for each row; the factors take milliseconds."""
+    """N = 99,648: only the factors are decomposed, never the 64 products of up to 1280 x 1280."""
     shapes: dict[str, tuple[int, int]] = {}
     for block, width in enumerate([320] * 5 + [640] * 5 + [1280] * 6):
         shapes |= {f"{block}.attn1.to_q": (width, width), f"{block}.attn1.to_v": (width, width)}
