@@ -1,0 +1,94 @@
+"""`corpus.json`: what a corpus was made with. Only a run with the same recipe may add to it.
+
+The recipe is all that decides the bits of a row: base model, layout, fine-tuning, photos, recogniser, groups. The rest
+of the configuration (where photos lie, how many workers) may change between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lora_diffusion
+
+FORMAT = "lora-diffusion-corpus"
+FORMAT_VERSION = 1
+FILE = "corpus.json"
+_PACKAGES = ("torch", "diffusers", "transformers", "insightface", "onnxruntime", "numpy", "pyarrow", "pillow")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`layout` is `LoRALayout.to_dict()`; `base` holds name and fingerprint; `counts` are filled in at the end."""
+
+    layout: Mapping[str, Any]
+    base: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    state: str = "building"  # complete: every planned person is in shards or in failures
+    counts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout_id(self) -> str:
+        return str(self.layout["layout_id"])
+
+    @property
+    def vector_size(self) -> int:
+        return int(self.layout["size"])
+
+    @property
+    def recipe_id(self) -> str:
+        """16 hex digits over everything that decides the bits of a row."""
+        content = {"layout_id": self.layout_id, "base": self.base["fingerprint"], "recipe": self.recipe}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        ids = {"format": FORMAT, "format_version": FORMAT_VERSION, "layout_id": self.layout_id}
+        return {**ids, "recipe_id": self.recipe_id, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """Inverse of `to_dict`. Raises ValueError for another format or version."""
+        if values.get("format") != FORMAT:
+            raise ValueError(f"not a corpus: its {FILE} has format {values.get('format')!r}, expected {FORMAT!r}")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"the corpus has format version {values.get('format_version')}, this release reads {FORMAT_VERSION}: "
+                "install the release of lora_diffusion that wrote it"
+            )
+        names = ("layout", "base", "recipe", "config", "versions", "state", "counts")
+        return cls(**{name: values[name] for name in names})
+
+    def differences(self, other: Manifest) -> list[str]:
+        """What of the recipe differs, one line each: `finetune.steps: 80 there, 100 now` (there: self)."""
+        if self.recipe_id == other.recipe_id:
+            return []
+        mine = {"base.fingerprint": self.base["fingerprint"], "layout_id": self.layout_id, **_flat(self.recipe)}
+        theirs = {"base.fingerprint": other.base["fingerprint"], "layout_id": other.layout_id, **_flat(other.recipe)}
+        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        return [f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now" for key in keys]
+
+
+def versions() -> dict[str, str]:
+    """Python's, this package's and the numerical packages' versions."""
+    found = {"python": platform.python_version(), "lora_diffusion": lora_diffusion.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,148 @@
+"""The rows of a corpus and their Parquet columns, side by side: the people who are done, and what failed, with reasons.
+
+Axes: P people of one shard, N length of a LoRA vector, E length of an identity embedding (512).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+EMBEDDING_SIZE = 512
+METADATA_KEY = b"lora_diffusion"
+VECTOR_DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
+
+
+@dataclass(frozen=True)
+class Person:
+    """One person who is done: a row of `shards/`. `position` is the place in the plan, and never changes."""
+
+    position: int
+    identity: str
+    vector: np.ndarray  # (N,), in the order of the corpus' LoRALayout
+    embedding: np.ndarray  # (512,), unit norm: mean of the kept photos' embeddings
+    similarity: float  # mean cosine of the fine-tuned renders' embeddings with `embedding`
+    base_similarity: float  # the same of the base model's renders, without LoRA
+    photo_similarity: float  # mean cosine of the photos with each other; NaN for one photo
+    loss: float  # denoising loss at the end of fine-tuning
+    steps: int
+    seed: int
+    num_photos: int  # photos that were used
+    num_photos_dropped: int  # photos that were not, see `failures/`
+    photo_sha256: tuple[str, ...]  # of the used photos' bytes, in the order of their names
+    embed_seconds: float
+    finetune_seconds: float  # this person's share of its group's time
+    score_seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row of `failures/`: a person who has no LoRA (`photo` is None), or one photo that was left out."""
+
+    position: int
+    identity: str
+    photo: str | None
+    stage: str  # read, embed, finetune, score
+    reason: str  # a word to count by, such as no_face
+    message: str  # a sentence for a person
+
+
+def person_schema(vector_size: int, vector_dtype: str = "float32") -> pa.Schema:
+    """Columns of `shards/*.parquet`. Raises ValueError for another dtype than float32 or float16."""
+    if vector_dtype not in VECTOR_DTYPES:
+        raise ValueError(f"vectors can be stored as {' or '.join(VECTOR_DTYPES)}, not as {vector_dtype!r}")
+    return pa.schema(
+        [
+            pa.field("position", pa.int64(), nullable=False),
+            pa.field("identity", pa.string(), nullable=False),
+            pa.field("similarity", pa.float32()),
+            pa.field("base_similarity", pa.float32()),
+            pa.field("photo_similarity", pa.float32()),
+            pa.field("loss", pa.float32()),
+            pa.field("steps", pa.int32()),
+            pa.field("seed", pa.int64()),
+            pa.field("num_photos", pa.int32()),
+            pa.field("num_photos_dropped", pa.int32()),
+            pa.field("photo_sha256", pa.list_(pa.string())),
+            pa.field("embed_seconds", pa.float32()),
+            pa.field("finetune_seconds", pa.float32()),
+            pa.field("score_seconds", pa.float32()),
+            pa.field("embedding", pa.list_(pa.float32(), EMBEDDING_SIZE)),
+            pa.field("vector", pa.list_(VECTOR_DTYPES[vector_dtype], vector_size)),
+        ]
+    )
+
+
+FAILURE_SCHEMA = pa.schema(
+    [
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field("identity", pa.string(), nullable=False),
+        pa.field("photo", pa.string()),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
+)
+
+
+def people_table(people: Sequence[Person], schema: pa.Schema) -> pa.Table:
+    """P rows in the order given. Vectors are cast to the schema's dtype; the caller has seen that they are finite."""
+    columns: list[pa.Array] = []
+    for field in schema:
+        values = [getattr(person, field.name) for person in people]
+        if pa.types.is_fixed_size_list(field.type):
+            size = field.type.list_size
+            dtype = field.type.value_type.to_pandas_dtype()
+            matrix = np.stack(values).astype(dtype) if values else np.zeros((0, size), dtype)
+            assert matrix.shape == (len(people), size), f"{field.name}: {matrix.shape} instead of {(len(people), size)}"
+            flat = pa.array(matrix.ravel(), field.type.value_type)
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def failures_table(failures: Sequence[Failure]) -> pa.Table:
+    names = [field.name for field in fields(Failure)]
+    return pa.Table.from_pylist([{name: getattr(f, name) for name in names} for f in failures], schema=FAILURE_SCHEMA)
+
+
+def failures_from_table(table: pa.Table) -> list[Failure]:
+    return [Failure(**row) for row in table.to_pylist()]
+
+
+def matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A fixed-size-list column as a (rows, size) array, without a Python loop."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    dtype = column.type.value_type.to_pandas_dtype()
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size) for chunk in chunks]
+    return np.concatenate(parts) if parts else np.zeros((0, column.type.list_size), dtype)
+
+
+def parquet_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
+    """A Parquet file with one row group; the same table and metadata give the same bytes.
+
+    No dictionaries: floats do not repeat, and a dictionary of vectors would be tried and thrown away.
+    """
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    table = table.replace_schema_metadata({METADATA_KEY: text.encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=False, row_group_size=max(1, len(table)), write_statistics=False
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def parquet_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """What `parquet_bytes` put beside the columns. Raises ValueError if the file is none of ours."""
+    raw = (schema.metadata or {}).get(METADATA_KEY)
+    if raw is None:
+        raise ValueError("the Parquet file carries no lora_diffusion metadata: it is not a file of a corpus")
+    metadata: dict[str, Any] = json.loads(raw)
+    return metadata

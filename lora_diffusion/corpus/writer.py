@@ -1,0 +1,135 @@
+"""Writing a corpus so that it can be interrupted anywhere.
+
+    corpus.json                      manifest: what it was made with, counts at the end
+    plan/00000.parquet               identities of one part, in the order of their positions
+    shards/00012.parquet             the people of shard 12 who are done
+    failures/00012.parquet           those who are not, and photos that were left out, with reasons (if there are any)
+    statistics/00012.safetensors     count, mean, M2 of the shard's vectors
+    statistics.safetensors           the same of all shards, once all are there
+
+A shard is committed by the last of its three files, `shards/`; the other two are written before it and are worth
+nothing without it. Each file is written whole or not at all, a retry overwrites all three, so being killed between any
+two bytes loses only the work of that shard. Readers look at `failures/` only where the shard's metadata counts some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from lora_diffusion.corpus import manifest as manifests
+from lora_diffusion.corpus.manifest import Manifest
+from lora_diffusion.corpus.plan import Plan, ShardPlan, shard_name
+from lora_diffusion.corpus.reader import ShardInfo
+from lora_diffusion.corpus.schema import (
+    Failure,
+    Person,
+    failures_table,
+    matrix,
+    parquet_bytes,
+    people_table,
+    person_schema,
+)
+from lora_diffusion.corpus.statistics import Statistics
+from lora_diffusion.storage import Store
+
+
+class CorpusConflict(ValueError):
+    """The place already holds a corpus that was made otherwise."""
+
+
+def open_corpus(store: Store, manifest: Manifest) -> Manifest:
+    """Begin a corpus, or continue the one that is there; returns the manifest that counts (the first run's).
+
+    Raises CorpusConflict if the one that is there was made with another base model, layout or recipe, StoreError if the
+    place cannot be written.
+    """
+    try:
+        there = Manifest.from_dict(store.read_json(manifests.FILE))
+    except FileNotFoundError:
+        store.write_json(manifests.FILE, manifest.to_dict())
+        return manifest
+    differences = there.differences(manifest)
+    if differences:
+        raise CorpusConflict(
+            f"{store.uri} already holds a corpus that was made differently; mixing the two would spoil it:\n"
+            + "".join(f"  {line}\n" for line in differences)
+            + "Choose another output, or set these back to what the corpus was made with."
+        )
+    return there
+
+
+def extend_plan(store: Store, plan: Plan, identities: Collection[str]) -> Plan:
+    """Give positions to the identities that have none, and write them down before anything is made for them."""
+    part = plan.new_part(identities)
+    if not part:
+        return plan
+    table = pa.table({"identity": pa.array(part, pa.string())})
+    metadata = {"part": len(plan.parts), "start": len(plan.identities), "people_per_shard": plan.people_per_shard}
+    store.write(f"plan/{shard_name(len(plan.parts))}.parquet", parquet_bytes(table, metadata))
+    return replace(plan, parts=(*plan.parts, part))
+
+
+class ShardWriter:
+    """Commits shards; one in each worker."""
+
+    def __init__(self, store: Store, manifest: Manifest, vector_dtype: str = "float32") -> None:
+        self.store = store
+        self.manifest = manifest
+        self.schema = person_schema(manifest.vector_size, vector_dtype)
+
+    def commit(self, shard: ShardPlan, people: Sequence[Person], failures: Sequence[Failure]) -> ShardInfo:
+        """Write shard `shard` whole. Every identity of it must be among `people` or the failed people, exactly once."""
+        people = sorted(people, key=lambda person: person.position)
+        failures = sorted(failures, key=lambda f: (f.position, f.photo is not None, f.photo or ""))
+        failed = [failure.identity for failure in failures if failure.photo is None]
+        answered = sorted([person.identity for person in people] + failed)
+        assert answered == sorted(shard.identities), f"shard {shard.index}: {answered} instead of {shard.identities}"
+        metadata = {
+            **{key: self.manifest.to_dict()[key] for key in ("format", "format_version", "layout_id", "recipe_id")},
+            **{key: self.manifest.to_dict()[key] for key in ("layout", "base", "config", "versions")},
+            **{"shard": shard.index, "start": shard.start, "num_planned": len(shard.identities)},
+            **{"num_people": len(people), "num_failed": len(failed), "num_failure_rows": len(failures)},
+        }
+        table = people_table(people, self.schema)
+        statistics = Statistics.of(matrix(table["vector"]))
+        if failures:
+            self.store.write(f"failures/{shard.name}.parquet", parquet_bytes(failures_table(failures), metadata))
+        else:
+            self.store.delete(f"failures/{shard.name}.parquet")
+        self.store.write(f"statistics/{shard.name}.safetensors", statistics.to_bytes())
+        self.store.write(f"shards/{shard.name}.parquet", parquet_bytes(table, metadata))
+        return ShardInfo(shard.index, len(people), tuple(failures))
+
+
+def finish_corpus(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) -> Manifest:
+    """Merge the statistics and write the counts. `infos` of all shards, each verified (`CorpusReader.verify`)."""
+    indices = [info.index for info in infos]
+    assert indices == list(range(len(indices))), "all shards, in order"
+    names = [f"statistics/{shard_name(index)}.safetensors" for index in indices]
+    total = Statistics.merged(map(Statistics.from_bytes, store.read_many(names)), manifest.vector_size)
+    counts = count(infos)
+    assert total.count == counts["num_people"], f"{total.count} vectors in the statistics, {counts} in the shards"
+    store.write("statistics.safetensors", total.to_bytes())
+    manifest = replace(manifest, state="complete", counts=counts)
+    store.write_json(manifests.FILE, manifest.to_dict())
+    return manifest
+
+
+def count(infos: Sequence[ShardInfo]) -> dict[str, object]:
+    """People done, people failed by reason, photos left out by reason."""
+    failed: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    for failure in (failure for info in infos for failure in info.failures):
+        counter = failed if failure.photo is None else dropped
+        counter[failure.reason] = counter.get(failure.reason, 0) + 1
+    return {
+        "num_shards": len(infos),
+        "num_people": int(np.sum([info.num_people for info in infos], dtype=int)),
+        "num_failed": sum(failed.values()),
+        "failed_by_reason": dict(sorted(failed.items())),
+        "photos_dropped_by_reason": dict(sorted(dropped.items())),
+    }
