@@ -97,6 +97,19 @@ def test_pipeline_with_loaded_file_draws_what_the_bank_draws(
     assert_same_and_not_base(ours, draw(pipe), base)
 
 
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_pipeline_swaps_people_in_place(pipe: StableDiffusionPipeline, tmp_path: Path, format: Format) -> None:
+    """`hotswap` puts a second person where the first was, as a compiled pipeline needs it."""
+    layout = make_layout(2, 7.0)
+    people = [random_vector(layout, seed) for seed in (0, 1)]
+    base, ours = draw(pipe), draw_with_bank(pipe, layout, people[1])
+    for i, vector in enumerate(people):
+        save(vector, layout, tmp_path / f"{i}.safetensors", format)
+    pipe.load_lora_weights(tmp_path / "0.safetensors", adapter_name="person")
+    pipe.load_lora_weights(tmp_path / "1.safetensors", adapter_name="person", hotswap=True)
+    assert_same_and_not_base(ours, draw(pipe), base)
+
+
 @RANKS_ALPHAS
 def test_peft_model_from_folder_computes_what_the_bank_computes(tmp_path: Path, rank: int, alpha: float) -> None:
     layout = make_layout(rank, alpha)
@@ -317,6 +330,8 @@ def test_variants_of_lora_are_refused(tmp_path: Path) -> None:
     config = json.loads((path / "adapter_config.json").read_text())
     for change, message in (
         ({"use_dora": True}, "use_dora"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"rank_pattern": {"to_q": 3}}, "rank_pattern"),
         ({"alpha_pattern": {"to_q": 3}}, "alpha_pattern"),
         ({"lora_alpha": None}, "lora_alpha None"),
     ):

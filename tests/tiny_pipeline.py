@@ -51,5 +51,5 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 def draw(pipe: StableDiffusionPipeline) -> torch.Tensor:
     """One image (3, 16, 16) in [0, 1], the same each time, with classifier-free guidance (two samples a step)."""
     generator = torch.Generator().manual_seed(7)
-    prompt = "a photo of sks person"
+    prompt = "sks person"
     return pipe(prompt, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="pt").images[0]
