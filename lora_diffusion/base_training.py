@@ -218,7 +218,13 @@ class DenoiserStage(Stage):
     """UNet and text encoder: MSE of the prediction, weighted by min-SNR (gamma 5; Hang et al. 2023, arXiv:2303.09556)."""
 
     def __init__(
-        self, unet: Any, text_encoder: Any, scheduler: Any, means: Tensor, stds: Tensor, tokens: Callable[[np.ndarray], Tensor]
+        self,
+        unet: Any,
+        text_encoder: Any,
+        scheduler: Any,
+        means: Tensor,
+        stds: Tensor,
+        tokens: Callable[[np.ndarray], Tensor],
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
@@ -260,7 +266,9 @@ def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float = 5.0) -> Te
 class Trainer:
     """Runs a stage: AdamW, warm-up and cosine decay, clipping, EMA, checkpoints. Resumes from ``folder`` by itself."""
 
-    def __init__(self, stage: Stage, count: int, config: TrainingConfig, folder: Path, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, stage: Stage, count: int, config: TrainingConfig, folder: Path, rank: int = 0, world: int = 1
+    ) -> None:
         self.stage, self.count, self.config, self.folder = stage, count, config, folder
         self.rank, self.world = rank, world
         self.parameters = [p for p in stage.parameters() if p.requires_grad]
@@ -288,7 +296,9 @@ class Trainer:
         self.step = int(meta["step"])
 
     def save(self) -> None:
-        tensors = {f"model.{i}": p for i, p in enumerate(self.parameters)} | {f"ema.{i}": p for i, p in enumerate(self.ema)}
+        tensors = {f"model.{i}": p for i, p in enumerate(self.parameters)} | {
+            f"ema.{i}": p for i, p in enumerate(self.ema)
+        }
         tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
         save_checkpoint(self.folder, tensors, {"step": self.step, "config": asdict(self.config)})
 
@@ -316,10 +326,9 @@ class Trainer:
             self.optimizer.step()
             self.step += 1
             decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
-            if self.step % c.checkpoint_every == 0 or self.step == c.steps:
-                if self.rank == 0:
-                    self.save()
+            torch._foreach_lerp_(self.ema, list[Tensor](self.parameters), 1 - decay)
+            if self.rank == 0 and (self.step % c.checkpoint_every == 0 or self.step == c.steps):
+                self.save()
             report(self.step, {"loss": float(loss.detach()), "grad_norm": float(norm), **parts})
 
     def use_ema(self) -> None:

@@ -58,7 +58,9 @@ def render(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each picture")
     if vectors_KN is None:
-        spans = [(i, min(i + max_batch, len(prompts)), None) for i in range(0, len(prompts), max_batch)]
+        spans: list[tuple[int, int, Tensor | None]] = [
+            (i, min(i + max_batch, len(prompts)), None) for i in range(0, len(prompts), max_batch)
+        ]
     else:
         if bank is None:
             raise ValueError("vectors are given, so a LoRABank of this base model is needed to draw them")

@@ -7,9 +7,11 @@ pose, light, background, clothes). Left and right are the viewer's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+
+from lora_diffusion.faces.synthetic.traits import Traits
+from lora_diffusion.faces.synthetic.views import View
 
 # latent -> (words when it is low, words when it is high); said when the latent is at least this many deviations out
 NOTABLE = 0.9
@@ -44,7 +46,7 @@ def _step(value: float, words: list[tuple[float, str]]) -> str:
     return next(word for limit, word in words if value < limit)
 
 
-def _hair(p: Any) -> str:
+def _hair(p: Traits) -> str:
     if p.bald > 0.75:
         return "no hair"
     if p.grey > 0.55:
@@ -63,7 +65,7 @@ def _hair(p: Any) -> str:
     )
 
 
-def _beard(p: Any) -> str | None:
+def _beard(p: Traits) -> str | None:
     if p.beard > 0.5:
         return f"a {'long' if p.beard_len > 0.65 else 'short'} beard"
     if p.goatee > 0.5:
@@ -71,12 +73,12 @@ def _beard(p: Any) -> str | None:
     return "a moustache" if p.moustache > 0.5 else None
 
 
-def person_class(p: Any) -> str:
+def person_class(p: Traits) -> str:
     """``man`` or ``woman``, by the presentation parameter (0 female .. 1 male)."""
     return "man" if p.gender > 0.5 else "woman"
 
 
-def person_phrases(p: Any, latents: Mapping[str, float]) -> tuple[str, list[str]]:
+def person_phrases(p: Traits, latents: Mapping[str, float]) -> tuple[str, list[str]]:
     """The noun phrase ("a young woman") and every "with ..." phrase of a person, the most visible first.
 
     ``p``: decoded parameters, ``latents``: the identity's latent numbers by name (deviations from the mean person).
@@ -102,7 +104,7 @@ def person_phrases(p: Any, latents: Mapping[str, float]) -> tuple[str, list[str]
     return noun, phrases
 
 
-def describe_person(p: Any, latents: Mapping[str, float], traits: int = 3) -> str:
+def describe_person(p: Traits, latents: Mapping[str, float], traits: int = 3) -> str:
     """The person in one phrase: hair, skin, beard, and the first ``traits`` notable features of the face."""
     noun, phrases = person_phrases(p, latents)
     return f"{noun} with {', '.join(phrases[: 2 + traits])}"
@@ -119,51 +121,51 @@ def _a(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def glasses_words(p: Any) -> str:
+def glasses_words(p: Traits) -> str:
     """``round black glasses`` and the like: what this person's glasses would be."""
     shape = "round" if p.gl_round > 0.5 else "square"
     return f"{shape} {_step(p.gl_col, [(0.6, 'black'), (0.85, 'brown'), (9, 'silver')])} glasses"
 
 
-def view_phrases(view: Mapping[str, Any], p: Any) -> list[str]:
+def view_phrases(view: View, p: Traits) -> list[str]:
     """Expression, pose, light, background, clothes, and the accessories of this view, each as one phrase."""
-    top = "shirt" if view["neck"] == "shirt" else f"{view['neck']} top"
+    top = "shirt" if view.neck == "shirt" else f"{view.neck} top"
     phrases = [
-        view["expression"],
-        _turned(view["yaw"] + view["cam_yaw"]),
-        view["light"],
-        f"{view['background']} background",
-        f"wearing {_a(view['cloth'])} {top}",
+        view.expression,
+        _turned(view.yaw + view.cam_yaw),
+        view.light,
+        f"{view.background} background",
+        f"wearing {_a(view.cloth)} {top}",
     ]
-    toggled = view["accessory"] == "toggle glasses"
+    toggled = view.accessory == "toggle glasses"
     if bool(p.glasses) != toggled:
         phrases.append(glasses_words(p))
     if toggled and p.glasses:
         phrases.append("without glasses")
-    if view["accessory"] == "unshaven" and p.gender > 0.65:
+    if view.accessory == "unshaven" and p.gender > 0.65:
         phrases.append("unshaven")
     return phrases
 
 
-def describe_view(view: Mapping[str, Any], p: Any) -> str:
+def describe_view(view: View, p: Traits) -> str:
     """The view in words, for example ``smiling, turned slightly left, flash, beach background, wearing a red shirt``."""
     return ", ".join(view_phrases(view, p))
 
 
-def subject_caption(view: Mapping[str, Any], p: Any, subject: str = "sks person") -> str:
+def subject_caption(view: View, p: Traits, subject: str = "sks person") -> str:
     """The DreamBooth caption of one photo: everything that may change is said, so that the subject's word keeps the rest.
 
     Glasses are part of the person: only a view that departs from the person's habit mentions them.
     """
     phrases = view_phrases(view, p)[:5]
-    if view["accessory"] == "toggle glasses":
+    if view.accessory == "toggle glasses":
         phrases.append("without glasses" if p.glasses else glasses_words(p))
-    if view["accessory"] == "unshaven" and p.gender > 0.65:
+    if view.accessory == "unshaven" and p.gender > 0.65:
         phrases.append("unshaven")
     return f"a photo of {subject}, {', '.join(phrases)}"
 
 
-def training_caption(view: Mapping[str, Any], p: Any, latents: Mapping[str, float], rng: np.random.Generator) -> str:
+def training_caption(view: View, p: Traits, latents: Mapping[str, float], rng: np.random.Generator) -> str:
     """One random caption for training the base model.
 
     Half describe the person (so the model knows what hair, beards and noses are), half say only "person" (so the class
@@ -179,6 +181,8 @@ def training_caption(view: Mapping[str, Any], p: Any, latents: Mapping[str, floa
         subject = f"{noun} with {', '.join(kept)}" if kept else noun
         said = view_phrases(view, p)
     else:
-        subject = rng.choice(["sks person", "person", f"sks {person_class(p)}", person_class(p)], p=[0.5, 0.25, 0.1, 0.15])
+        subject = rng.choice(
+            ["sks person", "person", f"sks {person_class(p)}", person_class(p)], p=[0.5, 0.25, 0.1, 0.15]
+        )
         said = view_phrases(view, p)[:5]
     return f"a photo of {subject}, {', '.join(s for s in said if rng.random() < 0.88)}".rstrip(", ")

@@ -1,0 +1,176 @@
+"""The whole way from rendered faces to a ``tiny-sd`` folder: tokenizer, autoencoder, latents, UNet, export.
+
+Each stage leaves its result in the work folder and is skipped when it is there, so the same call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lora_diffusion import base_training as bt
+from lora_diffusion.storage import open_store
+
+CAPTION_VARIANTS = 6
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """What ``jobs/train_base.py`` does. ``faces``: a folder that ``jobs/make_faces.py`` wrote (people of the base split)."""
+
+    faces: str = "runs/base_faces"
+    work: str = "runs/base"
+    out: str = "runs/base/tiny-sd"
+    device: str = "cpu"
+    model: bt.BaseModelConfig = field(default_factory=bt.BaseModelConfig)
+    autoencoder: bt.TrainingConfig = field(
+        default_factory=lambda: bt.TrainingConfig(steps=2200, batch_size=32, learning_rate=2e-3, ema_decay=0.998)
+    )
+    denoiser: bt.TrainingConfig = field(
+        default_factory=lambda: bt.TrainingConfig(steps=5000, batch_size=64, learning_rate=2e-3)
+    )
+    perceptual: str | None = None  # safetensors of a FaceRecogniser; None: L1 and L2 only
+
+
+Progress = Callable[[str, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainingFaces:
+    """images uint8 (M, H, W, 3); captions: ``CAPTION_VARIANTS`` random captions for each."""
+
+    images: np.ndarray
+    captions: list[list[str]]
+
+
+def load_faces(uri: str, size: int, seed: int = 5) -> TrainingFaces:
+    """Read what ``jobs/make_faces.py`` wrote. Captions are drawn anew from the people and views behind the files."""
+    import pyarrow.parquet as pq
+
+    from lora_diffusion.faces.synthetic import sample_person, sample_view
+    from lora_diffusion.faces.synthetic.captions import training_caption
+
+    store = open_store(uri)
+    table = pq.read_table(io.BytesIO(store.read("faces.parquet")), columns=["number", "view", "file"])
+    rows = sorted(table.to_pylist(), key=lambda row: (row["number"], row["view"]))
+    if not rows:
+        raise ValueError(
+            f"{uri}/faces.parquet has no rows; make faces first: jobs/make_faces.py --people 0:3200 --out {uri}"
+        )
+    rng = np.random.default_rng(seed)
+    images, captions = np.empty((len(rows), size, size, 3), np.uint8), []
+    for i, data in enumerate(store.read_many([row["file"] for row in rows])):
+        images[i] = np.asarray(
+            Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        )
+        person, view = sample_person(rows[i]["number"]), sample_view(rows[i]["number"], rows[i]["view"])
+        captions.append([training_caption(view, person.traits, person.latents, rng) for _ in range(CAPTION_VARIANTS)])
+    return TrainingFaces(images, captions)
+
+
+def perceptual_features(path: str | None) -> Callable[[torch.Tensor], list[torch.Tensor]] | None:
+    """The recogniser's feature maps, frozen: a distance that sees faces."""
+    if path is None:
+        return None
+    from safetensors.torch import load_file
+
+    from lora_diffusion.faces.recogniser import FaceRecogniser
+
+    network = FaceRecogniser()
+    network.load_state_dict(load_file(path))
+    return network.eval().requires_grad_(False).features
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, images: np.ndarray, batch_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of every picture's posterior, unscaled, float32 (M, C, h, w) each."""
+    device = next(vae.parameters()).device
+    means, stds = [], []
+    for start in range(0, len(images), batch_size):
+        pixels = torch.from_numpy(images[start : start + batch_size]).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+        posterior = vae.encode(pixels).latent_dist
+        means.append(posterior.mean.cpu())
+        stds.append(posterior.std.cpu())
+    return torch.cat(means), torch.cat(stds)
+
+
+def train_base(
+    recipe: BaseRecipe,
+    faces: TrainingFaces,
+    *,
+    prepare: Callable[[bt.Stage], bt.Stage] = lambda stage: stage,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress = lambda stage, step, values: None,
+) -> Path:
+    """Train all stages and write the pipeline folder; returns its path.
+
+    ``prepare`` wraps a stage for data-parallel training (Ray Train's ``prepare_model``); with ``world`` workers each takes
+    its share of the same global batches.
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    work, config = Path(recipe.work), recipe.model
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+
+    vae_folder = work / "vae"
+    if not (vae_folder / "config.json").exists():
+        vae = bt.new_autoencoder(config).to(recipe.device, memory_format=torch.channels_last)
+        features = perceptual_features(recipe.perceptual)
+        stage = prepare(bt.AutoencoderStage(vae, faces.images, features))
+        trainer = bt.Trainer(stage, len(faces.images), recipe.autoencoder, work / "autoencoder", rank, world)
+        trainer.run(lambda step, values: progress("autoencoder", step, values))
+        trainer.use_ema()
+        if rank == 0:
+            means, _ = encode_latents(vae, faces.images[:: max(1, len(faces.images) // 2048)])
+            vae.register_to_config(scaling_factor=float(1 / means.std()))
+            vae.save_pretrained(work / "vae.tmp")
+            (work / "vae.tmp").rename(vae_folder)
+    else:
+        vae = AutoencoderKL.from_pretrained(vae_folder).to(recipe.device)
+    vae.eval()
+
+    if not (work / "tokenizer").exists() and rank == 0:
+        tokenizer = bt.train_tokenizer((c for variants in faces.captions for c in variants), config)
+        tokenizer.save_pretrained(work / "tokenizer.tmp")
+        (work / "tokenizer.tmp").rename(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    flat = [caption for variants in faces.captions for caption in variants]
+    ids = tokenizer(flat, padding="max_length", max_length=config.text_tokens, truncation=True).input_ids
+    tokens_MVS = torch.tensor(ids).view(len(faces.images), -1, config.text_tokens)
+    draw = np.random.default_rng([9, rank])
+
+    def tokens(indices: np.ndarray) -> torch.Tensor:
+        return tokens_MVS[indices, draw.integers(tokens_MVS.shape[1], size=len(indices))]
+
+    unet = bt.new_unet(config).to(recipe.device, memory_format=torch.channels_last)
+    text_encoder = bt.new_text_encoder(config, tokenizer).to(recipe.device)
+    scheduler = bt.new_scheduler(config)
+    means, stds = encode_latents(vae, faces.images)
+    scale = vae.config.scaling_factor
+    stage = prepare(bt.DenoiserStage(unet, text_encoder, scheduler, means * scale, stds * scale, tokens))
+    trainer = bt.Trainer(stage, len(faces.images), recipe.denoiser, work / "denoiser", rank, world)
+    trainer.run(lambda step, values: progress("denoiser", step, values))
+    trainer.use_ema()
+    if rank == 0:
+        pipe = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.to("cpu", torch.float16).save_pretrained(recipe.out, safe_serialization=True)
+    return Path(recipe.out)
