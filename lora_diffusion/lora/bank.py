@@ -42,7 +42,9 @@ class LoRABank:
         self._state: _State | None = None
 
     @contextmanager
-    def active(self, vectors_KN: Tensor, samples_per_identity: int | Sequence[int] = 1) -> Iterator[None]:
+    def active(
+        self, vectors_KN: Tensor, samples_per_identity: int | Sequence[int] = 1, *, train_A: bool = True
+    ) -> Iterator[None]:
         """While active, sample b of a forward uses the LoRA of its identity: `y = W x + b + scale * B (A x)`.
 
         Args:
@@ -50,6 +52,7 @@ class LoRABank:
                 layers; where they require grad, the gradient arrives in the (K, N) matrix in its own dtype.
             samples_per_identity: n, the same for all, or one count for each identity. A forward then takes a batch
                 of n * K, or of their sum.
+            train_A: False spares the backward the gradients of A; they arrive as zeros.
 
         Raises:
             ValueError: vectors of another layout, or counts or a batch that do not fit.
@@ -57,7 +60,7 @@ class LoRABank:
         """
         if self._state is not None:
             raise RuntimeError("this bank is active already; leave its `with` block before you enter another")
-        self._state = state = _State(self._linears, self.layout, vectors_KN, samples_per_identity)
+        self._state = state = _State(self._linears, self.layout, vectors_KN, samples_per_identity, train_A)
         # Layers note that they ran; inside a compiled checkpoint they may not, so there the model notes it for them.
         state.checkpointed = bool(getattr(self._unet, "is_gradient_checkpointing", False))
         handles = [linear.register_forward_hook(self._hook(name)) for name, linear in self._linears.items()]
@@ -95,7 +98,12 @@ class _State:
     """The matrices of one `active` block, ready for batched products."""
 
     def __init__(
-        self, linears: dict[str, nn.Linear], layout: LoRALayout, vectors_KN: Tensor, counts: int | Sequence[int]
+        self,
+        linears: dict[str, nn.Linear],
+        layout: LoRALayout,
+        vectors_KN: Tensor,
+        counts: int | Sequence[int],
+        train_A: bool,
     ) -> None:
         layout.check(vectors_KN)
         weight = next(iter(linears.values())).weight
@@ -109,7 +117,7 @@ class _State:
         # small ranks (they reach no fast path of the BLAS). The copy is small, and for rank 1 it is only a view.
         self.matrices = {
             name: (
-                A_KRI.transpose(1, 2),
+                (A_KRI if train_A else A_KRI.detach()).transpose(1, 2),
                 B_KOR.view(-1, 1, B_KOR.shape[1]) if layout.rank == 1 else B_KOR.transpose(1, 2).contiguous(),
             )
             for name, (A_KRI, B_KOR) in layout.split(vectors_KN).items()

@@ -1,0 +1,313 @@
+"""DreamBooth LoRAs for K people at once, each exactly as if it were trained alone.
+
+The rules that make it exact (docs/FORMAT.md has the vector, METHOD of weights2weights, arXiv:2406.09413, the recipe):
+losses are summed over identities, so no gradient is divided by K; gradients are clipped for each identity; random
+numbers of an identity do not depend on its company; AdamW is element-wise, so one optimiser over the (K, N) matrix is
+K optimisers. What does not change between steps, latents and prompt embeddings, is computed once.
+
+Axes: K identities together, P photos of one person, n samples of one identity in one step (its photos, then class
+images), N vector length, M learned part of it, C / H / W latents, S / D prompt embeddings.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lora_diffusion.base import BaseModel
+from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler, identity_seed
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a LoRA is fine-tuned. Defaults suit the shipped `tiny-sd`; `configs/sd15.yaml` holds those of SD 1.5."""
+
+    steps: int = 90
+    batch_size: int = 4  # photos of each identity in a step
+    learning_rate: float = 1e-2
+    lr_schedule: Literal["constant", "cosine"] = "cosine"  # cosine decays to 0
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-2
+    max_grad_norm: float | None = 1.0  # for each identity
+    train_A: bool = True  # False: A stays as it starts, the same for all, and only B is learned
+    average_last: int = 0  # the LoRA is the mean of the last so many iterates; 0: the last one
+    seed: int = 0
+    common_random_numbers: bool = True  # False: each identity has its own A at the start, noise and timesteps
+    instance_prompt: str = "a photo of sks person"  # for photos without a caption
+    class_prompt: str = "a photo of a person"
+    prior_weight: float = 1.0  # of the class images; without any it has no effect
+    prior_batch_size: int = 1  # class images of each identity in a step
+    timesteps: Literal["uniform", "stratified"] = "uniform"
+    timestep_range: tuple[int, int] | None = None  # [low, high); None: all of the base model
+    min_snr_gamma: float | None = None
+    autocast: Literal["off", "bfloat16"] = "off"  # over a float32 base; a bfloat16 base needs none
+    channels_last: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        lowest = {"steps": 0, "batch_size": 1, "warmup_steps": 0, "average_last": 0, "prior_batch_size": 1}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        for name in ("learning_rate", "epsilon", "max_grad_norm", "min_snr_gamma"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be positive and finite")
+        if self.average_last > self.steps > 0:
+            raise ValueError(f"average_last is {self.average_last}, more than the {self.steps} steps")
+        if not self.train_A and not self.common_random_numbers:
+            raise ValueError(
+                "train_A: false freezes one A for all, but common_random_numbers: false gives each its own"
+            )
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..., steps - 1."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, eq=False)
+class PersonPhotos:
+    """Photos of one person, uint8 RGB (P, H, W, 3) in the size of the base model; captions, one for each, if any."""
+
+    identity: str
+    pixels: NDArray[np.uint8]
+    captions: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        shape, dtype = np.shape(self.pixels), getattr(self.pixels, "dtype", None)
+        if len(shape) != 4 or shape[0] == 0 or shape[-1] != 3 or dtype != np.uint8:
+            raise ValueError(
+                f"{self.identity}: photos are {dtype} {shape}; expected uint8 RGB (P, H, W, 3) with at least one photo"
+            )
+        if self.captions is not None and len(self.captions) != shape[0]:
+            raise ValueError(f"{self.identity}: {len(self.captions)} captions for {shape[0]} photos")
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """K LoRAs. A diverged one is a row of zeros (the base model), with its loss as it was."""
+
+    identities: tuple[str, ...]
+    vectors_KN: NDArray[np.float32]
+    loss_K: NDArray[np.float32]  # mean over the last tenth of the steps, on the person's photos; NaN without steps
+    diverged_K: NDArray[np.bool_]
+    steps: int
+    seconds: float  # for all K together
+    layout_id: str
+    loss_history_SK: NDArray[np.float32] = field(repr=False)  # S steps
+
+
+def initial_vectors(layout: LoRALayout, seed: int, K: int = 1) -> Tensor:
+    """Start of fine-tuning (K, N), all rows equal: A as peft starts a linear layer (uniform ± 1/sqrt(I)), B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = {}
+    for entry in layout.entries:
+        A_KRI = torch.empty(1, layout.rank, entry.in_features)
+        torch.nn.init.kaiming_uniform_(A_KRI[0], a=math.sqrt(5), generator=generator)
+        matrices[entry.name] = A_KRI, torch.zeros(1, entry.out_features, layout.rank)
+    return layout.join(matrices).repeat(K, 1)
+
+
+class Finetuner:
+    """Fine-tunes people in batches on one frozen base model; make it once, call it for each batch.
+
+    `class_pixels`, uint8 RGB (P, H, W, 3), are pictures of other people for prior preservation (DreamBooth,
+    arXiv:2208.12242, equation 2), seen with `class_prompt`. They are encoded once, here.
+
+    Raises:
+        ValueError: the layout belongs to another model, or the base is in float16, whose gradients underflow.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        layout: LoRALayout,
+        config: FinetuneConfig,
+        class_pixels: NDArray[np.uint8] | None = None,
+    ) -> None:
+        if base.dtype == torch.float16:
+            raise ValueError("the base model is in float16, whose small gradients become zero: load it in bfloat16")
+        self.base, self.layout, self.config = base, layout, config
+        self.schedule = NoiseSchedule.from_scheduler(base.scheduler, base.device)
+        low, high = config.timestep_range or (0, len(self.schedule))
+        if not 0 <= low < high <= len(self.schedule):
+            raise ValueError(f"timestep_range is [{low}, {high}); it must lie within [0, {len(self.schedule)})")
+        self.sample_timesteps = TimestepSampler(low, high, config.timesteps)
+        if config.channels_last:
+            base.unet.to(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        self.unet: Any = torch.compile(base.unet) if config.compile else base.unet
+        self.bank = LoRABank(base.unet, layout)
+        self.class_latents = None if class_pixels is None else base.encode_images(class_pixels)
+        self.learned_M: Tensor | None = None  # where the learned part lies; None: everywhere
+        if not config.train_A:
+            self.learned_M = layout.mask_B().nonzero()[:, 0].to(base.device)
+
+    def __call__(
+        self, people: Sequence[PersonPhotos], start_vectors: Tensor | NDArray[np.float32] | None = None
+    ) -> FinetuneResult:
+        """One LoRA for each of `people`, from `start_vectors` (1, N) or (K, N), or from A random and B zero.
+
+        Each comes out the same in whatever company, to float error; and the same call gives the same bits again.
+
+        Raises:
+            ValueError: no people, photos of different sizes, or start vectors of another layout.
+        """
+        started, config = time.perf_counter(), self.config
+        start_KN = self._start(people, start_vectors)
+        data = _Data(self.base, people, config, self.class_latents)
+        learned_KM = start_KN if self.learned_M is None else start_KN[:, self.learned_M]
+        learned_KM = learned_KM.clone().requires_grad_()
+        optimizer = torch.optim.AdamW(
+            [learned_KM], betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay, fused=True
+        )
+        streams = RandomStreams([person.identity for person in people], config.seed, config.common_random_numbers)
+        alive_K = torch.isfinite(start_KN).all(1)
+        mean_KM, losses = torch.zeros_like(learned_KM, requires_grad=False), []
+        for step in range(config.steps):
+            loss_K = self._backward(step, data, streams, start_KN, learned_KM)
+            assert learned_KM.grad is not None
+            norm_K1 = torch.linalg.vector_norm(learned_KM.grad, dim=1, keepdim=True)
+            alive_K = alive_K & torch.isfinite(loss_K) & torch.isfinite(norm_K1[:, 0])
+            if config.max_grad_norm is not None:
+                learned_KM.grad *= (config.max_grad_norm / (norm_K1 + 1e-6)).clamp(max=1)
+            # A diverged row stops here. Rows never meet, so it cannot have touched another.
+            learned_KM.grad = torch.where(alive_K[:, None], learned_KM.grad, 0)
+            optimizer.param_groups[0]["lr"] = config.rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss_K)
+            if step >= config.steps - config.average_last:
+                mean_KM += learned_KM.detach() / config.average_last
+        final_KM = mean_KM if config.average_last and config.steps else learned_KM.detach()
+        vectors_KN = self._assemble(start_KN, final_KM)
+        alive_K = alive_K & torch.isfinite(vectors_KN).all(1)
+        vectors_KN = torch.where(alive_K[:, None], vectors_KN, 0)
+        history_SK = torch.stack(losses).cpu().numpy() if losses else np.empty((0, len(people)), np.float32)
+        return FinetuneResult(
+            identities=tuple(person.identity for person in people),
+            vectors_KN=vectors_KN.cpu().numpy(),
+            loss_K=history_SK[-math.ceil(config.steps / 10) :].mean(0)
+            if losses
+            else np.full(len(people), np.nan, "f4"),
+            diverged_K=~alive_K.cpu().numpy(),
+            steps=config.steps,
+            seconds=time.perf_counter() - started,
+            layout_id=self.layout.layout_id,
+            loss_history_SK=history_SK,
+        )
+
+    def _backward(
+        self, step: int, data: "_Data", streams: RandomStreams, start_KN: Tensor, learned_KM: Tensor
+    ) -> Tensor:
+        """One forward and backward of all identities; returns the loss on their photos (K,), detached."""
+        config, base = self.config, self.base
+        K, shape = len(learned_KM), data.shape
+        x0_KnCHW, prompts_KnSD = data.batch(step)
+        timesteps_Kn, noise_KnCHW = streams.draw(shape, data.sizes, self.sample_timesteps)
+        timesteps_Kn, noise_KnCHW = timesteps_Kn.to(base.device), noise_KnCHW.to(base.device)
+        x_KnCHW, target_KnCHW = self.schedule.question(x0_KnCHW, noise_KnCHW, timesteps_Kn)
+        x_BCHW = x_KnCHW.flatten(0, 1).to(base.dtype)
+        if config.channels_last:
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        vectors_KN = self._assemble(start_KN, learned_KM)
+        with self.bank.active(vectors_KN, sum(data.sizes), train_A=config.train_A):
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
+                prediction = self.unet(
+                    x_BCHW, timesteps_Kn.flatten(), encoder_hidden_states=prompts_KnSD.flatten(0, 1), return_dict=False
+                )[0]
+            error_Kn = (prediction.float().view(K, -1, *shape) - target_KnCHW).square().mean((2, 3, 4))
+            if config.min_snr_gamma is not None:
+                error_Kn = error_Kn * self.schedule.min_snr_weights(timesteps_Kn, config.min_snr_gamma)
+            loss_K = error_Kn[:, : config.batch_size].mean(1)
+            total_K = loss_K
+            if data.has_prior:
+                total_K = loss_K + config.prior_weight * error_Kn[:, config.batch_size :].mean(1)
+            total_K.sum().backward()  # the sum, not the mean: an identity's gradient must not depend on K
+        return loss_K.detach()
+
+    def _start(self, people: Sequence[PersonPhotos], start_vectors: Tensor | NDArray[np.float32] | None) -> Tensor:
+        """Start vectors (K, N), float32, on the base model's device."""
+        if not people:
+            raise ValueError("there is nobody to fine-tune: give at least one person")
+        K, config = len(people), self.config
+        if start_vectors is None and config.common_random_numbers:
+            vectors = initial_vectors(self.layout, config.seed)
+        elif start_vectors is None:
+            seeds = [identity_seed(config.seed, person.identity) for person in people]
+            vectors = torch.cat([initial_vectors(self.layout, seed) for seed in seeds])
+        else:
+            vectors = torch.as_tensor(start_vectors)
+        self.layout.check(vectors)
+        if len(vectors) not in (1, K):
+            raise ValueError(
+                f"there are {len(vectors)} start vectors for {K} people; give one for each, or one for all"
+            )
+        return vectors.to(self.base.device, torch.float32).expand(K, -1)
+
+    def _assemble(self, start_KN: Tensor, learned_KM: Tensor) -> Tensor:
+        """Vectors (K, N): the learned part laid over the start."""
+        return learned_KM if self.learned_M is None else start_KN.index_copy(1, self.learned_M, learned_KM)
+
+
+class _Data:
+    """What does not change between the steps of a batch of people, on the device: latents and prompt embeddings."""
+
+    def __init__(
+        self, base: BaseModel, people: Sequence[PersonPhotos], config: FinetuneConfig, class_latents: Tensor | None
+    ) -> None:
+        sizes = {person.pixels.shape[1:3] for person in people}
+        if len(sizes) > 1:
+            raise ValueError(f"photos have the sizes {sorted(sizes)}; all people of a batch need the same")
+        # Each person's photos are encoded by themselves, so that their bits do not depend on the company.
+        latents = [base.encode_images(person.pixels) for person in people]
+        captions = [
+            caption
+            for person in people
+            for caption in (person.captions or [config.instance_prompt] * len(person.pixels))
+        ]
+        self.photo_counts_K = torch.tensor([len(part) for part in latents])
+        self.photo_starts_K = self.photo_counts_K.cumsum(0) - self.photo_counts_K
+        self.has_prior = class_latents is not None and config.prior_weight > 0
+        self.sizes = [config.batch_size]
+        if self.has_prior:
+            assert class_latents is not None
+            self.sizes.append(config.prior_batch_size)
+            self.class_start, self.class_count = len(captions), len(class_latents)
+            latents.append(class_latents)
+            captions += [config.class_prompt] * len(class_latents)
+        self.latents = torch.cat(latents)
+        self.shape: tuple[int, int, int] = tuple(self.latents.shape[1:])  # type: ignore[assignment]
+        distinct = sorted(set(captions))
+        self.prompts = base.encode_prompts(distinct).to(base.dtype)
+        places = {caption: place for place, caption in enumerate(distinct)}
+        self.prompt_of_photo = torch.tensor([places[caption] for caption in captions])
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Clean latents (K, n, C, H, W) and prompt embeddings (K, n, S, D) of a step.
+
+        Everyone's photos come round in their own order: photo number `step * batch_size + i`, modulo their count.
+        """
+        place_n = step * self.sizes[0] + torch.arange(self.sizes[0])
+        index_Kn = self.photo_starts_K[:, None] + place_n % self.photo_counts_K[:, None]
+        if self.has_prior:
+            class_n = self.class_start + (step * self.sizes[1] + torch.arange(self.sizes[1])) % self.class_count
+            index_Kn = torch.cat([index_Kn, class_n.expand(len(index_Kn), -1)], dim=1)
+        device = self.latents.device
+        return self.latents[index_Kn.to(device)], self.prompts[self.prompt_of_photo[index_Kn].to(device)]
