@@ -103,7 +103,7 @@ class Store:
         return {
             entry["name"].rpartition("/")[2]: int(entry["size"] or 0)
             for entry in self._list(folder)
-            if entry["type"] == "file" and not entry["name"].endswith((_TEMPORARY, "/"))
+            if entry["type"] != "directory" and not entry["name"].endswith((_TEMPORARY, "/"))
         }
 
     def folders(self, folder: str = "") -> list[str]:

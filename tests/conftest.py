@@ -65,6 +65,7 @@ class S3Server:
         }
 
 
+_BUCKET = "tests"
 _S3 = S3Server(f"http://127.0.0.1:{free_port()}", "test" + secrets.token_hex(8), secrets.token_hex(16))
 
 
@@ -116,6 +117,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     os.environ.update(_S3.env)
     try:
         _wait_until_ready(server, folder / "log")
+        _make_bucket()
         yield _S3
     finally:
         server.kill()  # its data is this session's: nothing to save, and a gentle end takes ten seconds
@@ -145,18 +147,22 @@ def _wait_until_ready(server: subprocess.Popen[bytes], log: Path) -> None:
 
 @pytest.fixture
 def bucket(s3: S3Server) -> str:
-    """The name of a new, empty bucket."""
+    """A new, empty place in the store: `bucket/prefix`. One bucket for all, as SeaweedFS makes volumes for each."""
+    return f"{_BUCKET}/{secrets.token_hex(8)}"
+
+
+def _make_bucket() -> None:
+    """The server answers before its volumes can take a write: try until they can."""
     import s3fs
 
-    name = "t" + secrets.token_hex(8)
     filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
     deadline = time.monotonic() + 30
-    while True:  # the server answers before its volumes can take a write
+    while True:
         try:
-            filesystem.mkdir(name)
-            filesystem.pipe_file(f"{name}/.ready", b"x")
-            filesystem.rm_file(f"{name}/.ready")
-            return name
+            if not filesystem.exists(_BUCKET):
+                filesystem.mkdir(_BUCKET)
+            filesystem.pipe_file(f"{_BUCKET}/.ready", b"x")
+            return
         except OSError:
             if time.monotonic() > deadline:
                 raise

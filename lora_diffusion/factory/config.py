@@ -1,0 +1,131 @@
+"""What a corpus is made with. Everything here can be set in YAML or as `key.sub=value`; see configs/tiny.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lora_diffusion.config import to_dict
+from lora_diffusion.corpus.schema import VECTOR_DTYPES
+from lora_diffusion.faces.embedder import EmbedderConfig
+from lora_diffusion.lora.finetune import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers carry a LoRA; the arguments of `LoRALayout.from_unet`."""
+
+    rank: int = 1
+    alpha: float = 1.0
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class PhotoConfig:
+    """Which photos of a person are used, and how they become square.
+
+    crop: "centre" takes the largest central square; "face" a square around the detected face, its side `face_margin`
+    times the longer side of the face's box (2.5 shows head and shoulders).
+    """
+
+    min_photos: int = 1
+    max_photos: int = 20
+    max_pixels: int = 50_000_000
+    crop: Literal["centre", "face"] = "centre"
+    face_margin: float = 2.5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_photos <= self.max_photos:
+            raise ValueError(f"min_photos must lie in 1 .. max_photos ({self.max_photos}), not {self.min_photos}")
+        if self.face_margin < 1:
+            raise ValueError(f"face_margin must be at least 1, not {self.face_margin}: the face would be cut")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Renders that are compared with the photos. An empty list of prompts: no scoring.
+
+    min_similarity: people below it go to the failures table (the quality gate); None keeps everybody.
+    """
+
+    prompts: tuple[str, ...] = ("a photo of sks person, facing the camera, white studio background",)
+    seeds_per_prompt: int = 2
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    max_batch: int = 64
+    min_similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """How Ray spreads the work. Fractions of a CPU leave room for Ray's own tasks on a small machine.
+
+    finetune_max: 0 is one worker for each GPU (or CPU) that the cluster has now.
+    max_deaths: so often may a worker process die over the same people before they count as the cause.
+    """
+
+    embed_min: int = 1
+    embed_max: int = 1
+    embed_cpus: float = 0.2
+    finetune_min: int = 1
+    finetune_max: int = 0
+    finetune_cpus: float = 0.9
+    finetune_gpus: float = 0.0
+    max_deaths: int = 3
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The whole of `jobs/build_corpus.py`.
+
+    people: a folder of folders, Parquet or tars (`factory.people.open_people`); output: folder or s3:// of the corpus.
+    render_people: if `people` does not exist, render so many synthetic people there first; 0 never does.
+    people_per_group: K, fine-tuned together; groups_per_shard: groups in one file, the unit that a crash can cost.
+    class_images: pictures of `finetune.class_prompt` that the base model draws for prior preservation; 0: none.
+    limit: take only the first so many people; None takes all.
+    seconds_per_lora: what the cost estimate assumes until some shards have been measured.
+    """
+
+    people: str
+    output: str
+    base: str = "tiny-sd"
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    people_per_group: int = 16
+    groups_per_shard: int = 1
+    class_images: int = 0
+    limit: int | None = None
+    render_people: int = 0
+    seconds_per_lora: float = 3.0
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    photos: PhotoConfig = field(default_factory=PhotoConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+
+    def __post_init__(self) -> None:
+        if self.people_per_group < 1 or self.groups_per_shard < 1:
+            raise ValueError(
+                "people_per_group and groups_per_shard must be at least 1, "
+                f"not {self.people_per_group} and {self.groups_per_shard}"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 or null (everybody), not {self.limit}")
+        assert self.vector_dtype in VECTOR_DTYPES
+
+    def recipe(self, recogniser: str) -> dict[str, Any]:
+        """Everything of this configuration that decides the bits of a row. `recogniser`: its fingerprint."""
+        whole = to_dict(self)
+        embedder = {key: whole["embedder"][key] for key in ("det_size", "det_thresh", "min_face", "several_faces")}
+        return {
+            "dtype": self.dtype,
+            "vector_dtype": self.vector_dtype,
+            "groups": {key: whole[key] for key in ("people_per_group", "groups_per_shard")},
+            "photos": whole["photos"],
+            "embedder": {"fingerprint": recogniser, **embedder},
+            "class_images": self.class_images,
+            "finetune": whole["finetune"],
+            "score": {key: value for key, value in whole["score"].items() if key != "max_batch"},
+        }

@@ -1,0 +1,145 @@
+"""Photos of one person -> training pictures and one identity embedding, or the reason why not.
+
+Axes: P photos, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from lora_diffusion.corpus.schema import Failure
+from lora_diffusion.faces.embedder import FaceEmbedder, FaceEmbedding, FaceError, mean_embedding
+from lora_diffusion.faces.photos import PhotoError, load_photo
+from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
+from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
+from lora_diffusion.storage import StoreError
+
+
+@dataclass(frozen=True)
+class EmbeddedPerson:
+    """One person ready for fine-tuning, or not: then a failure with `photo` None is among `failures`."""
+
+    position: int
+    identity: str
+    pictures: tuple[bytes, ...] = ()  # PNG, square, of the base model's size
+    captions: tuple[str, ...] | None = None
+    embedding: np.ndarray | None = None  # (512,) float32, unit norm
+    photo_similarity: float = float("nan")
+    photo_sha256: tuple[str, ...] = ()
+    seconds: float = 0.0
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        return self.embedding is not None
+
+
+class PersonEmbedder:
+    """Reads, checks, embeds and crops. One for each worker; photos come from `config.people`."""
+
+    def __init__(self, config: CorpusConfig, picture_size: int) -> None:
+        self.config = config
+        self.picture_size = picture_size
+        self.source = open_people(config.people)
+        self.embedder = FaceEmbedder(config.embedder)
+
+    def __call__(self, position: int, person: PersonRef) -> EmbeddedPerson:
+        """Never raises for what is wrong with one person or photo. Raises StoreError if the store does not answer."""
+        start = time.perf_counter()
+        if person.problem is not None:
+            reason, message = person.problem
+            failure = Failure(position, person.identity, None, "read", reason, message)
+            return EmbeddedPerson(position, person.identity, failures=(failure,))
+        try:
+            embedded = self._embed(position, person)
+        except StoreError:
+            raise
+        except Exception as error:
+            failure = Failure(position, person.identity, None, "embed", "error", f"{type(error).__name__}: {error}")
+            embedded = EmbeddedPerson(position, person.identity, failures=(failure,))
+        return replace(embedded, seconds=time.perf_counter() - start)
+
+    def _embed(self, position: int, person: PersonRef) -> EmbeddedPerson:
+        photos = self.source.photos(person, self.config.photos.max_photos)
+        failures: list[Failure] = []
+        kept: list[tuple[RawPhoto, bytes, FaceEmbedding]] = []
+        for photo in photos:
+            try:
+                kept.append((photo, *self._embed_photo(photo)))
+            except (PhotoError, FaceError) as error:
+                stage = "read" if isinstance(error, PhotoError) else "embed"
+                failures.append(Failure(position, person.identity, photo.name, stage, error.reason, str(error)))
+        if len(kept) < self.config.photos.min_photos:
+            failures.append(self._too_few(position, person, len(photos), len(kept), failures))
+            return EmbeddedPerson(position, person.identity, failures=tuple(failures))
+        vectors_PE = np.stack([face.vector for _, _, face in kept])
+        captions = [photo.caption for photo, _, _ in kept]
+        return EmbeddedPerson(
+            position,
+            person.identity,
+            pictures=tuple(picture for _, picture, _ in kept),
+            captions=tuple(captions) if all(captions) else None,  # type: ignore[arg-type]
+            embedding=mean_embedding(vectors_PE),
+            photo_similarity=mean_pairwise_cosine(vectors_PE),
+            photo_sha256=tuple(hashlib.sha256(photo.data or b"").hexdigest() for photo, _, _ in kept),
+            failures=tuple(failures),
+        )
+
+    def _embed_photo(self, photo: RawPhoto) -> tuple[bytes, FaceEmbedding]:
+        if photo.data is None:
+            raise PhotoError("unreadable", photo.error)
+        pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels)
+        face = self.embedder.embed(pixels)
+        picture = Image.fromarray(square_picture(pixels, self.picture_size, face.box, self.config.photos))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue(), face
+
+    def _too_few(self, position: int, person: PersonRef, found: int, kept: int, failures: list[Failure]) -> Failure:
+        if not found:
+            message = (
+                f"no photo of this person at {self.source.uri}; a photo's name ends in .jpg, .png, .webp or the like"
+            )
+            return Failure(position, person.identity, None, "read", "no_photos", message)
+        reasons = ", ".join(f"{number} × {reason}" for reason, number in Counter(f.reason for f in failures).items())
+        message = f"{kept} of {found} photos can be used, at least {self.config.photos.min_photos} are needed"
+        message += f" ({reasons})" if reasons else ""
+        return Failure(position, person.identity, None, "embed", "too_few_photos", message)
+
+
+def square_picture(pixels_HW3: np.ndarray, size: int, box: np.ndarray, config: PhotoConfig) -> np.ndarray:
+    """uint8 (size, size, 3): the square that the base model learns from. `box` is the face, x1 y1 x2 y2."""
+    height, width = pixels_HW3.shape[:2]
+    side = float(min(height, width))
+    centre_x, centre_y = width / 2, height / 2
+    if config.crop == "face":
+        side = min(side, config.face_margin * float(max(box[2] - box[0], box[3] - box[1])))
+        centre_x, centre_y = float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2
+    left = min(max(centre_x - side / 2, 0), width - side)
+    top = min(max(centre_y - side / 2, 0), height - side)
+    image = Image.fromarray(pixels_HW3)
+    window = (left, top, left + side, top + side)
+    if image.size != (size, size) or window != (0, 0, size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=window)
+    return np.asarray(image)
+
+
+def decode_pictures(pictures: tuple[bytes, ...]) -> np.ndarray:
+    """PNGs of one size -> uint8 (P, H, W, 3)."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures])
+
+
+def mean_pairwise_cosine(vectors_PE: np.ndarray) -> float:
+    """Mean cosine of all pairs of unit vectors; NaN for a single one."""
+    count = len(vectors_PE)
+    if count < 2:
+        return float("nan")
+    total = vectors_PE.astype(np.float64).sum(0)
+    return float((total @ total - count) / (count * (count - 1)))

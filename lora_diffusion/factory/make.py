@@ -1,0 +1,183 @@
+"""Embedded people -> fine-tuned and scored LoRAs, K at a time, on one base model that is loaded once.
+
+Axes: K people of a group, N length of a LoRA vector, S scoring renders of one person, E embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from lora_diffusion.base import BaseModel
+from lora_diffusion.config import to_dict
+from lora_diffusion.corpus.manifest import Manifest
+from lora_diffusion.corpus.schema import Failure, Person
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, FaceError, model_folder
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.embed import EmbeddedPerson, decode_pictures
+from lora_diffusion.lora.finetune import Finetuner, PersonPhotos
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.render import render
+
+_SCORE_SEED, _CLASS_SEED = 1_000, 500_000  # far from each other and from what a user would type
+
+
+class DeviceError(RuntimeError):
+    """The accelerator's memory is too small for the configuration: no fault of one person."""
+
+
+class BrokenDeviceError(RuntimeError):
+    """The accelerator's context is broken (CUDA error): only a new process heals it."""
+
+
+class LoRAMaker:
+    """Holds the base model, its LoRA layout and a recogniser; makes corpus rows of groups of people.
+
+    Raises ValueError if the base model, the recogniser or the LoRA's target modules are not what they should be.
+    """
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self.config = config
+        device = resolve_device(config.device)
+        self.base = BaseModel.from_pretrained(config.base, device, getattr(torch, config.dtype))
+        lora = config.lora
+        self.layout = LoRALayout.from_unet(self.base.unet, lora.rank, lora.target_modules, lora.alpha)
+        self.embedder = FaceEmbedder(config.embedder)
+
+    @cached_property
+    def finetuner(self) -> Finetuner:
+        count = self.config.class_images
+        pictures = None
+        if count:
+            prompts = [self.config.finetune.class_prompt] * count
+            pictures = self.draw(None, prompts, range(_CLASS_SEED, _CLASS_SEED + count))
+        return Finetuner(self.base, self.layout, self.config.finetune, class_pixels=pictures)
+
+    def manifest(self) -> Manifest:
+        """What a corpus of this configuration is made with."""
+        return Manifest(
+            layout=self.layout.to_dict(),
+            base={"name": self.config.base, "fingerprint": self.base.fingerprint},
+            recipe=self.config.recipe(recogniser_fingerprint(self.config.embedder)),
+            config=to_dict(self.config),
+        )
+
+    def __call__(self, people: Sequence[EmbeddedPerson]) -> list[Person | Failure]:
+        """One answer for each of `people`, all usable. Raises what their data makes torch raise; DeviceError otherwise."""
+        try:
+            photos = [PersonPhotos(p.identity, decode_pictures(p.pictures), p.captions) for p in people]
+            tuned = self.finetuner(photos)
+            start = time.perf_counter()
+            similarity_K, base_similarity_K = self._score(people, tuned.vectors_KN)
+            score_seconds = time.perf_counter() - start
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"the accelerator's memory does not hold a group of {len(people)} people: lower people_per_group "
+                f"(or finetune.batch_size, score.max_batch). {error}"
+            ) from error
+        except RuntimeError as error:
+            if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
+                raise BrokenDeviceError(f"the accelerator failed: {error}") from error
+            raise
+        answers: list[Person | Failure] = []
+        for k, person in enumerate(people):
+            if tuned.diverged_K[k] or not np.isfinite(tuned.vectors_KN[k].astype(self.config.vector_dtype)).all():
+                message = f"fine-tuning diverged (loss {tuned.loss_K[k]:.3g}): lower finetune.learning_rate"
+                answers.append(Failure(person.position, person.identity, None, "finetune", "diverged", message))
+                continue
+            gate = self.config.score.min_similarity
+            if gate is not None and not similarity_K[k] >= gate:
+                message = f"similarity of the renders is {similarity_K[k]:.3f}, score.min_similarity is {gate}"
+                answers.append(Failure(person.position, person.identity, None, "score", "low_similarity", message))
+                continue
+            assert person.embedding is not None
+            answers.append(
+                Person(
+                    position=person.position,
+                    identity=person.identity,
+                    vector=tuned.vectors_KN[k],
+                    embedding=person.embedding,
+                    similarity=float(similarity_K[k]),
+                    base_similarity=float(base_similarity_K[k]),
+                    photo_similarity=person.photo_similarity,
+                    loss=float(tuned.loss_K[k]),
+                    steps=tuned.steps,
+                    seed=self.config.finetune.seed,
+                    num_photos=len(person.pictures),
+                    num_photos_dropped=sum(failure.photo is not None for failure in person.failures),
+                    photo_sha256=person.photo_sha256,
+                    embed_seconds=person.seconds,
+                    finetune_seconds=tuned.seconds / len(people),
+                    score_seconds=score_seconds / len(people),
+                )
+            )
+        return answers
+
+    def _score(self, people: Sequence[EmbeddedPerson], vectors_KN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) mean cosine of each person's renders with its photos, and of the base model's renders with them.
+
+        The same prompts and seeds for everybody. A render without exactly one face counts as 0.
+        """
+        prompts, seeds = self.score_prompts()
+        if not prompts:
+            return np.full(len(people), np.nan), np.full(len(people), np.nan)
+        photos_KE = np.stack([person.embedding for person in people if person.embedding is not None])
+        pictures = self.draw(vectors_KN, prompts * len(people), seeds * len(people))
+        renders_KSE = self.embed_renders(pictures).reshape(len(people), len(prompts), -1)
+        return (
+            np.einsum("kse,ke->k", renders_KSE, photos_KE) / len(prompts),
+            (photos_KE @ self._base_renders_SE.T).mean(1),
+        )
+
+    def score_prompts(self) -> tuple[list[str], list[int]]:
+        """Prompts and seeds of one person's S renders."""
+        each = self.config.score.seeds_per_prompt
+        prompts = [prompt for prompt in self.config.score.prompts for _ in range(each)]
+        return prompts, list(range(_SCORE_SEED, _SCORE_SEED + len(prompts)))
+
+    @cached_property
+    def _base_renders_SE(self) -> np.ndarray:
+        return self.embed_renders(self.draw(None, *self.score_prompts()))
+
+    def embed_renders(self, pictures: np.ndarray) -> np.ndarray:
+        """(B, 512) unit vectors; zeros where a picture does not show exactly one face."""
+        answers = self.embedder.embed_batch(pictures)
+        return np.stack([np.zeros(512, np.float32) if isinstance(a, FaceError) else a.vector for a in answers])
+
+    def draw(self, vectors_KN: np.ndarray | None, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        """Pictures as `render` draws them, with the sampler settings of scoring."""
+        return render(
+            self.base,
+            vectors_KN,
+            prompts,
+            seeds,
+            bank=None if vectors_KN is None else self.finetuner.bank,
+            num_inference_steps=self.config.score.num_inference_steps,
+            guidance_scale=self.config.score.guidance_scale,
+            max_batch=self.config.score.max_batch,
+        )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the GPU if there is one. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {device!r}, but torch sees no GPU here: set device=cpu, or workers.finetune_gpus=1"
+        )
+    return device
+
+
+def recogniser_fingerprint(config: EmbedderConfig) -> str:
+    """16 hex digits over the recogniser's ONNX files: another recogniser gives other embeddings."""
+    digest = hashlib.sha256()
+    for path in sorted(model_folder(config).glob("*.onnx")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,188 @@
+"""What a person wants to know: the plan before, the progress during, the summary and the contact sheet after."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.embed import PersonEmbedder, decode_pictures
+from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.factory.people import PersonRef
+
+_BYTES_BESIDE_VECTOR = 512 * 4 + 1000  # embedding, and the other columns, roughly
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size(number: float) -> str:
+    """Bytes in units of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
+
+
+def estimate(config: CorpusConfig, people: int, vector_size: int, workers: int, measured: float | None) -> str:
+    """What `people` more people will cost: time and bytes."""
+    each = measured if measured is not None else config.seconds_per_lora
+    how = "measured on this corpus" if measured is not None else "stated by seconds_per_lora"
+    itemsize = np.dtype(config.vector_dtype).itemsize
+    data = people * (vector_size * itemsize + _BYTES_BESIDE_VECTOR)
+    return (
+        f"{people} LoRAs × {each:.2f} s ({how}) / {workers} worker{'s' * (workers != 1)} = "
+        f"about {duration(people * each / max(1, workers))}, {size(data)}"
+    )
+
+
+def measured_seconds(reader: CorpusReader, shards: int = 8) -> float | None:
+    """Mean seconds for one LoRA on one worker, over the first shards of what there is; None without any."""
+    rows = []
+    for _, table in zip(range(shards), reader.tables(["finetune_seconds", "score_seconds"]), strict=False):
+        rows += [row["finetune_seconds"] + row["score_seconds"] for row in table.to_pylist()]
+    return float(np.mean(rows)) if rows else None
+
+
+class Progress:
+    """Lines with rate and time left; at most one every `every` seconds, and the last one."""
+
+    def __init__(self, total: int, every: float = 2.0) -> None:
+        self.total, self.every = total, every
+        self.done = self.failed = 0
+        self.start = time.monotonic()
+        self._told = -math.inf
+
+    def add(self, done: int, failed: int) -> str | None:
+        """Count people; returns a line if it is time for one."""
+        self.done, self.failed = self.done + done, self.failed + failed
+        answered, now = self.done + self.failed, time.monotonic()
+        if now - self._told < self.every and answered < self.total:
+            return None
+        self._told = now
+        seconds = max(1e-9, now - self.start)
+        rate = answered / seconds
+        left = f", {duration((self.total - answered) / rate)} left" if rate and answered < self.total else ""
+        return f"{answered}/{self.total} people, {self.failed} failed, {rate:.2f} people/s{left}"
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+def summary(reader: CorpusReader, made: int, seconds: float) -> str:
+    """The end of a run: who is done, who failed and why, how fast, and how alike."""
+    counts = reader.manifest.counts
+    lines = [
+        f"{counts['num_people']} people done, {counts['num_failed']} failed{_reasons(counts['failed_by_reason'])}",
+        f"photos left out: {sum(counts['photos_dropped_by_reason'].values())}{_reasons(counts['photos_dropped_by_reason'])}",
+    ]
+    if made:
+        lines.append(f"{made} LoRAs made in {duration(seconds)}: {made / seconds:.2f} LoRAs/s")
+    if counts["num_people"]:
+        table = reader.table(["similarity", "base_similarity", "photo_similarity"])
+        columns = {name: np.array(table[name].to_pylist(), np.float64) for name in table.column_names}
+        if np.isfinite(columns["similarity"]).any():
+            lines += [
+                "similarity of renders with the person's photos (cosine):",
+                f"  fine-tuned      {_spread(columns['similarity'])}",
+                f"  base model      {_spread(columns['base_similarity'])}",
+                f"  photos, pairs   {_spread(columns['photo_similarity'])}",
+                *histogram(columns["similarity"]),
+            ]
+    return "\n".join(lines)
+
+
+def histogram(values: np.ndarray, bins: int = 10, width: int = 40) -> list[str]:
+    """A distribution in text: one line for each tenth of its range."""
+    values = values[np.isfinite(values)]
+    counts, edges = np.histogram(values, bins=bins)
+    return [
+        f"  {low:+.2f} .. {high:+.2f} {'█' * math.ceil(width * count / max(1, counts.max()))} {count}"
+        for count, low, high in zip(counts, edges, edges[1:], strict=False)
+    ]
+
+
+def _spread(values: np.ndarray) -> str:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return "-"
+    low, middle, high = np.percentile(values, [5, 50, 95])
+    return f"mean {values.mean():.3f}, 5 % {low:.3f}, median {middle:.3f}, 95 % {high:.3f}"
+
+
+def _reasons(reasons: Mapping[str, int]) -> str:
+    return f" ({', '.join(f'{number} × {reason}' for reason, number in reasons.items())})" if reasons else ""
+
+
+def contact_sheet(config: CorpusConfig, people: Sequence[PersonRef], count: int = 12) -> bytes:
+    """PNG: for at most `count` people, evenly spread over the corpus, one photo, the base model's picture and the LoRA's.
+
+    The vectors are read back from the corpus, so the sheet shows what is stored there. `people`: the source's list.
+    Raises ValueError if the corpus has nobody.
+    """
+    reader = CorpusReader(config.output)
+    identities = reader.identities
+    if not identities:
+        raise ValueError(f"the corpus at {config.output} has no people to show")
+    chosen = sorted({round(i) for i in np.linspace(0, len(identities) - 1, min(count, len(identities)))})
+    vectors_KN, similarities = _rows(reader, chosen)
+    maker = LoRAMaker(config)
+    prompt = (config.score.prompts or ("a photo of sks person",))[0]
+    tuned = maker.draw(vectors_KN, [prompt] * len(chosen), [0] * len(chosen))
+    base = maker.draw(None, [prompt], [0])[0]
+    embedder = PersonEmbedder(config, maker.base.image_size)
+    refs = {person.identity: person for person in people}
+    cells = []
+    for k, row in enumerate(chosen):
+        identity = identities[row]
+        embedded = embedder(0, refs[identity]) if identity in refs else None
+        photo = decode_pictures(embedded.pictures[:1])[0] if embedded and embedded.pictures else np.full_like(base, 200)
+        cells.append((identity, similarities[k], [photo, base, tuned[k]]))
+    return _sheet(cells, prompt)
+
+
+def _rows(reader: CorpusReader, rows: Sequence[int]) -> tuple[np.ndarray, list[float]]:
+    """Vectors and similarities of some rows, shard by shard."""
+    vectors, similarities, start, wanted = [], [], 0, set(rows)
+    for table in reader.tables(["vector", "similarity"]):
+        for row in sorted(wanted & set(range(start, start + len(table)))):
+            vectors.append(np.array(table["vector"][row - start].as_py(), np.float32))
+            similarities.append(float(table["similarity"][row - start].as_py()))
+        start += len(table)
+    return np.stack(vectors), similarities
+
+
+def _sheet(cells: Sequence[tuple[str, float, list[np.ndarray]]], prompt: str, side: int = 128, gap: int = 12) -> bytes:
+    """Three people in a row, each with three pictures and a label."""
+    columns = min(3, len(cells))
+    width, height = 3 * side + gap, side + 34
+    sheet = Image.new("RGB", (gap + columns * width, 44 + math.ceil(len(cells) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    small, large = ImageFont.load_default(12), ImageFont.load_default(14)
+    draw.text((gap, 8), "photo · base model · fine-tuned", "black", large)
+    draw.text((gap, 25), prompt, "grey", small)
+    for i, (identity, similarity, pictures) in enumerate(cells):
+        left, top = gap + i % columns * width, 48 + i // columns * height
+        for j, picture in enumerate(pictures):
+            sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS), (left + j * side, top))
+        name = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in identity)
+        label = name if len(name) <= 40 else name[:39] + "…"
+        score = "" if math.isnan(similarity) else f"   similarity {similarity:.2f}"
+        draw.text((left, top + side + 4), label + score, "black", small)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,57 @@
+"""One shard, from embedded people to a committed file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_diffusion.corpus import CorpusReader, Person, ShardPlan, ShardWriter
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.embed import EmbeddedPerson
+from lora_diffusion.factory.isolate import Attempts, make_group
+from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.storage import open_store
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What the driver hears of a shard: counts, not rows."""
+
+    index: int
+    num_people: int
+    num_failed: int
+
+
+class ShardMaker:
+    """Fine-tunes, scores and commits whole shards. One for each worker; memory does not grow with the shards done.
+
+    Raises ValueError if this worker's base model or recogniser is not the one that the corpus is made with.
+    """
+
+    def __init__(self, config: CorpusConfig, attempts: Attempts) -> None:
+        self.config = config
+        self.attempts = attempts
+        self.maker = LoRAMaker(config)
+        store = open_store(config.output)
+        there = CorpusReader(store).manifest
+        differences = there.differences(self.maker.manifest())
+        if differences:
+            raise ValueError(f"this worker differs from the corpus at {store.uri}: {'; '.join(differences)}")
+        self.writer = ShardWriter(store, there, config.vector_dtype)
+
+    def __call__(self, shard: ShardPlan, people: Sequence[EmbeddedPerson]) -> ShardReport:
+        """Raises StoreError or DeviceError; then nothing of this shard is committed."""
+        done: list[Person] = []
+        failures = [failure for person in people for failure in person.failures]
+        groups: dict[int, list[EmbeddedPerson]] = {}
+        for person in people:
+            if person.usable:
+                groups.setdefault(shard.group_of(person.position), []).append(person)
+        for group in groups.values():
+            for answer in make_group(self.maker, group, self.attempts, self.config.workers.max_deaths):
+                if isinstance(answer, Person):
+                    done.append(answer)
+                else:
+                    failures.append(answer)
+        info = self.writer.commit(shard, done, failures)
+        return ShardReport(info.index, info.num_people, len(shard.identities) - info.num_people)

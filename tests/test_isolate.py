@@ -1,0 +1,115 @@
+"""Laws of isolation: one person's trouble costs nobody else, and the others' bits do not depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from lora_diffusion.corpus import Failure, Person
+from lora_diffusion.factory import AttemptsHere, BrokenDeviceError, DeviceError, EmbeddedPerson, make_group
+
+PEOPLE = [EmbeddedPerson(i, f"p{i}", embedding=np.ones(512, np.float32)) for i in range(4)]
+
+
+class Died(BaseException):
+    """As a process that ends: nothing in it catches this."""
+
+
+class Maker:
+    """Makes rows whose vector says with whom they were made; `trouble` is asked before each group."""
+
+    def __init__(self, trouble: Callable[[set[int]], None], diverging: int | None = None) -> None:
+        self.trouble, self.diverging = trouble, diverging
+        self.calls: list[list[int]] = []
+
+    def __call__(self, people: Sequence[EmbeddedPerson]) -> list[Person | Failure]:
+        positions = [person.position for person in people]
+        self.calls.append(positions)
+        self.trouble(set(positions))
+        company = np.array([100 * len(people) + sum(positions)], np.float32)
+        return [self.answer(person, company) for person in people]
+
+    def answer(self, person: EmbeddedPerson, company: np.ndarray) -> Person | Failure:
+        if self.diverging == person.position:
+            return Failure(person.position, person.identity, None, "finetune", "diverged", "")
+        assert person.embedding is not None
+        rest = (0.0, 0.0, 0.0, 0.0, 1, 0, 1, 0, ("x",), 0.0, 0.0, 0.0)
+        return Person(person.position, person.identity, company, person.embedding, *rest)
+
+
+def run(maker: Maker, attempts: AttemptsHere, lives: int = 100) -> list[Person | Failure]:
+    """As Ray does it: a worker that dies is started again with the same group."""
+    for _ in range(lives):
+        try:
+            return make_group(maker, PEOPLE, attempts, max_deaths=3)
+        except Died:
+            continue
+    raise AssertionError("the group never ended")
+
+
+def vectors(answers: list[Person | Failure]) -> list[object]:
+    return [a.vector[0] if isinstance(a, Person) else a.reason for a in answers]
+
+
+def test_without_trouble_the_group_is_made_once() -> None:
+    maker = Maker(lambda group: None)
+    assert vectors(run(maker, AttemptsHere())) == [406] * 4
+    assert maker.calls == [[0, 1, 2, 3]]
+
+
+def test_who_raises_is_a_failure_and_the_others_are_made_together() -> None:
+    def trouble(group: set[int]) -> None:
+        if 1 in group:
+            raise RuntimeError("bad photos")
+
+    answers = run(Maker(trouble, diverging=3), AttemptsHere())
+    assert vectors(answers) == [305, "error", 305, "diverged"]
+    assert isinstance(answers[1], Failure)
+    assert answers[1].message == "RuntimeError: bad photos"
+
+
+def test_who_kills_the_worker_is_a_failure_and_the_others_are_made_together() -> None:
+    def trouble(group: set[int]) -> None:
+        if 2 in group:
+            raise Died
+
+    maker = Maker(trouble, diverging=3)
+    answers = run(maker, AttemptsHere())
+    assert vectors(answers) == [304, 304, "worker_died", "diverged"]
+    assert maker.calls.count([0, 1, 2, 3]) == 3
+    assert maker.calls.count([2]) == 3
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 3, 4, 5])
+def test_deaths_by_chance_do_not_change_a_bit(deaths: int) -> None:
+    """Whenever the worker is killed from outside, the group ends up made together."""
+    left = deaths
+
+    def trouble(group: set[int]) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise Died
+
+    assert vectors(run(Maker(trouble), AttemptsHere())) == [406] * 4
+
+
+def test_if_only_the_group_as_such_fails_everyone_is_made_alone() -> None:
+    def trouble(group: set[int]) -> None:
+        if len(group) > 1:
+            raise RuntimeError("only together")
+
+    assert vectors(run(Maker(trouble), AttemptsHere())) == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize("error", [DeviceError("out of memory"), BrokenDeviceError("CUDA error")])
+def test_what_is_nobodys_fault_is_not_blamed_on_anybody(error: Exception) -> None:
+    def trouble(group: set[int]) -> None:
+        raise error
+
+    attempts = AttemptsHere()
+    with pytest.raises(type(error)):
+        make_group(Maker(trouble), PEOPLE, attempts, max_deaths=3)
+    assert bool(attempts.open) == isinstance(error, BrokenDeviceError), "a broken device counts as a death"

@@ -1,0 +1,159 @@
+"""Laws of the sources of people: folders, Parquet and tars give the same people; a bad row costs only itself."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lora_diffusion.factory.people import RawPhoto, open_people
+from lora_diffusion.storage import open_store
+
+NAMES = ["ana", "Zoë 😀", "bo.b"]
+
+
+def jpeg(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((20, 20, 3), value, np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+PHOTOS = {(name, f"{i}.jpg"): jpeg(40 * n + 10 * i) for n, name in enumerate(NAMES) for i in range(3)}
+CAPTIONS = {key: f"a photo of sks person, {key[0]} {key[1]}" for key in PHOTOS}
+
+
+def make_folder(root: str) -> str:
+    store = open_store(root)
+    for (name, file), data in PHOTOS.items():
+        store.write(f"{name}/{file}", data)
+    table = pa.table({"file": ["/".join(key) for key in CAPTIONS], "caption": list(CAPTIONS.values())})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    store.write("faces.parquet", sink.getvalue())
+    return root
+
+
+def make_parquet(root: str, whole: bool = False, hugging_face: bool = False) -> str:
+    """Two files, small row groups; `whole`: one row is one person, otherwise one photo."""
+    wrap = (lambda data: {"bytes": data, "path": None}) if hugging_face else (lambda data: data)
+    if whole:
+        rows = [
+            {
+                "identity": name,
+                "image": [wrap(data) for (n, _), data in PHOTOS.items() if n == name],
+                "caption": [caption for (n, _), caption in CAPTIONS.items() if n == name],
+            }
+            for name in NAMES
+        ]
+    else:
+        rows = [{"identity": key[0], "image": wrap(data), "caption": CAPTIONS[key]} for key, data in PHOTOS.items()]
+    half = (len(rows) + 1) // 2
+    for number, part in enumerate((rows[:half], rows[half:])):
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(part), sink, row_group_size=2)
+        open_store(root).write(f"part-{number}.parquet", sink.getvalue())
+    return root
+
+
+def make_tar(root: str) -> str:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for key, data in PHOTOS.items():
+            for name, content in (("/".join(key), data), ("/".join(key)[:-4] + ".txt", CAPTIONS[key].encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    open_store(root).write("000.tar", sink.getvalue())
+    return root
+
+
+@pytest.mark.parametrize("place", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_folder,
+        make_parquet,
+        lambda root: make_parquet(root, whole=True),
+        lambda root: make_parquet(root, hugging_face=True),
+        make_tar,
+    ],
+    ids=["folder", "parquet", "parquet of people", "hugging face", "tar"],
+)
+def test_every_source_gives_the_same_people(request, tmp_path: Path, make, place: str) -> None:  # type: ignore[no-untyped-def]
+    root = str(tmp_path) if place == "local" else f"s3://{request.getfixturevalue('bucket')}/people"
+    source = open_people(make(root))
+    people = sorted(source.list_people(), key=lambda person: person.identity)
+    assert [person.identity for person in people] == sorted(NAMES)
+    for person in people:
+        photos = source.photos(person, limit=10)
+        keys = [key for key in PHOTOS if key[0] == person.identity]
+        assert [photo.data for photo in photos] == [PHOTOS[key] for key in keys]
+        assert [photo.caption for photo in photos] == [CAPTIONS[key] for key in keys]
+        assert source.photos(person, limit=2) == photos[:2]
+
+
+def test_a_single_file_is_a_source(tmp_path: Path) -> None:
+    make_tar(str(tmp_path))
+    assert len(open_people(f"{tmp_path}/000.tar").list_people()) == 3
+    make_parquet(str(tmp_path / "p"))
+    assert len(open_people(f"{tmp_path}/p/part-0.parquet").list_people()) == 2
+
+
+def test_nothing_to_read_is_a_user_error(tmp_path: Path) -> None:
+    for uri in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=r"no people found at .* a folder for each person"):
+            open_people(str(uri))
+    pq.write_table(pa.table({"name": ["a"], "image": [b""]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet lacks the column identity; it has name, image"):
+        open_people(str(tmp_path)).list_people()
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        open_people(str(tmp_path)).list_people()
+    (tmp_path / "b.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match="not a plain tar file"):
+        open_people(str(tmp_path / "b.tar")).list_people()
+
+
+def test_namesakes_and_rows_without_a_name_are_named_and_cost_nobody_else(tmp_path: Path) -> None:
+    rows = [{"identity": name, "image": [jpeg(1)]} for name in ("a", "../x", "a", None, "", "b/c")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    people = {person.identity: person for person in open_people(str(tmp_path)).list_people()}
+    assert people["a"].problem is not None
+    assert people["a"].problem[0] == "duplicate_identity"
+    assert people["../x"].problem is None
+    assert people["b/c"].problem is None
+    assert sorted(p.problem[0] for p in people.values() if p.problem) == ["duplicate_identity", *["no_identity"] * 2]
+
+
+def test_what_lies_beside_the_photos_is_no_photo(tmp_path: Path) -> None:
+    make_folder(str(tmp_path))
+    for name in ("ana/.DS_Store", "ana/notes.txt", "ana/._0.jpg", ".git/x.jpg", "readme.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "nobody").mkdir()
+    source = open_people(str(tmp_path))
+    people = {person.identity: person for person in source.list_people()}
+    assert set(people) == {*NAMES, "nobody"}
+    assert [photo.name for photo in source.photos(people["ana"], 9)] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert source.photos(people["nobody"], 9) == []
+
+
+def test_a_photo_that_cannot_be_read_is_a_photo_without_data(tmp_path: Path) -> None:
+    make_folder(str(tmp_path))
+    os.symlink(tmp_path / "gone.jpg", tmp_path / "ana/9.jpg")
+    person = next(p for p in open_people(str(tmp_path)).list_people() if p.identity == "ana")
+    photos = open_people(str(tmp_path)).photos(person, 9)
+    assert [photo.data is None for photo in photos] == [False, False, False, True]
+    assert "9.jpg" in photos[3].error
+    pq.write_table(pa.table({"identity": ["a"], "image": pa.array([None], pa.binary())}), tmp_path / "x.parquet")
+    source = open_people(f"{tmp_path}/x.parquet")
+    assert source.photos(source.list_people()[0], 9) == [
+        RawPhoto("x.parquet:0:0", None, None, "the row holds no image bytes")
+    ]
