@@ -143,6 +143,16 @@ def test_start_of_fine_tuning_serves_as_reference() -> None:
         assert (torch.cosine_similarity(A[:, 0], layout.split(start[None])[name][0][:, 0]) > 0.9999).all()
 
 
+def test_reference_without_B_decides_by_its_A_alone() -> None:
+    layout = make_layout(4)
+    vectors, start = random_vectors(layout, 50, 0), random_vectors(layout, 1, 1)
+    matrices = layout.split(start)
+    rows = {name: torch.linalg.qr(A.transpose(1, 2))[0].transpose(1, 2) for name, (A, _) in matrices.items()}
+    start = layout.join({name: (rows[name], torch.zeros_like(B)) for name, (_, B) in matrices.items()})
+    for name, (A, _) in layout.split(canonicalize(vectors, layout, start[0])).items():
+        assert ((A * rows[name]).sum(2) >= 0).all()
+
+
 @pytest.mark.parametrize("rank", [1, 4])
 def test_zero_updates_become_zero_not_nan(rank: int) -> None:
     layout = make_layout(rank)

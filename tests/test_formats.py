@@ -305,6 +305,10 @@ def test_foreign_missing_and_misshaped_tensors_are_named(tmp_path: Path, format:
     save_file({**tensors, stranger: tensors[first].clone()}, file, metadata)
     with pytest.raises(ValueError, match=f"1 foreign: .*{stranger}"):
         load(path, layout)
+    twice = f"{layout.entries[0].name}.lora_A.weight"  # The same tensor under a second name.
+    save_file({**tensors, twice: tensors[first].clone()}, file, metadata)
+    with pytest.raises(ValueError, match="1 foreign"):
+        load(path, layout)
     save_file({key: tensor for key, tensor in tensors.items() if key != second}, file, metadata)
     with pytest.raises(ValueError, match=r"1 missing: .*down_blocks.*target_modules"):
         load(path, layout)
