@@ -1,0 +1,223 @@
+"""Photo -> identity embedding, through insightface: detect, align, embed.
+
+One code path for both worlds. The tiny world's models are ONNX files that `FaceAnalysis` reads like those of its own
+packs, so `model: tiny` and `model: buffalo_l` differ in files, not in code.
+
+Axes: B images, E embedding (512), P people.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from insightface.app import FaceAnalysis
+from insightface.utils import face_align
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+FaceReason = Literal["no_face", "several_faces", "face_too_small"]
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BUNDLED = {"tiny": ASSETS / "recogniser", "tiny-b": ASSETS / "recogniser-b"}
+CROP_SIZE = 112
+
+
+class FaceError(ValueError):
+    """A photo that does not show exactly one usable face. `reason` is one of `FaceReason`."""
+
+    def __init__(self, reason: FaceReason, message: str) -> None:
+        super().__init__(message)
+        self.reason: FaceReason = reason
+
+    def __reduce__(self) -> tuple[type[FaceError], tuple[FaceReason, str]]:
+        return type(self), (self.reason, str(self))
+
+
+@dataclass(frozen=True)
+class EmbedderConfig:
+    """Which models find and embed faces.
+
+    model: "tiny" (ships with the package), "tiny-b" (a second opinion, for evaluation only), a folder of ONNX files,
+        or the name of an insightface pack such as "buffalo_l", looked for in `root`/models.
+    det_size: side in px of the square canvas that the photo is scaled to before detection; None is 128 for the bundled
+        models and 640 for all others.
+    min_face: smallest accepted side of the detected box, px of the photo.
+    several_faces: "error", or "largest": take the largest of them.
+    allow_download: fetch a named insightface pack that is not in `root` (about 280 MB for buffalo_l).
+    threads: onnxruntime threads within an operator; 1 is right for one worker on each core.
+    """
+
+    model: str = "tiny"
+    det_size: int | None = None
+    det_thresh: float = 0.5
+    min_face: int = 12
+    several_faces: Literal["error", "largest"] = "error"
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    root: str = "~/.insightface"
+    allow_download: bool = False
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class FaceEmbedding:
+    """vector: (512,) float32 of unit length. box (4,) x1 y1 x2 y2 and kps (5, 2) in px of the photo. crop (112, 112, 3) RGB."""
+
+    vector: Floats
+    box: Floats
+    kps: Floats
+    det_score: float
+    crop: Pixels
+
+
+class FaceEmbedder:
+    """Detects the one face of a photo and embeds it. Not thread-safe; build one for each worker."""
+
+    def __init__(self, config: EmbedderConfig | None = None) -> None:
+        self.config = config = config or EmbedderConfig()
+        _check(config)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = config.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._app = FaceAnalysis(
+            name=str(model_folder(config)),
+            allowed_modules=["detection", "recognition"],
+            providers=list(config.providers),
+            sess_options=options,
+        )
+        if "recognition" not in self._app.models:
+            raise ValueError(
+                f"{model_folder(config)} holds a detector but no recognition model (an ONNX of 112 × 112 input)."
+            )
+        side = config.det_size or (128 if config.model in BUNDLED else 640)
+        self._app.prepare(ctx_id=0, det_thresh=config.det_thresh, det_size=(side, side))
+        self._recognition: Any = self._app.models["recognition"]
+
+    def embed(self, image_HWC: Pixels) -> FaceEmbedding:
+        """The one face of an RGB uint8 image (H, W, 3). Raises FaceError where there is none, or several."""
+        image = _checked(image_HWC)
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        boxes, points = self._app.det_model.detect(bgr)
+        if len(boxes) == 0:
+            raise FaceError("no_face", f"No face found in the photo of {image.shape[1]} × {image.shape[0]} px.")
+        if len(boxes) > 1 and self.config.several_faces == "error":
+            raise FaceError("several_faces", f"{len(boxes)} faces found in the photo; crop it to one person.")
+        best = int(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).argmax())
+        box, kps = boxes[best, :4], points[best]
+        side = float(min(box[2] - box[0], box[3] - box[1]))
+        if side < self.config.min_face:
+            raise FaceError(
+                "face_too_small", f"The face is {side:.0f} px wide; at least {self.config.min_face} px are needed."
+            )
+        crop = face_align.norm_crop(bgr, landmark=kps, image_size=CROP_SIZE)
+        vector = _unit(self._recognition.get_feat(crop).reshape(-1))
+        return FaceEmbedding(
+            vector=vector,
+            box=box.astype(np.float32),
+            kps=kps.astype(np.float32),
+            det_score=float(boxes[best, 4]),
+            crop=np.ascontiguousarray(crop[..., ::-1]),
+        )
+
+    def embed_batch(self, images: Iterable[Pixels]) -> list[FaceEmbedding | FaceError]:
+        """One answer for each image, in order; a FaceError takes the place of an embedding, nothing is raised for one."""
+        answers: list[FaceEmbedding | FaceError] = []
+        for image in images:
+            try:
+                answers.append(self.embed(image))
+            except FaceError as error:
+                answers.append(error)
+        return answers
+
+    def embed_crops(self, crops_BHWC: Pixels, batch_size: int = 64) -> Floats:
+        """(B, 512) unit vectors of crops (B, 112, 112, 3) RGB that are aligned already: no detection, one network call a batch."""
+        crops = np.asarray(crops_BHWC)
+        if crops.ndim != 4 or crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3) or crops.dtype != np.uint8:
+            raise ValueError(f"Expected RGB uint8 crops (B, 112, 112, 3), got {crops.dtype} {crops.shape}.")
+        parts = []
+        for start in range(0, len(crops), batch_size):
+            batch = [np.ascontiguousarray(crop[..., ::-1]) for crop in crops[start : start + batch_size]]
+            parts.append(_unit(self._recognition.get_feat(batch)))
+        return np.concatenate(parts) if parts else np.zeros((0, 512), np.float32)
+
+
+def mean_embedding(embeddings: Sequence[FaceEmbedding] | Floats) -> Floats:
+    """(512,) unit vector of one person: the mean of unit vectors, normalised again."""
+    if isinstance(embeddings, np.ndarray):
+        vectors = embeddings
+    else:
+        vectors = np.stack([e.vector for e in embeddings]) if len(embeddings) else np.zeros((0, 512), np.float32)
+    if not len(vectors):
+        raise ValueError("A mean embedding needs at least one photo with a face, got none.")
+    return _unit(_unit(vectors).mean(axis=0))
+
+
+def model_folder(config: EmbedderConfig) -> Path:
+    """The folder of ONNX files that `config.model` names. Raises ValueError that says where it looked and what to do."""
+    if config.model in BUNDLED:
+        return BUNDLED[config.model]
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        if not any(folder.glob("*.onnx")):
+            raise ValueError(f"{folder} holds no .onnx file. A model folder needs a detector and a recogniser.")
+        return folder
+    if os.sep in config.model or "/" in config.model:
+        raise ValueError(
+            f"There is no folder {config.model}. Give a folder of ONNX files, one of {sorted(BUNDLED)}, or a pack."
+        )
+    pack = Path(config.root).expanduser() / "models" / config.model
+    if any(pack.glob("*.onnx")):
+        return pack
+    if not config.allow_download:
+        raise ValueError(
+            f"The insightface pack {config.model!r} is not in {pack}. Unpack it there, set allow_download: true to fetch "
+            f"it, or use one of the bundled models: {', '.join(sorted(BUNDLED))}."
+        )
+    return _download(config.model, config.root)
+
+
+def _download(name: str, root: str) -> Path:
+    from insightface.utils import ensure_available
+
+    fetch: Callable[..., str] = ensure_available
+    try:
+        return Path(fetch("models", name, root=root))
+    except Exception as error:
+        raise ValueError(
+            f"The insightface pack {name!r} could not be fetched ({error}). Without network, unpack it by hand into "
+            f"{Path(root).expanduser() / 'models' / name}."
+        ) from error
+
+
+def _check(config: EmbedderConfig) -> None:
+    known = onnxruntime.get_available_providers()
+    unknown = [p for p in config.providers if p not in known]
+    if unknown:
+        raise ValueError(f"onnxruntime has no provider {unknown} here; it has {known}.")
+    if not 0 < config.det_thresh < 1:
+        raise ValueError(f"det_thresh is a score between 0 and 1, got {config.det_thresh}.")
+    if config.det_size is not None and (config.det_size < 32 or config.det_size % 32):
+        raise ValueError(f"det_size is a multiple of 32 px, got {config.det_size}.")
+    if config.several_faces not in ("error", "largest"):
+        raise ValueError(f"several_faces is 'error' or 'largest', got {config.several_faces!r}.")
+
+
+def _checked(image_HWC: Pixels) -> Pixels:
+    image = np.asarray(image_HWC)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(
+            f"Expected an RGB uint8 image (H, W, 3), got {image.dtype} {image.shape}. Use photos.load_photo."
+        )
+    return image
+
+
+def _unit(vectors: Floats) -> Floats:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)

@@ -1,0 +1,87 @@
+"""How well embeddings tell people apart: AUC, TAR at a FAR, rank-1. Plain numpy; embeddings of unit length.
+
+Axes: N photos, E embedding, G gallery photos of one person, P people, Q probe photos.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+def normalise(embeddings_NE: Floats) -> Floats:
+    """Rows scaled to unit length."""
+    norms = np.linalg.norm(embeddings_NE, axis=-1, keepdims=True)
+    return np.asarray(embeddings_NE / np.maximum(norms, 1e-12), dtype=np.float32)
+
+
+def pair_scores(
+    gallery_NE: Floats, gallery_person_N: NDArray[np.int64], probe_QE: Floats, probe_person_Q: NDArray[np.int64]
+) -> tuple[Floats, Floats]:
+    """Cosine of every (gallery photo, probe photo) pair: (scores of the same person, scores of different people)."""
+    scores = normalise(probe_QE) @ normalise(gallery_NE).T
+    same = probe_person_Q[:, None] == gallery_person_N[None]
+    return scores[same], scores[~same]
+
+
+def auc(positive: Floats, negative: Floats) -> float:
+    """Area under the ROC curve: the chance that a same-person pair scores above a different-people pair; ties half."""
+    if not len(positive) or not len(negative):
+        raise ValueError(f"auc needs pairs of both kinds, got {len(positive)} positive and {len(negative)} negative.")
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, side="left").astype(np.float64)
+    ties = np.searchsorted(ordered, positive, side="right") - below
+    return float((below + 0.5 * ties).mean() / len(negative))
+
+
+def tar_at_far(positive: Floats, negative: Floats, far: float = 1e-3) -> float:
+    """True accept rate at the threshold that lets a share `far` of the different-people pairs pass."""
+    if not 0 < far < 1:
+        raise ValueError(f"far is a share between 0 and 1, got {far}.")
+    if far * len(negative) < 1:
+        raise ValueError(
+            f"FAR {far} needs at least {int(np.ceil(1 / far))} different-people pairs, got {len(negative)}."
+        )
+    accepted = int(far * len(negative))
+    threshold = np.partition(negative, len(negative) - accepted - 1)[len(negative) - accepted - 1]
+    return float((positive > threshold).mean())
+
+
+def rank1(gallery_PGE: Floats, probe_QE: Floats, probe_person_Q: NDArray[np.int64]) -> float:
+    """Share of probes whose nearest person, by the mean of the unit embeddings of G gallery photos, is their own."""
+    centres_PE = normalise(normalise(gallery_PGE).mean(axis=1))
+    nearest_Q = (normalise(probe_QE) @ centres_PE.T).argmax(axis=1)
+    return float((nearest_Q == probe_person_Q).mean())
+
+
+def verification_report(
+    photos_PNE: Floats, probes_PQE: Floats | None = None, gallery_size: int = 5, far: float = 1e-3
+) -> dict[str, float | int]:
+    """All figures for P people.
+
+    The first `gallery_size` photos of a person are the gallery. Probes are the person's other photos, or `probes_PQE`
+    where given (photos with other hair, say). AUC and TAR are over all single pairs of gallery and probe photos.
+    """
+    people, photos, size = photos_PNE.shape
+    if photos <= gallery_size and probes_PQE is None:
+        raise ValueError(f"{photos} photos a person leave no probe beside a gallery of {gallery_size}.")
+    gallery = photos_PNE[:, :gallery_size]
+    probes = photos_PNE[:, gallery_size:] if probes_PQE is None else probes_PQE
+    person_of_gallery = np.repeat(np.arange(people), gallery.shape[1])
+    person_of_probe = np.repeat(np.arange(people), probes.shape[1])
+    flat_probes = probes.reshape(-1, size)
+    positive, negative = pair_scores(gallery.reshape(-1, size), person_of_gallery, flat_probes, person_of_probe)
+    return {
+        "people": people,
+        "probes": len(flat_probes),
+        "auc": auc(positive, negative),
+        "tar_at_far": tar_at_far(positive, negative, far),
+        "far": far,
+        "rank1_one_photo": rank1(gallery[:, :1], flat_probes, person_of_probe),
+        "rank1_gallery": rank1(gallery, flat_probes, person_of_probe),
+        "gallery_size": gallery_size,
+        "mean_same": float(positive.mean()),
+        "mean_other": float(negative.mean()),
+    }
