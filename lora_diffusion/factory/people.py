@@ -5,7 +5,6 @@ Listing reads names only. Photos are read where the work is done, one person at 
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,8 @@ import pyarrow.parquet as pq
 from lora_diffusion.storage import Store, StoreError, open_store
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-CAPTIONS = "faces.parquet"  # in the root of a folder source: columns file (relative path), caption
+CAPTIONS = "faces.parquet"  # in the root of a folder source: columns file (relative path) and one of CAPTION_COLUMNS
+CAPTION_COLUMNS = ("subject_caption", "caption")  # the first that is there; a caption must not describe the person
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,16 @@ class FolderPeople:
 @lru_cache(maxsize=4)
 def _captions_of(store: Store) -> Mapping[str, str]:
     try:
-        table = pq.read_table(io.BytesIO(store.read(CAPTIONS)), columns=["file", "caption"])
+        data = store.read(CAPTIONS)
     except FileNotFoundError:
         return {}
-    except (pa.ArrowInvalid, KeyError) as error:
+    try:
+        names = pq.read_schema(pa.BufferReader(data)).names
+        column = next(name for name in CAPTION_COLUMNS if name in names)
+        table = pq.read_table(pa.BufferReader(data), columns=["file", column])
+        return dict(zip(table["file"].to_pylist(), table[column].to_pylist(), strict=True))
+    except (pa.ArrowInvalid, KeyError, StopIteration) as error:
         raise ValueError(f"{store.uri}/{CAPTIONS} must be Parquet with columns file and caption: {error}") from error
-    return dict(zip(table["file"].to_pylist(), table["caption"].to_pylist(), strict=True))
 
 
 class ParquetPeople:
