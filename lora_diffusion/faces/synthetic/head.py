@@ -7,7 +7,7 @@ face whatever its shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,56 +20,31 @@ MODEL_PATH = Path(__file__).resolve().parents[2] / "assets" / "head" / "face_mod
 # Materials of triangles and vertices. Left and right are the person's own (left: x > 0, at the viewer's right).
 SKIN, LEFT_EYE, RIGHT_EYE, TEETH, TONGUE, LASHES, GLASSES = range(7)
 
+SKULL_Y, SKULL_Z = 7.45, 0.45  # middle of the skull: the axis that angles of hair turn about
 
-class HeadModel:
-    """Arrays of the head; V vertices, T triangles. Treat as read-only: it is shared by everybody."""
 
-    def __init__(self, path: Path = MODEL_PATH) -> None:
-        with np.load(path) as data:
-            self.vertices: Array = data["vertices"]  # (V, 3) float32, before any morph
-            self.triangles: Array = data["triangles"]  # (T, 3) int32
-            self.triangle_materials: Array = data["triangle_materials"]  # (T,) uint8
-            self.vertex_materials: Array = data["vertex_materials"]  # (V,) uint8
-            # Blendshapes ("targets"), sparse: target i moves target_vertices[offsets[i]:offsets[i + 1]] by its deltas.
-            self.targets = {str(name): i for i, name in enumerate(data["target_names"])}
-            self._offsets: Array = data["target_offsets"]
-            self._target_vertices: Array = data["target_vertices"]
-            self._target_deltas: Array = data["target_deltas"].astype(f32)
-            self.lips: Array = data["mask_lips"]  # (V,) 0..1, as are the next two
-            self.ears: Array = data["mask_ears"]
-            self.inside_mouth: Array = data["mask_inside_mouth"]
-            self.ambient_occlusion: Array = data["ambient_occlusion"]  # (V,) 0 hidden .. 1 open
-            # The hull that hair grows from (see hull.py): a grid of R rows (crown to shoulder) x F angles.
-            self.hull_phi: Array = data["hull_phi"]  # (R, F) radians, 0 in front
-            self.hull_points: Array = data["hull_points"]  # (R, F, 3) on the mean head
-            self.hull_directions: Array = data["hull_directions"]  # (R, F, 3) outwards
-            self.hull_clearance: Array = data["hull_clearance"]  # (R, F) further out, where long hair hangs free
-            self.hull_height: Array = data["hull_height"]  # (R, F) template y
-            self.hull_neighbours: Array = data["hull_neighbours"]  # (R * F, 12) vertices that carry a hull point along
-            self.hull_neighbour_weights: Array = data["hull_neighbour_weights"]  # (R * F, 12), sum 1
-            self.hull_triangles: Array = data["hull_triangles"]  # (., 3)
+class MorphableHead:
+    """Mesh and blendshapes; V vertices, T triangles. Treat the arrays as read-only: everybody shares them."""
 
-        mean = self.vertices.copy()
-        self.add_macro(mean, gender=0.5, age=0.2, muscle=0.5, weight=0.5, ancestry=np.ones(3) / 3)
-        self.mean: Array = mean.astype(f32)  # (V, 3): the template
+    def __init__(self, data: Mapping[str, Array]) -> None:
+        self.vertices = data["vertices"]  # (V, 3) float32, before any morph
+        self.triangles = data["triangles"]  # (T, 3) int32
+        self.triangle_materials = data["triangle_materials"]  # (T,) uint8
+        self.vertex_materials = data["vertex_materials"]  # (V,) uint8
+        # Blendshapes ("targets"), sparse: target i moves target_vertices[offsets[i]:offsets[i + 1]] by its deltas.
+        self.targets = {str(name): i for i, name in enumerate(data["target_names"])}
+        self._offsets = data["target_offsets"]
+        self._target_vertices = data["target_vertices"]
+        self._target_deltas = data["target_deltas"].astype(f32)
+        self.lips = data["mask_lips"]  # (V,) 0..1, as are the next two
+        self.ears = data["mask_ears"]
+        self.inside_mouth = data["mask_inside_mouth"]
         self.left_eye: Array = self.vertex_materials == LEFT_EYE
         self.right_eye: Array = self.vertex_materials == RIGHT_EYE
         self.is_skin: Array = self.vertex_materials == SKIN
-        # 1: turns with the head, 0: stays with the body; the neck lies between.
-        self.head_share: Array = smoothstep(5.75, 6.75, mean[:, 1] + 0.35 * (mean[:, 2] - 0.4)).astype(f32)
-        self.head_share[~self.is_skin] = 1
-        self.noise_volume: Array = (np.random.default_rng(7).random((32, 32, 32)) * 2 - 1).astype(f32)
-        self._find_landmarks()
-
-    def _find_landmarks(self) -> None:
-        lips = np.nonzero((self.lips > 0.3) & self.is_skin)[0]
-        lip_x = self.mean[lips, 0]
-        self.mouth_corners = (int(lips[lip_x.argmin()]), int(lips[lip_x.argmax()]))  # viewer's left, right
-        x, y, z = self.mean.T
-        ridge = np.nonzero(self.is_skin & (abs(x) < 0.05) & (y > 6.7) & (y < 7.2))[0]
-        self.nose_tip = int(ridge[z[ridge].argmax()])
-        face = self.is_skin & (z > 0.6) & (y > 6.05) & (y < 8.05) & (abs(x) < 0.75)
-        self.face_vertices: Array = np.nonzero(face)[0]  # chin to hairline, without ears
+        mean = self.vertices.copy()
+        self.add_macro(mean, gender=0.5, age=0.2, muscle=0.5, weight=0.5, ancestry=np.ones(3) / 3)
+        self.mean: Array = mean.astype(f32)  # (V, 3): the template
 
     def add_target(self, vertices: Array, name: str, amount: float) -> None:
         """Adds ``amount`` times a blendshape to ``vertices`` (V, 3), in place. An unknown name is a KeyError."""
@@ -102,6 +77,38 @@ class HeadModel:
                     self.add_target(vertices, name, gender_share * age_share * ancestry_share)
 
 
+class HeadModel(MorphableHead):
+    """The head with what `precompute.py` found out about its mean, and where to look for the landmarks of a face."""
+
+    def __init__(self, data: Mapping[str, Array]) -> None:
+        super().__init__(data)
+        self.ambient_occlusion = data["ambient_occlusion"]  # (V,) 0 hidden .. 1 open
+        # The hull that hair grows from: a grid of R rows (crown to shoulder) x F angles.
+        self.hull_phi = data["hull_phi"]  # (R, F) radians, 0 in front
+        self.hull_points = data["hull_points"]  # (R, F, 3) on the mean head
+        self.hull_directions = data["hull_directions"]  # (R, F, 3) outwards
+        self.hull_clearance = data["hull_clearance"]  # (R, F) how far out of the hull long hair hangs, head units
+        self.hull_height = data["hull_height"]  # (R, F) template y
+        self.hull_neighbours = data["hull_neighbours"]  # (R * F, 12) vertices that carry a hull point along
+        self.hull_neighbour_weights = data["hull_neighbour_weights"]  # (R * F, 12), sum 1
+        self.hull_triangles = data["hull_triangles"]  # (., 3)
+        # 1: turns with the head, 0: stays with the body; the neck lies between.
+        self.head_share: Array = smoothstep(5.75, 6.75, self.mean[:, 1] + 0.35 * (self.mean[:, 2] - 0.4)).astype(f32)
+        self.head_share[~self.is_skin] = 1
+        self.noise_volume: Array = (np.random.default_rng(7).random((32, 32, 32)) * 2 - 1).astype(f32)
+        self._find_landmarks()
+
+    def _find_landmarks(self) -> None:
+        lips = np.nonzero((self.lips > 0.3) & self.is_skin)[0]
+        lip_x = self.mean[lips, 0]
+        self.mouth_corners = (int(lips[lip_x.argmin()]), int(lips[lip_x.argmax()]))  # viewer's left, right
+        x, y, z = self.mean.T
+        ridge = np.nonzero(self.is_skin & (abs(x) < 0.05) & (y > 6.7) & (y < 7.2))[0]
+        self.nose_tip = int(ridge[z[ridge].argmax()])
+        face = self.is_skin & (z > 0.6) & (y > 6.05) & (y < 8.05) & (abs(x) < 0.75)
+        self.face_vertices: Array = np.nonzero(face)[0]  # chin to hairline, without ears
+
+
 def _tent(x: float) -> tuple[tuple[str, float], ...]:
     """Linear interpolation between the data's three steps of muscle and weight."""
     return ("min", max(0, 1 - 2 * x)), ("average", 1 - abs(2 * x - 1)), ("max", max(0, 2 * x - 1))
@@ -110,4 +117,5 @@ def _tent(x: float) -> tuple[tuple[str, float], ...]:
 @lru_cache(maxsize=1)
 def head_model() -> HeadModel:
     """The head data, loaded once per process (about 40 ms)."""
-    return HeadModel()
+    with np.load(MODEL_PATH) as data:
+        return HeadModel(dict(data))

@@ -11,6 +11,7 @@ from lora_diffusion.faces.synthetic.body import Body
 from lora_diffusion.faces.synthetic.head import GLASSES, head_model
 from lora_diffusion.faces.synthetic.maths import Array, f32, rotation
 from lora_diffusion.faces.synthetic.raster import vertex_normals
+from lora_diffusion.faces.synthetic.traits import Traits
 from lora_diffusion.faces.synthetic.views import EXPRESSIONS, View
 
 NECK_PIVOT = np.array([0, 6.25, 0.35], f32)  # the head turns about this point
@@ -49,7 +50,7 @@ def pose_scene(body: Body, view: View) -> Scene:
 
     points = [turn(vertices + normals * (0.05 * clothed)[:, None], head.head_share)]  # cloth is 5 mm thick
     triangles, materials = [head.triangles], [head.triangle_materials]
-    if wears_glasses(body, view):
+    if wears_glasses(body.traits, view):
         glasses = body.glasses
         triangles.append(glasses.triangles + len(points[0]))
         points.append(turn(glasses.points, np.ones(len(glasses.points), f32)))
@@ -80,9 +81,9 @@ def pose_scene(body: Body, view: View) -> Scene:
     )
 
 
-def wears_glasses(body: Body, view: View) -> bool:
+def wears_glasses(traits: Traits, view: View) -> bool:
     """Whether glasses are in the picture: the person's habit, unless the view toggles it."""
-    return body.traits.glasses != (view.accessory == "toggle glasses")
+    return traits.glasses != (view.accessory == "toggle glasses")
 
 
 def _express(body: Body, view: View) -> Array:

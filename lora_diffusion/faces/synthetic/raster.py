@@ -8,7 +8,7 @@ camera. Triangles are drawn from both sides.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,18 +17,27 @@ from lora_diffusion.faces.synthetic.maths import Array
 try:
     from numba import njit
 except ImportError:  # the optional extra "faces" is not installed
+    njit = None
 
-    def njit(**_: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
-            def refuse(*_: Any) -> None:
-                raise ImportError("drawing synthetic people needs numba: pip install 'lora-diffusion[faces]'")
-
-            return refuse
-
-        return decorate
+Kernel = Callable[..., Any]
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+def compiled(kernel: Kernel) -> Kernel:
+    """Compiles on the first call and keeps the machine code beside this file, or in the user's cache folder."""
+    if njit is None:
+
+        def refuse(*_: Any) -> None:
+            raise ImportError("drawing synthetic people needs numba: pip install 'lora-diffusion[faces]'")
+
+        return refuse
+    options = {"fastmath": True, "nogil": True}
+    try:
+        return cast(Kernel, njit(cache=True, **options)(kernel))
+    except RuntimeError:  # neither folder can be written: each process compiles for itself
+        return cast(Kernel, njit(**options)(kernel))
+
+
+@compiled
 def vertex_normals(vertices: Array, triangles: Array, normals: Array) -> None:
     """Fills ``normals`` (V, 3) with unit normals, the area-weighted mean of the triangles round each vertex."""
     normals[:] = 0
@@ -52,7 +61,7 @@ def vertex_normals(vertices: Array, triangles: Array, normals: Array) -> None:
         normals[q, 2] /= length
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _noise_at(x: float, y: float, z: float, volume: Array) -> float:
     """Smoothly interpolated value of a periodic noise volume (n, n, n)."""
     n = volume.shape[0]
@@ -70,7 +79,7 @@ def _noise_at(x: float, y: float, z: float, volume: Array) -> float:
     return (a * (1 - fy) + b * fy) * (1 - fz) + (c * (1 - fy) + d * fy) * fz
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _noise_many(points: Array, volume: Array, out: Array) -> None:
     for q in range(points.shape[0]):
         out[q] = _noise_at(points[q, 0], points[q, 1], points[q, 2], volume)
@@ -84,7 +93,7 @@ def noise(points: Array, volume: Array) -> Array:
     return out
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def rasterise(
     points: Array, triangles: Array, width: int, height: int, depth: Array, owner: Array, weight0: Array, weight1: Array
 ) -> None:
@@ -123,7 +132,7 @@ def rasterise(
                     weight1[y, x] = l1 * w1 / w
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def rasterise_strands(
     points: Array,
     triangles: Array,
@@ -184,7 +193,7 @@ def rasterise_strands(
                     weight1[y, x] = l1 * w1 / w
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def rasterise_depth(points: Array, triangles: Array, width: int, height: int, depth: Array) -> None:
     """Depth alone, orthographic (linear in the screen): the shadow map. ``points[:, 2]`` grows towards the light."""
     for t in range(triangles.shape[0]):
@@ -214,7 +223,7 @@ def rasterise_depth(points: Array, triangles: Array, width: int, height: int, de
                     depth[y, x] = w
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@compiled
 def _lit_fraction(points: Array, depth: Array, bias: float, radius: float, out: Array) -> None:
     size = depth.shape[0]
     for q in range(points.shape[0]):

@@ -10,7 +10,7 @@ import numpy as np
 from lora_diffusion.faces.synthetic.accessories import cloth_mask
 from lora_diffusion.faces.synthetic.facial_hair import beard_density, beard_zones
 from lora_diffusion.faces.synthetic.hair import hair_field
-from lora_diffusion.faces.synthetic.head import LASHES, TEETH, TONGUE, head_model
+from lora_diffusion.faces.synthetic.head import LASHES, SKULL_Z, TEETH, TONGUE, head_model
 from lora_diffusion.faces.synthetic.maths import Array, f32, linear_rgb, normalise, smoothstep
 from lora_diffusion.faces.synthetic.palette import Palette
 from lora_diffusion.faces.synthetic.raster import noise
@@ -25,7 +25,6 @@ FRECKLE_STAIN = np.array([0.30, 0.45, 0.5], f32)
 MOLE_STAIN = np.array([0.5, 0.65, 0.7], f32)
 EYE_SHADOW_STAIN = np.array([0.55, 0.75, 0.6], f32)
 MOLE_PLACES = ((0.33, 6.75), (-0.27, 6.95), (-0.18, 6.42))  # template x, y
-HULL_AXIS_Z = 0.45  # the axis that hair angles turn about
 
 
 def base_colours(traits: Traits, palette: Palette) -> Array:
@@ -145,7 +144,7 @@ def _paint_stubble(skin: SkinPixels, body: Body, stubble: float, volume: Array) 
 
 def _paint_scalp(skin: SkinPixels, body: Body) -> None:
     """Skin darkens under hair, also where strands are few: at the hairline, and all over where hair is very short."""
-    phi = np.arctan2(skin.x, skin.z - HULL_AXIS_Z)
+    phi = np.arctan2(skin.x, skin.z - SKULL_Z)
     field, _ = hair_field(body.traits, phi, skin.y)
     over_neck = smoothstep(6.3, 6.6, skin.y)
     density = np.clip(0.35 + 5 * body.traits.hair_len, 0, 0.9)
