@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lora_diffusion.faces.synthetic.captions import describe_person, describe_view
+from lora_diffusion.faces.synthetic.captions import describe_person, describe_view, subject_caption
 from lora_diffusion.faces.synthetic.people import SEED, Person, sample_person, sample_view, split_of
 from lora_diffusion.faces.synthetic.pose import wears_glasses
 from lora_diffusion.faces.synthetic.renderer import Rendering, render
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         pa.field("file", pa.string(), nullable=False),  # relative to the folder
         pa.field("split", pa.string(), nullable=False),
         pa.field("caption", pa.string(), nullable=False),
+        pa.field("subject_caption", pa.string(), nullable=False),  # for fine-tuning: says all but who it is
         pa.field(
             "attributes",
             pa.struct(
@@ -180,6 +181,7 @@ def _row(person: Person, index: int, view: View, drawn: Rendering, file: str) ->
         "file": file,
         "split": person.split,
         "caption": f"a photo of {who}, {how}",
+        "subject_caption": subject_caption(view, person.traits),
         "attributes": {
             **{name: view[name] for name in ("expression", "pitch", "roll", "light", "background", "cloth", "neck")},
             "yaw": view.yaw + view.cam_yaw,
