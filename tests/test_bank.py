@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from tiny_unet import TINY, tiny_unet
+from tiny_unet import SMALLEST, TINY, tiny_unet
 from torch import Tensor, nn
 
 from lora_diffusion.lora.bank import LoRABank
@@ -41,27 +41,46 @@ def run(unet: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return unet(*batch, return_dict=False)[0]
 
 
-def peft_run(unet: UNet2DConditionModel, layout: LoRALayout, vector_N: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-    """The independent reference: one adapter of the peft library, weights copied by name."""
+def peft_run(
+    unet: UNet2DConditionModel, layout: LoRALayout, vector_N: Tensor, batch: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """The independent reference: one adapter of the peft library, weights copied by name. Output and gradient (N,)."""
     config = peft.LoraConfig(r=layout.rank, lora_alpha=layout.alpha, target_modules=list(layout.target_modules))
     model = peft.inject_adapter_in_model(config, copy.deepcopy(unet))
+    layers = {entry.name: model.get_submodule(entry.name) for entry in layout.entries}
     for name, (A_KRI, B_KOR) in layout.split(vector_N[None]).items():
-        model.get_submodule(name).lora_A["default"].weight.data = A_KRI[0].clone()
-        model.get_submodule(name).lora_B["default"].weight.data = B_KOR[0].clone()
-    with torch.no_grad():
-        return run(model, batch)
+        layers[name].lora_A["default"].weight.data = A_KRI[0].clone()
+        layers[name].lora_B["default"].weight.data = B_KOR[0].clone()
+    output = run(model, batch)
+    output.square().sum().backward()
+    gradients = [
+        layer[part]["default"].weight.grad.flatten()
+        for layer in ({"A": layer.lora_A, "B": layer.lora_B} for layer in layers.values())
+        for part in "AB"
+    ]
+    return output.detach(), torch.cat(gradients)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_bank_equals_peft_one_at_a_time(unet: UNet2DConditionModel, rank: int) -> None:
     layout = LoRALayout.from_unet(unet, rank=rank, target_modules=TARGETS, alpha=3)
-    vectors_KN, batch = random_vectors(layout, 3), random_batch(6)
-    with torch.no_grad(), LoRABank(unet, layout).active(vectors_KN, 2):
+    vectors_KN, batch = random_vectors(layout, 3).requires_grad_(), random_batch(6)
+    with LoRABank(unet, layout).active(vectors_KN, 2):
         together = run(unet, batch)
+        together.square().sum().backward()
+    assert vectors_KN.grad is not None
     for k in range(3):
-        alone = peft_run(unet, layout, vectors_KN[k], tuple(t[2 * k : 2 * k + 2] for t in batch))
-        assert (together[2 * k : 2 * k + 2] - alone).abs().max() < 1e-5
-        assert (run(unet, batch)[2 * k] - alone[0]).abs().max() > 1e-2  # the update is no rounding error
+        rows = slice(2 * k, 2 * k + 2)
+        alone, gradient_N = peft_run(unet, layout, vectors_KN[k].detach(), tuple(t[rows] for t in batch))
+        assert (together[rows] - alone).abs().max() < 1e-5
+        for entry in layout.entries:  # module by module, so that no large gradient hides a small wrong one
+            for start, length in (
+                (entry.offset_A, rank * entry.in_features),
+                (entry.offset_B, rank * entry.out_features),
+            ):
+                found, expected = (g[start : start + length] for g in (vectors_KN.grad[k], gradient_N))
+                assert (found - expected).norm() < 1e-4 * expected.norm(), entry.name
+    assert (run(unet, batch) - together).abs().max() > 1e-2  # the update is no rounding error
 
 
 def test_mixed_counts_equal_one_at_a_time(unet: UNet2DConditionModel, layout: LoRALayout) -> None:
@@ -94,6 +113,20 @@ def test_gradient_of_each_identity_is_its_gradient_alone(
         alone = gradient(vectors_KN[k : k + 1], n, slice(start, start + n))[0]
         assert (together[k] - alone).abs().max() < 1e-4 * alone.abs().max()
         start += n
+
+
+def test_without_training_A_its_gradient_is_zero_and_that_of_B_the_same(
+    unet: UNet2DConditionModel, layout: LoRALayout
+) -> None:
+    gradients, is_B = [], layout.mask_B()
+    for train_A in (True, False):
+        vectors_KN = random_vectors(layout, 2).requires_grad_()
+        with LoRABank(unet, layout).active(vectors_KN, 1, train_A=train_A):
+            run(unet, random_batch(2)).square().sum().backward()
+        gradients.append(vectors_KN.grad)
+    assert torch.equal(gradients[0][:, is_B], gradients[1][:, is_B])
+    assert gradients[0][:, ~is_B].any()
+    assert not gradients[1][:, ~is_B].any()
 
 
 def test_zero_vector_is_the_base_model(unet: UNet2DConditionModel, layout: LoRALayout) -> None:
@@ -194,16 +227,9 @@ def test_half_precision_is_close_and_gradients_stay_float32(
 
 
 @pytest.fixture
-def small_unet() -> Iterator[UNet2DConditionModel]:
-    """One level only, as compiling takes seconds for each block."""
+def smallest_unet() -> Iterator[UNet2DConditionModel]:
     torch._dynamo.reset()
-    one_level = {
-        "block_out_channels": (32,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-        "mid_block_type": None,
-    }
-    yield UNet2DConditionModel(**{**TINY, **one_level}).eval().requires_grad_(False)
+    yield tiny_unet(config=SMALLEST)
     torch._dynamo.reset()
 
 
@@ -213,16 +239,16 @@ def compile_model(unet: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_whole_graph_equals_eager_and_is_compiled_once(
-    small_unet: UNet2DConditionModel, checkpointing: bool
+    smallest_unet: UNet2DConditionModel, checkpointing: bool
 ) -> None:
-    layout = LoRALayout.from_unet(small_unet, rank=2, target_modules=TARGETS)
-    compiled = compile_model(small_unet)
+    layout = LoRALayout.from_unet(smallest_unet, rank=2, target_modules=TARGETS)
+    compiled = compile_model(smallest_unet)
     if checkpointing:
         compiled._orig_mod.train().enable_gradient_checkpointing()
-    bank, compiled_bank = LoRABank(small_unet, layout), LoRABank(compiled, layout)
+    bank, compiled_bank = LoRABank(smallest_unet, layout), LoRABank(compiled, layout)
     for seed in range(2):
         batch, gradients = random_batch(4), []
-        for model, owner in ((small_unet, bank), (compiled, compiled_bank)):
+        for model, owner in ((smallest_unet, bank), (compiled, compiled_bank)):
             vectors_KN = random_vectors(layout, 2, seed).requires_grad_()
             with torch._dynamo.config.patch(error_on_recompile=seed > 0), owner.active(vectors_KN, 2):
                 run(model, batch).square().sum().backward()
@@ -230,9 +256,9 @@ def test_compiled_whole_graph_equals_eager_and_is_compiled_once(
         assert (gradients[0] - gradients[1]).abs().max() < 1e-5 * gradients[0].abs().max()
 
 
-def test_model_compiled_without_the_bank_is_refused_not_run_bare(small_unet: UNet2DConditionModel) -> None:
-    compiled, batch = compile_model(small_unet), random_batch(2)
-    layout = LoRALayout.from_unet(small_unet)
+def test_model_compiled_without_the_bank_is_refused_not_run_bare(smallest_unet: UNet2DConditionModel) -> None:
+    compiled, batch = compile_model(smallest_unet), random_batch(2)
+    layout = LoRALayout.from_unet(smallest_unet)
     with torch.no_grad():
         run(compiled, batch)
         with (

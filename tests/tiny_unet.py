@@ -1,5 +1,7 @@
 """A UNet like the shipped one, but narrower and with random weights: the laws of LoRAs hold for it just as well."""
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -17,7 +19,16 @@ TINY = {
 }
 
 
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+# One attention block only, for tests that compile, which takes seconds for each block.
+SMALLEST = {
+    **TINY,
+    "block_out_channels": (32,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+
+
+def tiny_unet(seed: int = 0, config: dict[str, Any] = TINY) -> UNet2DConditionModel:
     """Frozen, in eval mode, with random weights."""
     torch.manual_seed(seed)
-    return UNet2DConditionModel(**TINY).eval().requires_grad_(False)
+    return UNet2DConditionModel(**config).eval().requires_grad_(False)

@@ -51,7 +51,7 @@ class FinetuneConfig:
     timestep_range: tuple[int, int] | None = None  # [low, high); None: all of the base model
     min_snr_gamma: float | None = None
     autocast: Literal["off", "bfloat16"] = "off"  # over a float32 base; a bfloat16 base needs none
-    channels_last: bool = True
+    channels_last: bool = False
     compile: bool = False
     gradient_checkpointing: bool = False
 
