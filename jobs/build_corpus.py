@@ -14,32 +14,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # `ray job submit` runs this file with jobs/ on the path, not the repository
+# `ray job submit` runs this file with jobs/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lora_diffusion.config import load_config, to_yaml
-from lora_diffusion.corpus import (
-    CorpusReader,
-    Manifest,
-    Plan,
-    ShardPlan,
-    extend_plan,
-    finish_corpus,
-    open_corpus,
-)
+from lora_diffusion.config import load_config, to_dict, to_yaml
+from lora_diffusion.corpus import CorpusReader, Manifest, finish_corpus
 from lora_diffusion.factory import (
     AttemptsHere,
     BrokenDeviceError,
@@ -50,11 +39,12 @@ from lora_diffusion.factory import (
     PersonRef,
     ShardMaker,
     embed_people,
-    open_people,
+    planning,
     report,
 )
+from lora_diffusion.factory.planning import Begun
 from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of, planned_table
-from lora_diffusion.storage import Store, StoreError, open_store
+from lora_diffusion.storage import StoreError, open_store
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 CONTACT_SHEET, SUMMARY = "contact_sheet.png", "summary.txt"
@@ -93,69 +83,49 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def dry_run(config: CorpusConfig) -> int:
     """What `run` would do. Starts no Ray and writes nothing."""
     print(to_yaml(config))
-    manifest = LoRAMaker(config).manifest()
-    if must_render(config):
+    manifest, _ = describe(config)
+    if planning.must_render(config):
         print(f"{config.people} is not there yet: {config.render_people} synthetic people would be rendered first")
-        people = [PersonRef(f"person {i}") for i in range(config.render_people)][: config.limit]
+        people = [f"person {i}" for i in range(config.render_people)][: config.limit]
     else:
-        people = list_people(config)
-    store = open_store(config.output)
-    there = CorpusReader(store) if store.exists("corpus.json") else None
-    plan, infos = Plan((), config.people_per_group, config.groups_per_shard), []
-    if there is not None:
-        open_corpus(store, manifest)  # raises if the corpus there is of another recipe
-        plan, (infos, _) = there.plan, there.verify()
-    part = plan.new_part([person.identity for person in people])
-    plan = dataclasses.replace(plan, parts=(*plan.parts, part)) if part else plan
-    print_plan(config, manifest, plan, len(infos))
-    measured = report.measured_seconds(there) if there is not None and infos else None
-    done = sum(len(plan.shards[info.index].identities) for info in infos)
-    workers = finetune_workers(config, {"CPU": os.cpu_count() or 1, "GPU": 0}, len(plan.shards))
-    print("cost:", report.estimate(config, len(plan.identities) - done, manifest.vector_size, workers, measured))
+        people = list(planning.list_people(config))
+    begun = planning.preview(config, manifest, people)
+    workers = planning.finetune_workers(config, {"CPU": os.cpu_count() or 1}, len(begun.todo))
+    print(planning.describe(config, begun, workers))
     return 0
 
 
 def run(config: CorpusConfig, ray_address: str) -> int:
-    store = open_store(config.output, attempts=2)  # a wrong address or a read-only place shows at once
-    store.exists("corpus.json")
+    given, config = config, planning.absolute(config)  # workers have working directories of their own
+    open_store(config.output, attempts=2).exists("corpus.json")  # a wrong address shows at once
     if not ray.is_initialized():
-        ray.init(
-            address=ray_address, logging_level="ERROR", runtime_env={"env_vars": {"OMP_NUM_THREADS": omp_threads()}}
-        )
-    if must_render(config):
+        env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # two workers on two cores: not four threads
+        ray.init(address=ray_address, logging_level=logging.ERROR, runtime_env={"env_vars": env})
+    if planning.must_render(config):
         render_people(config)
-    people = {person.identity: person for person in list_people(config)}
-    wanted, picture_size = ray.get(ray.remote(num_cpus=config.workers.embed_cpus, max_calls=1)(describe).remote(config))
-    manifest = open_corpus(store, wanted)
-    store = open_store(config.output)
-    for folder in ("", "shards", "failures", "statistics", "plan"):
-        store.sweep(folder)
-
-    reader = CorpusReader(store)
-    plan = extend_plan(store, reader.plan, people)
-    infos, damaged = reader.verify(plan.shards)
-    for index, problem in damaged.items():
-        print(f"shard {index} {problem}: it will be made again")
-    print_plan(config, manifest, plan, len(infos))
-    todo = [shard for shard in plan.shards if shard.index not in {info.index for info in infos}]
+    people = planning.list_people(config)
+    manifest, picture_size = ray.get(small_task(config)(describe).remote(config))
+    manifest = dataclasses.replace(manifest, config=to_dict(given), base={**manifest.base, "name": given.base})
+    begun = planning.begin(config, manifest, people)
+    todo = begun.todo
+    workers = planning.finetune_workers(config, ray.cluster_resources(), len(todo))
+    print(planning.describe(config, begun, workers), flush=True)
     progress = report.Progress(sum(len(shard.identities) for shard in todo))
     if todo:
-        workers = finetune_workers(config, ray.cluster_resources(), len(todo))
-        measured = report.measured_seconds(reader) if infos else None
-        print(report.estimate(config, progress.total, manifest.vector_size, workers, measured), flush=True)
-        make(config, todo, people, picture_size, workers, progress)
-    return finish(config, store, manifest, plan, people, progress, fresh=bool(todo))
+        tables = [
+            planned_table(
+                shard, [planning.find(people, name) for name in shard.identities], begun.plan.people_per_shard
+            )
+            for shard in todo
+        ]
+        make(config, tables, picture_size, workers, progress)
+    return finish(config, begun, people, progress)
 
 
 def make(
-    config: CorpusConfig,
-    shards: Sequence[ShardPlan],
-    people: dict[str, PersonRef],
-    picture_size: int,
-    workers: int,
-    progress: report.Progress,
+    config: CorpusConfig, tables: list[pa.Table], picture_size: int, workers: int, progress: report.Progress
 ) -> None:
-    """Read, embed, fine-tune, score and commit `shards`. One block of Ray Data is one shard, one row one person."""
+    """Read, embed, fine-tune, score and commit. One row of Ray Data is one person, one block one shard."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
@@ -164,7 +134,6 @@ def make(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     rows = config.people_per_group * config.groups_per_shard
-    tables = [planned_table(shard, [find(people, identity) for identity in shard.identities], rows) for shard in shards]
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     ledger = ray.remote(AttemptsHere).options(num_cpus=0, scheduling_strategy=here).remote()
     need = config.workers
@@ -237,35 +206,33 @@ class Make:
         return pa.Table.from_pylist([dataclasses.asdict(done)])
 
 
-def finish(
-    config: CorpusConfig,
-    store: Store,
-    manifest: Manifest,
-    plan: Plan,
-    people: dict[str, PersonRef],
-    progress: report.Progress,
-    fresh: bool,
-) -> int:
+def finish(config: CorpusConfig, begun: Begun, people: dict[str, PersonRef], progress: report.Progress) -> int:
     """Check that nobody is missing, merge statistics, report. Returns the exit code."""
-    reader = CorpusReader(store)
-    infos, damaged = reader.verify(plan.shards)
-    missing = [shard for shard in plan.shards if shard.index not in {info.index for info in infos}]
-    if missing:
-        count = sum(len(shard.identities) for shard in missing)
-        print(f"build_corpus: {count} people are in no shard: run the same command again. {damaged}", file=sys.stderr)
+    store, shards = begun.store, begun.plan.shards
+    infos, damaged = CorpusReader(store).verify(shards)
+    if len(infos) < len(shards):
+        good = {info.index for info in infos}
+        missing = sum(len(shard.identities) for shard in shards if shard.index not in good)
+        print(f"build_corpus: {missing} people are in no shard: run the same command again {damaged}", file=sys.stderr)
         return 1
-    if fresh or manifest.state != "complete" or manifest.counts["num_shards"] != len(infos):
-        finish_corpus(store, manifest, infos)
+    before = begun.manifest
+    pending = bool(begun.todo) or before.state != "complete" or before.counts["num_shards"] != len(infos)
+    if pending:
+        finish_corpus(store, before, infos)
     text = report.summary(CorpusReader(store), progress.done, progress.seconds)
     print(text)
-    if not fresh:
-        return 0
-    store.write(SUMMARY, (text + "\n").encode())
-    if any(info.num_people for info in infos):
-        shown = ray.remote(num_cpus=config.workers.embed_cpus, num_gpus=config.workers.finetune_gpus, max_calls=1)
-        store.write(CONTACT_SHEET, ray.get(shown(report.contact_sheet).remote(config, list(people.values()))))
-        print(f"contact sheet: {store.uri}/{CONTACT_SHEET}")
+    if pending:
+        store.write(SUMMARY, (text + "\n").encode())
+        if any(info.num_people for info in infos):
+            sheet = small_task(config, config.workers.finetune_gpus)(report.contact_sheet)
+            store.write(CONTACT_SHEET, ray.get(sheet.remote(config, list(people.values()))))
+            print(f"contact sheet: {store.uri}/{CONTACT_SHEET}")
     return 0
+
+
+def small_task(config: CorpusConfig, gpus: float = 0) -> Any:
+    """A Ray task in a process of its own, whose memory is gone with it."""
+    return ray.remote(num_cpus=config.workers.embed_cpus, num_gpus=gpus, max_calls=1)
 
 
 def describe(config: CorpusConfig) -> tuple[Manifest, int]:
@@ -274,68 +241,20 @@ def describe(config: CorpusConfig) -> tuple[Manifest, int]:
     return maker.manifest(), maker.base.image_size
 
 
-def list_people(config: CorpusConfig) -> list[PersonRef]:
-    """Everyone in the source, sorted, up to `config.limit`. Raises ValueError if there is nobody."""
-    people = sorted(open_people(config.people).list_people(), key=lambda person: person.identity)
-    if not people:
-        raise ValueError(f"nobody in {config.people}: expected {config.people}/<identity>/*.jpg")
-    return people[: config.limit]
-
-
-def find(people: dict[str, PersonRef], identity: str) -> PersonRef:
-    gone = PersonRef(identity, problem=("photos_gone", "planned by an earlier run, but no longer in the source"))
-    return people.get(identity, gone)
-
-
-def must_render(config: CorpusConfig) -> bool:
-    """Whether `people` is to be rendered first: asked for, and not there, or its rendering was interrupted."""
-    if not config.render_people:
-        return False
-    store = open_store(config.people)
-    return not store.exists("faces.parquet") and (store.exists("faces.json") or not (store.folders() or store.files()))
-
-
 def render_people(config: CorpusConfig) -> None:
     from lora_diffusion.faces.synthetic import SPLITS
     from lora_diffusion.faces.synthetic.dataset import FacesConfig, FacesFolder, FacesWriter
 
     folder, writer = FacesFolder(config.people, FacesConfig()), FacesWriter(config.people, FacesConfig())
     first = SPLITS["corpus"].start
-    tasks = folder.plan(range(first, first + config.render_people), people_per_task=4)
-    print(f"rendering {sum(map(len, tasks))} synthetic people to {config.people}", flush=True)
-    ray.get([ray.remote(draw).remote(writer, numbers) for numbers in tasks])
+    missing = folder.missing(range(first, first + config.render_people))
+    print(f"rendering {len(missing)} synthetic people to {config.people}", flush=True)
+    ray.get([ray.remote(draw).remote(writer, missing[i : i + 4]) for i in range(0, len(missing), 4)])
     folder.finish()
 
 
 def draw(writer: Any, numbers: list[int]) -> None:
     writer({"numbers": numbers})
-
-
-def finetune_workers(config: CorpusConfig, resources: dict[str, float], shards: int) -> int:
-    """Size of the pool: what was asked for, or what the cluster holds now; never more than there are shards."""
-    need = config.workers
-    count = need.finetune_max
-    if not count and need.finetune_gpus:
-        count = math.floor(resources.get("GPU", 0) / need.finetune_gpus + 1e-6)
-    elif not count:
-        free = resources.get("CPU", 1) - need.embed_min * need.embed_cpus
-        count = math.floor(free / need.finetune_cpus + 1e-6)
-    return max(1, min(count, shards))
-
-
-def print_plan(config: CorpusConfig, manifest: Manifest, plan: Plan, done: int) -> None:
-    print(
-        f"{len(plan.identities)} people of {config.people} in {len(plan.shards)} shards of {plan.people_per_shard}, "
-        f"{done} of them done -> {config.output}\n"
-        f"base model {manifest.base['name']} ({manifest.base['fingerprint']}), layout {manifest.layout_id}: "
-        f"{manifest.vector_size:,} floats a LoRA, {config.people_per_group} people fine-tuned together",
-        flush=True,
-    )
-
-
-def omp_threads() -> str:
-    """One thread for each worker, unless the user says otherwise: two workers on two cores must not be four threads."""
-    return os.environ.get("OMP_NUM_THREADS", "1")
 
 
 def user_error(error: BaseException) -> BaseException | None:

@@ -167,3 +167,11 @@ def _make_bucket() -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rendered people and a random base model; see factory_world.py."""
+    from factory_world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lora_diffusion.corpus.schema import Failure
 from lora_diffusion.faces.embedder import FaceEmbedder, FaceEmbedding, FaceError, mean_embedding
-from lora_diffusion.faces.photos import PhotoError, load_photo
+from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
 from lora_diffusion.storage import StoreError
@@ -116,19 +116,14 @@ class PersonEmbedder:
 
 def square_picture(pixels_HW3: np.ndarray, size: int, box: np.ndarray, config: PhotoConfig) -> np.ndarray:
     """uint8 (size, size, 3): the square that the base model learns from. `box` is the face, x1 y1 x2 y2."""
+    if config.crop == "centre":
+        return prepare_photo(pixels_HW3, size)
     height, width = pixels_HW3.shape[:2]
-    side = float(min(height, width))
-    centre_x, centre_y = width / 2, height / 2
-    if config.crop == "face":
-        side = min(side, config.face_margin * float(max(box[2] - box[0], box[3] - box[1])))
-        centre_x, centre_y = float(box[0] + box[2]) / 2, float(box[1] + box[3]) / 2
-    left = min(max(centre_x - side / 2, 0), width - side)
-    top = min(max(centre_y - side / 2, 0), height - side)
-    image = Image.fromarray(pixels_HW3)
+    side = min(float(min(height, width)), config.face_margin * float(max(box[2] - box[0], box[3] - box[1])))
+    left = min(max(float(box[0] + box[2] - side) / 2, 0), width - side)
+    top = min(max(float(box[1] + box[3] - side) / 2, 0), height - side)
     window = (left, top, left + side, top + side)
-    if image.size != (size, size) or window != (0, 0, size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=window)
-    return np.asarray(image)
+    return np.asarray(Image.fromarray(pixels_HW3).resize((size, size), Image.Resampling.LANCZOS, box=window))
 
 
 def decode_pictures(pictures: tuple[bytes, ...]) -> np.ndarray:

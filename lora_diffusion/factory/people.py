@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from lora_diffusion.storage import Store, StoreError, open_store
 
+UNFINISHED = "_parts"  # jobs/make_faces.py keeps its progress there
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 CAPTIONS = "faces.parquet"  # in the root of a folder source: columns file (relative path) and one of CAPTION_COLUMNS
 CAPTION_COLUMNS = ("subject_caption", "caption")  # the first that is there; a caption must not describe the person
@@ -85,7 +86,7 @@ class FolderPeople:
         self.uri = store.uri
 
     def list_people(self) -> list[PersonRef]:
-        return [PersonRef(name) for name in self.store.folders() if not name.startswith(".")]
+        return [PersonRef(name) for name in self.store.folders() if not name.startswith(".") and name != UNFINISHED]
 
     def photos(self, person: PersonRef, limit: int) -> list[RawPhoto]:
         files = self.store.files(person.identity)

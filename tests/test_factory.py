@@ -1,0 +1,258 @@
+"""Laws of the factory without Ray: bad photos cost only themselves, and the same photos give the same rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factory_world import make_config
+from PIL import Image
+from tiny_pipeline import tiny_pipeline
+
+from lora_diffusion.corpus import CorpusReader, Failure, Person, ShardPlan, open_corpus
+from lora_diffusion.factory import (
+    AttemptsHere,
+    CorpusConfig,
+    EmbeddedPerson,
+    LoRAMaker,
+    PersonEmbedder,
+    PersonRef,
+    ShardMaker,
+)
+from lora_diffusion.factory.config import PhotoConfig
+from lora_diffusion.factory.embed import decode_pictures, mean_pairwise_cosine, square_picture
+from lora_diffusion.factory.isolate import embed_people
+from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of, planned_table
+from lora_diffusion.storage import open_store
+
+
+@pytest.fixture
+def config(world: Path, tmp_path: Path) -> CorpusConfig:
+    return make_config(world, people=str(world / "people"), output=str(tmp_path / "corpus"))
+
+
+@pytest.fixture(scope="module")
+def photo(world: Path) -> Image.Image:
+    return Image.open(world / "people" / "person-020000" / "00.jpg").convert("RGB")
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated_by_exif(photo: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[274] = 6
+    return encode(photo.rotate(90, expand=True), "JPEG", exif=exif, quality=95)
+
+
+def two_people(photo: Image.Image) -> bytes:
+    both = Image.new("RGB", (2 * photo.width, photo.height))
+    both.paste(photo, (0, 0))
+    both.paste(photo, (photo.width, 0))
+    return encode(both, "PNG")
+
+
+BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
+    "empty.jpg": (lambda photo: b"", "empty_file"),
+    "cut.jpg": (lambda photo: encode(photo, "JPEG")[:-600], "truncated"),
+    "bomb.png": (lambda photo: encode(Image.new("1", (10_000, 10_000)), "PNG"), "too_large"),
+    "text.png": (lambda photo: b"this is no picture", "not_an_image"),
+    "wall.png": (lambda photo: encode(Image.new("RGB", (64, 64), (90, 120, 150)), "PNG"), "no_face"),
+    "two.png": (two_people, "several_faces"),
+}
+GOOD: dict[str, Callable[[Image.Image], bytes]] = {
+    "alpha.png": lambda photo: encode(photo.convert("RGBA"), "PNG"),
+    "cmyk.jpg": lambda photo: encode(photo.convert("CMYK"), "JPEG", quality=95),
+    "exif.jpg": rotated_by_exif,
+    "grey16.png": lambda photo: encode(Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257), "PNG"),
+    "plain.JPEG": lambda photo: encode(photo, "JPEG"),
+}
+
+
+def test_each_bad_photo_is_a_row_with_its_reason_and_the_good_ones_are_used(
+    config: CorpusConfig, photo: Image.Image, tmp_path: Path
+) -> None:
+    store = open_store(tmp_path / "people")
+    for name, (make, _) in BAD.items():
+        store.write(f"Zoë 😀/{name}", make(photo))
+    for name, make_good in GOOD.items():
+        store.write(f"Zoë 😀/{name}", make_good(photo))
+    embed = PersonEmbedder(dataclasses.replace(config, people=str(tmp_path / "people")), picture_size=16)
+    person = embed(7, PersonRef("Zoë 😀"))
+    assert {(f.photo, f.reason) for f in person.failures} == {(name, reason) for name, (_, reason) in BAD.items()}
+    assert all(f.message and (f.position, f.identity) == (7, "Zoë 😀") for f in person.failures)
+    assert person.usable
+    assert decode_pictures(person.pictures).shape == (len(GOOD), 16, 16, 3)
+    assert len(set(person.photo_sha256)) == len(GOOD)
+    assert person.embedding is not None
+    assert np.linalg.norm(person.embedding) == pytest.approx(1)
+    assert person.photo_similarity > 0.5, "it is the same photo, five times"
+
+
+def test_a_person_with_too_few_good_photos_is_a_failure_that_says_why(config: CorpusConfig, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "people")
+    for i in range(3):
+        store.write(f"a/{i}.jpg", b"")
+    (tmp_path / "people" / "b").mkdir()
+    embed = PersonEmbedder(dataclasses.replace(config, people=str(tmp_path / "people")), picture_size=16)
+    whole = [f for f in embed(0, PersonRef("a")).failures if f.photo is None]
+    assert [(f.reason, f.message) for f in whole] == [
+        ("too_few_photos", "0 of 3 photos can be used, at least 2 are needed (3 × empty_file)")
+    ]
+    assert [f.reason for f in embed(1, PersonRef("b")).failures] == ["no_photos"]
+    namesakes = PersonRef("c", problem=("duplicate_identity", "two rows"))
+    assert [f.reason for f in embed(2, namesakes).failures] == ["duplicate_identity"]
+
+
+def test_the_face_crop_holds_the_face_and_stays_in_the_photo() -> None:
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    pixels[10:30, 150:170] = 255
+    box = np.array([150, 10, 170, 30], np.float32)
+    crop = square_picture(pixels, 40, box, PhotoConfig(crop="face", face_margin=2.0))
+    assert crop.shape == (40, 40, 3)
+    assert (crop > 128).mean() == pytest.approx(0.25, abs=0.02), "the face is 20 of 40 px on each side"
+    corner = square_picture(pixels, 40, np.array([190, 0, 200, 10], np.float32), PhotoConfig(crop="face"))
+    assert corner.shape == (40, 40, 3)
+    assert square_picture(pixels, 50, box, PhotoConfig(crop="centre")).shape == (50, 50, 3)
+
+
+def test_mean_pairwise_cosine_is_the_mean_over_pairs() -> None:
+    vectors = np.random.default_rng(0).normal(size=(5, 8))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pairs = [vectors[i] @ vectors[j] for i in range(5) for j in range(i)]
+    assert mean_pairwise_cosine(vectors) == pytest.approx(np.mean(pairs))
+    assert np.isnan(mean_pairwise_cosine(vectors[:1]))
+
+
+@pytest.fixture(scope="module")
+def embedded(world: Path) -> list[EmbeddedPerson]:
+    config = make_config(world, people=str(world / "people"), output="unused")
+    embed = PersonEmbedder(config, picture_size=16)
+    people = [(i, PersonRef(f"person-{20_000 + i:06d}")) for i in range(4)]
+    return embed_people(embed, people, AttemptsHere(), 3)
+
+
+def rows(answers: list[Person | Failure]) -> list[tuple[object, ...]]:
+    """What must not differ between two runs."""
+    return [
+        (a.position, a.identity, a.vector.tobytes(), a.embedding.tobytes(), a.similarity, a.loss)
+        if isinstance(a, Person)
+        else (a.position, a.identity, a.reason)
+        for a in answers
+    ]
+
+
+def test_the_same_people_give_the_same_bits_in_another_process_as_well(
+    config: CorpusConfig, embedded: list[EmbeddedPerson]
+) -> None:
+    maker = LoRAMaker(config)
+    first = maker(embedded)
+    assert all(isinstance(answer, Person) for answer in first)
+    assert rows(maker(embedded)) == rows(first)
+    assert rows(LoRAMaker(config)(embedded)) == rows(first), "a fresh worker"
+
+
+def test_rows_say_what_they_were_made_of(config: CorpusConfig, embedded: list[EmbeddedPerson]) -> None:
+    maker = LoRAMaker(config)
+    for person, source in zip(maker(embedded), embedded, strict=True):
+        assert isinstance(person, Person)
+        assert person.vector.shape == (maker.layout.size,)
+        assert (person.identity, person.photo_sha256) == (source.identity, source.photo_sha256)
+        assert (person.steps, person.seed, person.num_photos) == (2, 0, 2)
+        assert np.isfinite([person.similarity, person.base_similarity, person.loss]).all()
+        assert -1 <= person.similarity <= 1
+
+
+def test_a_diverged_lora_is_a_failure_and_no_row(config: CorpusConfig, embedded: list[EmbeddedPerson]) -> None:
+    wild = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, learning_rate=1e30, steps=4))
+    answers = LoRAMaker(wild)(embedded)
+    assert [a.reason for a in answers if isinstance(a, Failure)] == ["diverged"] * 4
+
+
+def test_the_quality_gate_turns_rows_into_failures(config: CorpusConfig, embedded: list[EmbeddedPerson]) -> None:
+    strict = dataclasses.replace(config, score=dataclasses.replace(config.score, min_similarity=0.99))
+    answers = LoRAMaker(strict)(embedded)
+    assert [a.reason for a in answers if isinstance(a, Failure)] == ["low_similarity"] * 4
+    assert "score.min_similarity is 0.99" in answers[0].message  # type: ignore[union-attr]
+
+
+def test_without_prompts_nothing_is_rendered(config: CorpusConfig, embedded: list[EmbeddedPerson]) -> None:
+    blind = dataclasses.replace(config, score=dataclasses.replace(config.score, prompts=()))
+    answers = LoRAMaker(blind)(embedded[:1])
+    assert isinstance(answers[0], Person)
+    assert np.isnan(answers[0].similarity)
+
+
+def test_class_images_change_the_lora(config: CorpusConfig, embedded: list[EmbeddedPerson]) -> None:
+    prior = dataclasses.replace(config, class_images=2)
+    with_prior, without = LoRAMaker(prior)(embedded[:1])[0], LoRAMaker(config)(embedded[:1])[0]
+    assert isinstance(with_prior, Person)
+    assert isinstance(without, Person)
+    assert not np.array_equal(with_prior.vector, without.vector)
+
+
+def test_what_decides_bits_is_in_the_recipe_and_what_does_not_is_not(config: CorpusConfig) -> None:
+    base = json.dumps(config.recipe("x"))
+    for change in (
+        {"people": "elsewhere"},
+        {"output": "elsewhere"},
+        {"device": "cuda"},
+        {"limit": 3},
+        {"workers": dataclasses.replace(config.workers, finetune_max=9)},
+    ):
+        assert json.dumps(dataclasses.replace(config, **change).recipe("x")) == base  # type: ignore[arg-type]
+    for change in (
+        {"dtype": "bfloat16"},
+        {"vector_dtype": "float16"},
+        {"people_per_group": 7},
+        {"class_images": 7},
+        {"photos": PhotoConfig(max_photos=7)},
+        {"finetune": dataclasses.replace(config.finetune, steps=77)},
+        {"score": dataclasses.replace(config.score, seeds_per_prompt=7)},
+    ):
+        assert json.dumps(dataclasses.replace(config, **change).recipe("x")) != base, change  # type: ignore[arg-type]
+    assert json.dumps(config.recipe("y")) != base
+
+
+def test_a_shard_is_committed_whole_and_one_of_another_base_is_refused(
+    config: CorpusConfig, embedded: list[EmbeddedPerson], tmp_path: Path
+) -> None:
+    open_corpus(open_store(config.output), LoRAMaker(config).manifest())
+    shard = ShardPlan(0, 0, tuple(person.identity for person in embedded), people_per_group=2)
+    report = ShardMaker(config, AttemptsHere())(shard, embedded)
+    assert (report.num_people, report.num_failed) == (4, 0)
+    assert CorpusReader(config.output).identities == list(shard.identities)
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    tiny_pipeline(seed=5).save_pretrained(other)
+    with pytest.raises(ValueError, match=r"this worker differs from the corpus at .*base.fingerprint"):
+        ShardMaker(dataclasses.replace(config, base=str(other)), AttemptsHere())
+
+
+def test_people_survive_the_way_through_arrow(embedded: list[EmbeddedPerson]) -> None:
+    refs = [PersonRef(person.identity, "place", ("r", "m") if i == 2 else None) for i, person in enumerate(embedded)]
+    shard = ShardPlan(3, 40, tuple(person.identity for person in embedded), 2)
+    planned = planned_table(shard, refs, rows=6)
+    assert len(planned) == 6
+    assert people_of(planned) == [(40 + i, ref) for i, ref in enumerate(refs)]
+    moved = [dataclasses.replace(person, position=40 + i) for i, person in enumerate(embedded)]
+    failure = Failure(41, moved[1].identity, "x.jpg", "read", "truncated", "cut")
+    moved[1] = dataclasses.replace(moved[1], failures=(failure,), captions=("a", "b"))
+    table = embedded_table(planned, moved)
+    assert len(table) == 6
+    back_shard, back = embedded_people(table, 2)
+    assert back_shard == shard
+    for before, after in zip(moved, back, strict=True):
+        np.testing.assert_array_equal(after.embedding, before.embedding)
+        for field in dataclasses.fields(before):
+            if field.name != "embedding":
+                assert getattr(after, field.name) == getattr(before, field.name), field.name
