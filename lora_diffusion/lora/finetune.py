@@ -1,6 +1,6 @@
 """DreamBooth LoRAs for K people at once, each exactly as if it were trained alone.
 
-The rules that make it exact (docs/FORMAT.md has the vector, METHOD of weights2weights, arXiv:2406.09413, the recipe):
+The recipe is that of weights2weights (arXiv:2406.09413, released code). Batching is exact by these rules:
 losses are summed over identities, so no gradient is divided by K; gradients are clipped for each identity; random
 numbers of an identity do not depend on its company; AdamW is element-wise, so one optimiser over the (K, N) matrix is
 K optimisers. What does not change between steps, latents and prompt embeddings, is computed once.
