@@ -15,12 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.model_files import fetch_folder
+
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"tiny-sd": ASSETS / "tiny-sd"}
 
 
 def resolve_model(name_or_path: str) -> str:
-    """A shipped model's folder by its short name (``tiny-sd``); anything else is a path or a hub id and stays as it is."""
+    """A shipped model's folder by its short name (``tiny-sd``), or a local copy of ``s3://bucket/prefix``.
+
+    Anything else is a path or a hub id and stays as it is. Raises ``ValueError`` if a bucket gives nothing.
+    """
+    if "://" in name_or_path:
+        return str(fetch_folder(name_or_path))
     return str(EMBEDDED.get(name_or_path, name_or_path))
 
 
@@ -42,7 +49,7 @@ class BaseModel:
     def from_pretrained(
         cls, name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> BaseModel:
-        """Load a shipped model (``tiny-sd``), a diffusers folder, or a model of the Hugging Face hub.
+        """Load a shipped model (``tiny-sd``), a diffusers folder, here or in a bucket, or a model of the hub.
 
         Raises ``ValueError`` if nothing can be loaded from there.
         """
@@ -55,7 +62,7 @@ class BaseModel:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"cannot load a base model from {name_or_path!r}: {error}\n"
-                f"Give a diffusers StableDiffusionPipeline folder, a hub id that this machine can reach, "
+                f"Give a diffusers StableDiffusionPipeline folder (also s3://...), a hub id that this machine can reach, "
                 f"or one of the shipped models: {', '.join(EMBEDDED)}"
             ) from error
         return cls.from_pipeline(pipe, device, name_or_path)

@@ -20,6 +20,8 @@ from insightface.app import FaceAnalysis
 from insightface.utils import face_align
 from numpy.typing import NDArray
 
+from lora_diffusion.model_files import fetch_folder
+
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 FaceReason = Literal["no_face", "several_faces", "face_too_small"]
@@ -44,8 +46,8 @@ class FaceError(ValueError):
 class EmbedderConfig:
     """Which models find and embed faces.
 
-    model: "tiny" (ships with the package), "tiny-b" (a second opinion, for evaluation only), a folder of ONNX files,
-        or the name of an insightface pack such as "buffalo_l", looked for in `root`/models.
+    model: "tiny" (ships with the package), "tiny-b" (a second opinion, for evaluation only), a folder of ONNX files
+        (also s3://bucket/prefix), or the name of an insightface pack such as "buffalo_l", looked for in `root`/models.
     det_size: side in px of the square canvas that the photo is scaled to before detection; None is 128 for the bundled
         models and 640 for all others.
     min_face: smallest accepted side of the detected box, px of the photo.
@@ -163,6 +165,8 @@ def model_folder(config: EmbedderConfig) -> Path:
     """The folder of ONNX files that `config.model` names. Raises ValueError that says where it looked and what to do."""
     if config.model in BUNDLED:
         return BUNDLED[config.model]
+    if "://" in config.model:
+        return fetch_folder(config.model)
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         if not any(folder.glob("*.onnx")):

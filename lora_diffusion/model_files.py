@@ -1,0 +1,63 @@
+"""A model's folder in a bucket, as a folder of this machine: fetched once, whole, and again when it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lora_diffusion.storage import open_store
+
+CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"
+DEFAULT_CACHE = "~/.cache/lora-diffusion"
+
+
+def fetch_folder(uri: str, threads: int = 8) -> Path:
+    """The local folder that holds what lies at `uri`, for libraries that take only a path.
+
+    A local `uri` is returned as it is. `s3://bucket/prefix` is copied to the folder that LORA_DIFFUSION_CACHE names
+    (or ~/.cache/lora-diffusion), under a name made of the address and all ETags: another content is another folder.
+    Several processes may fetch the same at once. Raises ValueError if nothing lies there or it cannot be fetched.
+    """
+    store = open_store(uri)
+    if store.local:
+        return Path(store.root)
+    try:
+        found = store.filesystem.find(store.root, detail=True)
+        entries = {path[len(store.root) + 1 :]: entry for path, entry in found.items() if not path.endswith("/")}
+        if not entries:
+            raise ValueError("there are no files")
+        tags = sorted((name, entry["size"], entry["ETag"]) for name, entry in entries.items())
+        key = hashlib.sha256(json.dumps([store.uri, tags]).encode()).hexdigest()[:16]
+        cache = Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
+        target = cache / key
+        if target.is_dir():
+            return target
+        partial = cache / f".{key}.{secrets.token_hex(6)}.tmp"
+
+        def fetch(name: str) -> None:
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.filesystem.get_file(store.path(name), str(path))
+
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(fetch, entries))
+            _move(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+    except Exception as error:
+        raise ValueError(f"cannot fetch {uri}: {error}") from error
+
+
+def _move(partial: Path, target: Path) -> None:
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster, with the same files
+            raise
