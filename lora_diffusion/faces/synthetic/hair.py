@@ -126,16 +126,16 @@ def _thickness(
     over_temples = 0.05 * np.exp(-(((y - 7.88) / 0.27) ** 2)) * smoothstep(35, 75, off_front)
     t = 0.018 + 0.03 * lengthy
     t = t + body * lengthy * volume * (0.045 * top + 0.05 * p.side * (1 - top) + over_temples + 0.05)
-    long = smoothstep(0.2, 0.6, length) * (1 - p.bun)
-    t = t + body * long * volume * 0.07 * (1 - top) * smoothstep(50, 90, off_front)
+    long = body * smoothstep(0.2, 0.6, length) * (1 - p.bun)
+    t = t + long * volume * 0.07 * (1 - top) * smoothstep(50, 90, off_front)
     quiff = smoothstep(65, 15, off_front) * smoothstep(7.85, 8.2, y) * smoothstep(0.04, 0.2, length)
     t = t + quiff * body * (0.12 * smoothstep(0.4, 0.95, p.quiff) * (1 - p.fringe) + 0.01)
     afro = curl * smoothstep(0.45, 0.9, curl) * smoothstep(0.05, 0.5, length)
     t = t + 0.30 * afro * body * (1 - p.bun) * smoothstep(6.3, 7.0, y)
     # the groove of the parting
     x, z = head.hull_points[..., 0], head.hull_points[..., 2]
-    groove = np.exp(-(((x - 0.28 * p.part) / 0.06) ** 2)) * smoothstep(7.9, 8.15, y) * smoothstep(-0.3, 0.2, z)
-    t = t * (1 - 0.55 * smoothstep(0.25, 0.6, length) * groove)
+    groove = 0.55 * smoothstep(0.25, 0.6, length) * np.exp(-(((x - 0.28 * p.part) / 0.06) ** 2))
+    t = t * (1 - groove * smoothstep(7.9, 8.15, y) * smoothstep(-0.3, 0.2, z))
     t = t * (1 + (0.14 + 0.30 * curl) * coarse + (0.08 + 0.36 * curl) * fine) + body * curl * 0.05 * fine * lengthy
     return t * mix(0.35, 1, smoothstep(-0.02, 0.14, field)) + head.hull_clearance * smoothstep(0.0, 0.30, hairline - y)
 

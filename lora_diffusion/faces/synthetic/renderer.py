@@ -14,7 +14,7 @@ from lora_diffusion.faces.synthetic.backgrounds import background
 from lora_diffusion.faces.synthetic.body import Body
 from lora_diffusion.faces.synthetic.hair import FLYAWAY
 from lora_diffusion.faces.synthetic.head import GLASSES, LEFT_EYE, RIGHT_EYE, SKIN, TEETH, head_model
-from lora_diffusion.faces.synthetic.maths import Array, f32, normalise, rotation, smoothstep
+from lora_diffusion.faces.synthetic.maths import Array, dot, f32, normalise, rotation, smoothstep
 from lora_diffusion.faces.synthetic.people import Person
 from lora_diffusion.faces.synthetic.pose import Scene, pose_scene
 from lora_diffusion.faces.synthetic.raster import rasterise, rasterise_strands, vertex_normals
@@ -169,7 +169,7 @@ def _shade_solid(
     material = scene.materials[layer.seen]
     is_skin = material == SKIN
     to_camera = normalise(np.array([0, 0, CAMERA_DISTANCE], f32) - positions)
-    backward = (normals * to_camera).sum(1) < 0
+    backward = dot(normals, to_camera) < 0
     normals[backward & ~is_skin] *= -1
     surface = Surface(
         colour=values[:, 9:12].copy(),
@@ -233,9 +233,9 @@ def _shade_strands(image: Array, layer: _Layer, scene: Scene, camera: _Camera, b
     across = (np.ptp(phi, axis=1) > 3) & ((kind < 0.5) | (kind > FLYAWAY - 0.5))
     if across.any():
         unwrapped = np.where(phi[across] < 0, phi[across] + 2 * np.pi, phi[across])
-        attributes[across, 0] = (unwrapped * layer.weights[across]).sum(1)
+        attributes[across, 0] = dot(unwrapped, layer.weights[across])
     to_camera = normalise(np.array([0, 0, CAMERA_DISTANCE], f32) - positions)
-    from_inside = (normals * to_camera).sum(1) < 0
+    from_inside = dot(normals, to_camera) < 0
     normals[from_inside] *= -1
     head_up = camera.turn @ scene.head_turn @ np.array([0, 1, 0], f32)
     surface = StrandSurface(normals, positions, to_camera, attributes, from_inside)

@@ -16,6 +16,7 @@ from lora_diffusion.faces.synthetic.head import head_model
 from lora_diffusion.faces.synthetic.maths import (
     Array,
     basis_towards,
+    dot,
     f32,
     linear_rgb,
     mix,
@@ -104,11 +105,11 @@ def shade_surface(s: Surface, light: Light) -> Array:
     colour = s.colour * (light.key * diffuse * shadow * 1.15 + light.ambient * (dome + fill) * occlusion * 1.25)
 
     half_way = normalise(light.direction + s.to_camera)
-    towards_half = np.clip((n * half_way).sum(1), 0, 1)
-    towards_camera = np.clip((n * s.to_camera).sum(1), 0, 1)
+    towards_half = np.clip(dot(n, half_way), 0, 1)
+    towards_camera = np.clip(dot(n, s.to_camera), 0, 1)
     fresnel = 0.35 + 0.65 * (1 - towards_camera) ** 4
-    lobe = (towards_half**s.sharpness) * (s.sharpness + 8) / 40
-    highlight = s.gloss * lobe * fresnel * (facing > 0) * lit
+    lobe = s.gloss * (towards_half**s.sharpness) * (s.sharpness + 8) / 40
+    highlight = lobe * fresnel * (facing > 0) * lit
     rim = s.gloss * (1 - towards_camera) ** 5 * s.openness * 0.35
     colour += highlight[:, None] * light.key * 0.55 + rim[:, None] * light.ambient
     return colour.astype(f32)
@@ -192,12 +193,12 @@ def shade_strands(body: Body, s: StrandSurface, light: Light, head_up: Array) ->
     n = s.normals
     tangent = normalise(-head_up - n * (n @ -head_up)[:, None] * 1.0 + 1e-4)
     sideways = np.cross(n, tangent)
-    tilt = sideways * (streaks * (0.45 + 0.5 * curl))[:, None] + tangent * (locks * (0.22 + 0.30 * curl))[:, None]
-    n = normalise(n + tilt)
+    n = n + sideways * (streaks * (0.45 + 0.5 * curl))[:, None] + tangent * (locks * (0.22 + 0.30 * curl))[:, None]
+    n = normalise(n)
     facing = n @ light.direction
     diffuse = np.clip((facing + 0.25) / 1.25, 0, 1)
     half_way = normalise(light.direction + s.to_camera)
-    along = (tangent * half_way).sum(1) + 0.12 * streaks
+    along = dot(tangent, half_way) + 0.12 * streaks
     sheen = mix(0.9, 0.25, curl)
     awake = np.clip(facing + 0.3, 0, 1)
     white = (np.sqrt(np.clip(1 - along * along, 0, 1)) ** 60) * 0.22 * sheen * awake

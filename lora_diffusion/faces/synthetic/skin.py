@@ -109,8 +109,8 @@ def paint_skin(skin: SkinPixels, body: Body, view: View, stubble: float) -> None
 def _paint_marks(skin: SkinPixels, traits: Traits, volume: Array) -> None:
     if traits.freckle > 0.02:
         dots = smoothstep(0.42, 0.62, noise(skin.template * 24 + traits.tex * 5 + 3, volume))
-        across_nose = smoothstep(0.75, 0.3, abs(skin.y - 7.0)) * smoothstep(1.0, 1.2, skin.z)
-        skin.stain(dots * across_nose * traits.freckle, FRECKLE_STAIN)
+        dots = dots * smoothstep(0.75, 0.3, abs(skin.y - 7.0)) * smoothstep(1.0, 1.2, skin.z)  # across nose and cheeks
+        skin.stain(dots * traits.freckle, FRECKLE_STAIN)
     for i, (x, y) in enumerate(MOLE_PLACES):
         if traits.moles[i] > 0:
             x, y = x + 0.06 * traits.tex[i % 3], y + 0.05 * traits.tex[(i + 1) % 3]
@@ -126,8 +126,8 @@ def _paint_brows(skin: SkinPixels, body: Body, volume: Array) -> None:
     thickness = np.float64(p.brow_thick) * (1.05 - 0.62 * np.clip(along, 0, 1.2) ** 1.5)
     hairs = noise(np.stack([x * 14 + y * 9, y * 6 - x * 2, np.full_like(x, 3)], 1).astype(f32) + p.tex, volume)
     distance = abs(y - middle + 0.010 * hairs) / np.maximum(thickness, 0.004)
-    ends = smoothstep(-0.06, 0.08, along) * smoothstep(1.06, 0.9, along)
-    opacity = smoothstep(1.15, 0.55, distance) * ends * (skin.z > 0.9) * p.brow_dark * (0.86 + 0.24 * hairs)
+    shape = smoothstep(1.15, 0.55, distance) * smoothstep(-0.06, 0.08, along) * smoothstep(1.06, 0.9, along)
+    opacity = shape * (skin.z > 0.9) * p.brow_dark * (0.86 + 0.24 * hairs)
     skin.cover(np.clip(opacity, 0, 0.96), body.palette.brows)
 
 
