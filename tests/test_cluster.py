@@ -4,6 +4,7 @@ Ray's own schema and scheduler, botocore's model of EC2, and the laws that neith
 """
 
 import copy
+import os
 import shlex
 import subprocess
 import tomllib
@@ -12,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 import yaml
@@ -204,3 +206,20 @@ def test_the_commands_are_shell_and_install_the_extras_that_exist(cluster: Clust
     (install,) = (line for line in cluster["setup_commands"] if line.startswith("pip install"))
     assert set(install.partition("[")[2].partition("]")[0].split(",")) <= set(extras)
     assert "--constraint" in install
+
+
+def test_the_documented_submission_reaches_the_job_word_for_word() -> None:
+    from ray.dashboard.modules.job.cli import submit
+
+    text = (ROOT / "docs/CLUSTER.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("ray job submit --working-dir"))
+    context = submit.make_context("submit", shlex.split(line)[3:])
+    assert context.params["working_dir"] == "."
+    script, option, config, *overrides = context.params["entrypoint"]
+    assert os.access(ROOT / script, os.X_OK)
+    assert option == "--config"
+    loaded = load_config(CorpusConfig, ROOT / config, overrides)
+    assert loaded.people == "s3://your-bucket/people"
+    assert loaded.limit == 64
+    with pytest.raises(click.NoSuchOption):  # and this is why the double dash is there
+        submit.make_context("submit", [word for word in shlex.split(line)[3:] if word != "--"])
