@@ -64,6 +64,7 @@ def worker(values: dict[str, Any]) -> None:
         recipe,
         load_faces(recipe.faces, recipe.model.image_size),
         prepare=prepare,
+        barrier=torch.distributed.barrier if world > 1 else lambda: None,
         rank=rank,
         world=world,
         progress=progress,

@@ -202,7 +202,6 @@ class AutoencoderStage(Stage):
     def forward(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         device = next(self.vae.parameters()).device
         images = torch.from_numpy(self.images[indices]).to(device).permute(0, 3, 1, 2) / 127.5 - 1
-        images = images.contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         output = self.vae.decode(posterior.mean + posterior.std * noise).sample
@@ -257,8 +256,7 @@ class DenoiserStage(Stage):
             "v_prediction": lambda: self.scheduler.get_velocity(latents, noise, timesteps),
         }[self.scheduler.config.prediction_type]()
         text = self.text_encoder(self.tokens(indices).to(device))[0]
-        noisy = noisy.to(device).contiguous(memory_format=torch.channels_last)
-        output = self.unet(noisy, timesteps.to(device), encoder_hidden_states=text).sample.float()
+        output = self.unet(noisy.to(device), timesteps.to(device), encoder_hidden_states=text).sample.float()
         error = (output - target.to(device)).square().mean((1, 2, 3))
         weights = min_snr_weights(self.scheduler, timesteps).to(device)
         return (weights * error).mean(), {"mse": error.mean().item()}
