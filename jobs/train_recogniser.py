@@ -36,7 +36,7 @@ from lora_diffusion.faces.synthetic import SPLITS
 
 STAGES = ("render", "detector", "a", "b", "measure")
 FOLDERS = {"a": "recogniser", "b": "recogniser-b"}
-ARCHITECTURES = {"a": "resnet", "b": "vit"}
+ARCHITECTURES = {"a": "resnet", "b": "patches"}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -48,14 +48,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hair-views", type=int, default=2, help="further photos with other hair (default 2)")
     parser.add_argument("--minutes", type=float, default=4.0, help="training time of each recogniser (default 4)")
     parser.add_argument("--detector-steps", type=int, default=2500, help="batches of 48 canvases (default 2500)")
+    parser.add_argument(
+        "--canvases", type=int, default=1000, help="canvases of 0, 1, 2 faces measured on (default 1000)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that render (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="threads that train (default 2)")
     parser.add_argument("--no-bf16", action="store_true", help="train in float32: CPUs without AVX512-BF16 or AMX")
     parser.add_argument("--only", choices=STAGES, action="append", help="run this stage only (may be repeated)")
     args = parser.parse_args(arguments)
     for name in ("people", "held_out"):
-        if not 2 <= getattr(args, name) <= 10_000:
-            parser.error(f"--{name.replace('_', '-')} is a number of people, 2 to 10000, got {getattr(args, name)}")
+        if not 12 <= getattr(args, name) <= 10_000:
+            parser.error(f"--{name.replace('_', '-')} is a number of people, 12 to 10000, got {getattr(args, name)}")
+    if args.views < 3:
+        parser.error(f"--views is at least 3, got {args.views}")
     return args
 
 
@@ -77,8 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
 def render(args: argparse.Namespace, _: str) -> None:
     shards = str(args.work / "shards")
     for split, count in (("held-out", args.held_out), ("base", args.people), ("recogniser-b", args.people)):
-        hair = max(4, args.hair_views) if split == "held-out" else args.hair_views
-        views = max(args.views, 6) if split != "held-out" else max(args.views, 14)
+        # Held-out people need five gallery photos and some probes with other hair.
+        views = args.views + 4 if split == "held-out" else args.views
+        hair = max(2, args.hair_views) if split == "held-out" else args.hair_views
         render_people(shards, people_of(split, count), views, hair, args.workers)
         print(f"rendered {count} people of {split}", flush=True)
 
@@ -125,7 +131,7 @@ def measure(args: argparse.Namespace, _: str) -> None:
         if (args.work / "det.onnx").exists():
             shutil.copyfile(args.work / "det.onnx", folder / "det.onnx")
         embedder = open_folder(folder)
-        figures = {"detector": measure_detector(embedder, shards, held_out)}
+        figures = {"detector": measure_detector(embedder, shards, held_out, args.canvases)}
         figures |= measure_recogniser(embedder, shards, held_out)
         (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
         print(folder.name, json.dumps(figures, indent=1), flush=True)

@@ -26,7 +26,7 @@ from lora_diffusion.faces.recogniser import (
 )
 from lora_diffusion.faces.recogniser_training import RecogniserTrainer, TrainingConfig, embed_crops
 
-ARCHITECTURES = ["resnet", "vit"]
+ARCHITECTURES = ["resnet", "patches"]
 SMALL = RecogniserConfig(widths=(8, 8, 16), blocks=(1, 1, 1), bottleneck=4)
 
 
@@ -120,7 +120,7 @@ def test_a_saved_network_is_the_same_network(architecture: str, tmp_path: Path) 
 
 
 def test_an_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"resnet.*vit"):
+    with pytest.raises(ValueError, match=r"patches.*resnet"):
         build_recogniser(RecogniserConfig(architecture="mlp"))
 
 

@@ -58,31 +58,35 @@ def test_rank1_counts_the_nearest_mean() -> None:
     assert rank1(gallery, probes, np.array([0, 1, 2])) == pytest.approx(2 / 3)
 
 
+def report_of(photos_PNE: np.ndarray, probes_PNE: np.ndarray | None = None) -> dict[str, float | int]:
+    probes = photos_PNE[:, 5:] if probes_PNE is None else probes_PNE
+    person = np.repeat(np.arange(len(probes)), probes.shape[1])
+    return verification_report(photos_PNE[:, :5], probes.reshape(-1, 64), person, far=1e-2)
+
+
 def test_tighter_clusters_give_better_figures_and_perfect_ones_give_one() -> None:
-    perfect = verification_report(clusters(40, 8, 0.01), far=1e-2)
+    perfect = report_of(clusters(40, 8, 0.01))
     assert (perfect["auc"], perfect["tar_at_far"], perfect["rank1_gallery"], perfect["rank1_one_photo"]) == (1, 1, 1, 1)
-    good, poor = (verification_report(clusters(40, 8, s), far=1e-2) for s in (1.0, 3.0))
+    good, poor = (report_of(clusters(40, 8, spread)) for spread in (1.0, 3.0))
     for name in ("auc", "tar_at_far", "rank1_gallery", "mean_same"):
         assert good[name] > poor[name]
 
 
 def test_chance_level_is_told_as_chance() -> None:
-    noise = np.random.default_rng(3).standard_normal((100, 8, 64)).astype(np.float32)
-    report = verification_report(noise, far=1e-2)
+    report = report_of(np.random.default_rng(3).standard_normal((100, 8, 64)).astype(np.float32))
     assert report["auc"] == pytest.approx(0.5, abs=0.03)
     assert report["tar_at_far"] == pytest.approx(0.01, abs=0.015)
     assert report["rank1_gallery"] < 0.06
 
 
-def test_other_probes_replace_the_persons_other_photos() -> None:
+def test_strangers_as_probes_are_told_apart_from_the_persons_own_photos() -> None:
     photos = clusters(30, 6, 0.1)
-    strangers = clusters(30, 2, 0.1, seed=9)
-    assert verification_report(photos, far=1e-2)["rank1_gallery"] == 1
-    report = verification_report(photos, strangers, far=1e-2)
+    assert report_of(photos)["rank1_gallery"] == 1
+    report = report_of(photos, clusters(30, 2, 0.1, seed=9))
     assert report["probes"] == 60
     assert report["rank1_gallery"] < 0.3
 
 
-def test_a_gallery_that_leaves_no_probe_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no probe"):
-        verification_report(clusters(4, 5, 0.1))
+def test_probes_without_labels_are_an_error() -> None:
+    with pytest.raises(ValueError, match="one row a label"):
+        verification_report(clusters(4, 5, 0.1), np.zeros((3, 64), np.float32), np.arange(4))

@@ -28,15 +28,14 @@ POOLED_SIZE = 56
 
 @dataclass(frozen=True)
 class RecogniserConfig:
-    """Shape of the network. `architecture` is "resnet" (recogniser A) or "vit" (recogniser B, for evaluation only)."""
+    """Shape of the network: "resnet" (recogniser A) has widths, blocks, bottleneck; "patches" (B) the patch_ ones."""
 
     architecture: str = "resnet"
     widths: tuple[int, int, int] = (32, 64, 128)
     blocks: tuple[int, int, int] = (1, 2, 2)
     bottleneck: int = 32
-    dim: int = 160
-    depth: int = 5
-    heads: int = 5
+    patch_widths: tuple[int, int] = (96, 192)
+    patch_blocks: tuple[int, int] = (3, 3)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -133,9 +132,9 @@ class ArcFaceHead(nn.Module):
 
 def build_recogniser(config: RecogniserConfig) -> nn.Module:
     """The network that `config.architecture` names."""
-    from lora_diffusion.faces.recogniser_vit import VitRecogniser
+    from lora_diffusion.faces.recogniser_patches import PatchRecogniser
 
-    known: dict[str, type[nn.Module]] = {"resnet": FaceRecogniser, "vit": VitRecogniser}
+    known: dict[str, type[nn.Module]] = {"resnet": FaceRecogniser, "patches": PatchRecogniser}
     if config.architecture not in known:
         raise ValueError(f"Unknown architecture {config.architecture!r}; there are {sorted(known)}.")
     return known[config.architecture](config)

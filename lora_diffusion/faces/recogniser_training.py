@@ -66,7 +66,8 @@ class RecogniserTrainer:
         plain = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        self.steps_per_epoch = len(person_N) // config.batch_size
+        self.batch_size = min(config.batch_size, len(person_N))
+        self.steps_per_epoch = len(person_N) // self.batch_size
         self.epoch, self.step, self.seconds = 0, 0, 0.0
 
     @property
@@ -87,7 +88,7 @@ class RecogniserTrainer:
         rng = np.random.default_rng([self.config.seed, self.epoch])
         generator = torch.Generator().manual_seed(self.config.seed * 1000 + self.epoch)
         order = rng.permutation(len(self.person))
-        size = self.config.batch_size
+        size = self.batch_size
         for start in range(0, self.steps_per_epoch * size, size):
             index = order[start : start + size]
             version = rng.integers(len(self.variants), size=size)

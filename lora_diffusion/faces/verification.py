@@ -57,31 +57,26 @@ def rank1(gallery_PGE: Floats, probe_QE: Floats, probe_person_Q: NDArray[np.int6
 
 
 def verification_report(
-    photos_PNE: Floats, probes_PQE: Floats | None = None, gallery_size: int = 5, far: float = 1e-3
+    gallery_PGE: Floats, probe_QE: Floats, probe_person_Q: NDArray[np.int64], far: float = 1e-3
 ) -> dict[str, float | int]:
-    """All figures for P people.
+    """All figures for P people with G gallery photos each, and Q probes of them.
 
-    The first `gallery_size` photos of a person are the gallery. Probes are the person's other photos, or `probes_PQE`
-    where given (photos with other hair, say). AUC and TAR are over all single pairs of gallery and probe photos.
+    AUC and TAR are over all pairs of one gallery photo and one probe; rank-1 is told for the first photo and for all G.
     """
-    people, photos, size = photos_PNE.shape
-    if photos <= gallery_size and probes_PQE is None:
-        raise ValueError(f"{photos} photos a person leave no probe beside a gallery of {gallery_size}.")
-    gallery = photos_PNE[:, :gallery_size]
-    probes = photos_PNE[:, gallery_size:] if probes_PQE is None else probes_PQE
-    person_of_gallery = np.repeat(np.arange(people), gallery.shape[1])
-    person_of_probe = np.repeat(np.arange(people), probes.shape[1])
-    flat_probes = probes.reshape(-1, size)
-    positive, negative = pair_scores(gallery.reshape(-1, size), person_of_gallery, flat_probes, person_of_probe)
+    people, photos, size = gallery_PGE.shape
+    if probe_QE.shape != (len(probe_person_Q), size) or not len(probe_QE):
+        raise ValueError(f"Expected probes ({len(probe_person_Q)}, {size}), one row a label, got {probe_QE.shape}.")
+    person_of_gallery = np.repeat(np.arange(people), photos)
+    positive, negative = pair_scores(gallery_PGE.reshape(-1, size), person_of_gallery, probe_QE, probe_person_Q)
     return {
         "people": people,
-        "probes": len(flat_probes),
+        "probes": len(probe_QE),
+        "gallery_photos": photos,
         "auc": auc(positive, negative),
-        "tar_at_far": tar_at_far(positive, negative, far),
         "far": far,
-        "rank1_one_photo": rank1(gallery[:, :1], flat_probes, person_of_probe),
-        "rank1_gallery": rank1(gallery, flat_probes, person_of_probe),
-        "gallery_size": gallery_size,
+        "tar_at_far": tar_at_far(positive, negative, far),
+        "rank1_one_photo": rank1(gallery_PGE[:, :1], probe_QE, probe_person_Q),
+        "rank1_gallery": rank1(gallery_PGE, probe_QE, probe_person_Q),
         "mean_same": float(positive.mean()),
         "mean_other": float(negative.mean()),
     }
