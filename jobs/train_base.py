@@ -12,26 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lora_diffusion.base_recipe import BaseRecipe, load_faces, train_base
+from lora_diffusion.base_recipe import TrainBaseConfig, load_faces, train_base
 from lora_diffusion.config import from_dict, load_config, to_dict
-
-
-@dataclass(frozen=True)
-class TrainBaseConfig:
-    recipe: BaseRecipe = field(default_factory=BaseRecipe)
-    num_workers: int = 1
-    use_gpu: bool = False
-    cpus_per_worker: int = 2
-    name: str = "tiny-sd"
-    storage: str = "runs/ray"  # checkpoints of Ray Train: a folder all nodes see, or s3://bucket/prefix
 
 
 def worker(values: dict[str, Any]) -> None:
@@ -76,6 +66,11 @@ def worker(values: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=None, help="YAML file; its keys are those of TrainBaseConfig")
+    parser.add_argument(
+        "--ray-address",
+        default=os.environ.get("RAY_ADDRESS", "local"),
+        help="a running Ray: auto or HOST:PORT (default: RAY_ADDRESS, or else start one on this machine)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
@@ -99,7 +94,9 @@ def main() -> int:
     from ray.train.torch import TorchTrainer
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=True)
+        # a Ray of our own gets as many logical CPUs as the workers ask for: with fewer, Ray Train waits for ever
+        wanted = max(os.cpu_count() or 1, config.num_workers * config.cpus_per_worker + 1)
+        ray.init(arguments.ray_address, num_cpus=wanted if arguments.ray_address == "local" else None)
     storage = config.storage if "://" in config.storage else str(Path(config.storage).absolute())
     trainer = TorchTrainer(
         worker,
@@ -112,7 +109,7 @@ def main() -> int:
         run_config=RunConfig(name=config.name, storage_path=storage, failure_config=FailureConfig(max_failures=3)),
     )
     result = trainer.fit()
-    print(json.dumps({"metrics": result.metrics, "out": asdict(config.recipe)["out"]}, indent=2, default=str))
+    print(json.dumps({"metrics": result.metrics, "out": config.recipe.out}, indent=2, default=str))
     return 0
 
 

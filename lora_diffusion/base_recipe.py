@@ -43,6 +43,18 @@ class BaseRecipe:
     perceptual: str | None = None  # safetensors of a FaceRecogniser; None: L1 and L2 only
 
 
+@dataclass(frozen=True)
+class TrainBaseConfig:
+    """The whole of ``jobs/train_base.py``. ``storage``: a folder that all nodes see, or s3://bucket/prefix."""
+
+    recipe: BaseRecipe = field(default_factory=BaseRecipe)
+    num_workers: int = 1
+    use_gpu: bool = False
+    cpus_per_worker: int = 2
+    name: str = "tiny-sd"
+    storage: str = "runs/ray"
+
+
 Progress = Callable[[str, int, dict[str, float]], None]
 
 
@@ -182,5 +194,10 @@ def train_base(
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipe.to("cpu", torch.float16).save_pretrained(recipe.out, safe_serialization=True)
+        # float16 on disk; the text encoder stays float32, since transformers would load it in the dtype of its file
+        # beside a UNet that diffusers loads in float32
+        pipe.to("cpu")
+        unet.half()
+        vae.half()
+        pipe.save_pretrained(recipe.out, safe_serialization=True)
     return Path(recipe.out)
