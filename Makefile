@@ -15,6 +15,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The main job on the embedded world: people are rendered, fine-tuned on a local Ray, scored and drawn.
+demo: $(READY)
+	$(BIN)/python jobs/make_faces.py --people 20000:20040 --views 8 --out demo/people
+	$(BIN)/python jobs/make_faces.py --people 80000:80008 --views 8 --out demo/held_out
+	$(BIN)/python jobs/build_corpus.py people=demo/people output=demo/corpus
+	@echo "corpus: demo/corpus   contact sheet: demo/corpus/contact_sheet.png"
+
 test: $(READY)
 	$(BIN)/pytest
 
@@ -22,6 +29,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Figures of the README, into benchmarks/results (about 20 minutes on two cores).
+bench: $(READY)
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/finetune.py
+	$(BIN)/python benchmarks/corpus_growth.py
 
 clean:
 	rm -rf $(VENV) demo

@@ -23,6 +23,7 @@ from lora_diffusion.corpus import (
     Statistics,
     extend_plan,
     finish_corpus,
+    matrix,
     open_corpus,
 )
 from lora_diffusion.corpus.schema import METADATA_KEY, parquet_metadata
@@ -266,6 +267,14 @@ def test_each_file_says_what_it_was_made_with(folder: Path) -> None:
     assert metadata["base"]["fingerprint"] == "0123456789abcdef"
     assert metadata["versions"].keys() >= {"python", "torch", "lora_diffusion"}
     assert {"config", "recipe_id"} <= metadata.keys()
+
+
+def test_a_sample_is_spread_over_the_corpus(folder: Path) -> None:
+    reader = CorpusReader(folder)
+    table = reader.sample(3, ["identity", "vector"])
+    assert table["identity"].to_pylist() == [reader.identities[row] for row in (0, 4, 7)]
+    np.testing.assert_array_equal(matrix(table["vector"]), reader.vectors()[[0, 4, 7]])
+    assert len(reader.sample(100, ["identity"])) == 8
 
 
 def test_no_corpus_and_a_foreign_version_are_user_errors(tmp_path: Path) -> None:

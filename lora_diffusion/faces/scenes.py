@@ -9,6 +9,7 @@ Axes: B pictures, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ class SceneClassifier(nn.Module):
                 nn.Sequential(
                     nn.Conv2d(a, b, 5 if a == 3 else 3, 2, 2 if a == 3 else 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
                 )
-                for a, b in zip(widths, widths[1:], strict=False)
+                for a, b in pairwise(widths)
             ]
         )
         self.hidden = nn.Linear(widths[-1] * 16, 96)
