@@ -92,6 +92,19 @@ class CorpusReader:
         tables = [table.replace_schema_metadata(None) for table in self.tables(columns)]
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
+    def sample(self, count: int, columns: Sequence[str]) -> pa.Table:
+        """At most `count` people, evenly spread over the corpus; reads only the shards where they lie."""
+        sizes = [int(metadata["num_people"]) for metadata in self._map(self._metadata)]
+        wanted = {round(row) for row in np.linspace(0, sum(sizes) - 1, min(count, sum(sizes)))}
+        start, tables = 0, []
+        for index, size in zip(self.shards, sizes, strict=True):
+            rows = sorted(row - start for row in wanted if start <= row < start + size)
+            start += size
+            if rows:
+                with self.store.open(f"shards/{shard_name(index)}.parquet") as file:
+                    tables.append(pq.read_table(file, columns=list(columns)).take(rows).replace_schema_metadata(None))
+        return pa.concat_tables(tables) if tables else self.table(columns)
+
     @property
     def identities(self) -> list[str]:
         """Names of the people with a LoRA, in the order of `vectors` and `embeddings`."""

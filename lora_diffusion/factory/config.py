@@ -55,6 +55,10 @@ class ScoreConfig:
     max_batch: int = 64
     min_similarity: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.min_similarity is not None and not self.prompts:
+            raise ValueError("min_similarity is a gate on renders, but there are no prompts to render")
+
 
 @dataclass(frozen=True)
 class WorkerConfig:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.corpus import CorpusReader, matrix
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import PersonEmbedder, decode_pictures
 from lora_diffusion.factory.make import LoRAMaker
@@ -134,36 +134,24 @@ def contact_sheet(config: CorpusConfig, people: Sequence[PersonRef], count: int 
     The vectors are read back from the corpus, so the sheet shows what is stored there. `people`: the source's list.
     Raises ValueError if the corpus has nobody.
     """
-    reader = CorpusReader(config.output)
-    identities = reader.identities
-    if not identities:
+    table = CorpusReader(config.output).sample(count, ["identity", "similarity", "vector"])
+    if not len(table):
         raise ValueError(f"the corpus at {config.output} has no people to show")
-    chosen = sorted({round(i) for i in np.linspace(0, len(identities) - 1, min(count, len(identities)))})
-    vectors_KN, similarities = _rows(reader, chosen)
+    vectors_KN = matrix(table["vector"]).astype(np.float32)
     maker = LoRAMaker(config)
     prompt = (config.score.prompts or ("a photo of sks person",))[0]
-    tuned = maker.draw(vectors_KN, [prompt] * len(chosen), [0] * len(chosen))
+    tuned = maker.draw(vectors_KN, [prompt] * len(table), [0] * len(table))
     base = maker.draw(None, [prompt], [0])[0]
     embedder = PersonEmbedder(config, maker.base.image_size)
     refs = {person.identity: person for person in people}
     cells = []
-    for k, row in enumerate(chosen):
-        identity = identities[row]
+    for k, (identity, similarity) in enumerate(
+        zip(table["identity"].to_pylist(), table["similarity"].to_pylist(), strict=True)
+    ):
         embedded = embedder(0, refs[identity]) if identity in refs else None
         photo = decode_pictures(embedded.pictures[:1])[0] if embedded and embedded.pictures else np.full_like(base, 200)
-        cells.append((identity, similarities[k], [photo, base, tuned[k]]))
+        cells.append((identity, similarity, [photo, base, tuned[k]]))
     return _sheet(cells, prompt)
-
-
-def _rows(reader: CorpusReader, rows: Sequence[int]) -> tuple[np.ndarray, list[float]]:
-    """Vectors and similarities of some rows, shard by shard."""
-    vectors, similarities, start, wanted = [], [], 0, set(rows)
-    for table in reader.tables(["vector", "similarity"]):
-        for row in sorted(wanted & set(range(start, start + len(table)))):
-            vectors.append(np.array(table["vector"][row - start].as_py(), np.float32))
-            similarities.append(float(table["similarity"][row - start].as_py()))
-        start += len(table)
-    return np.stack(vectors), similarities
 
 
 def _sheet(cells: Sequence[tuple[str, float, list[np.ndarray]]], prompt: str, side: int = 128, gap: int = 12) -> bytes:
