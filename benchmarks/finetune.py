@@ -138,6 +138,7 @@ class Way:
     people: int  # in one call
     run: Callable[[Sequence[PersonPhotos]], np.ndarray]
     seconds: list[float] = dataclasses.field(default_factory=list)  # for each LoRA, one entry a round
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)  # of all threads: who shares the machine shows
 
 
 def random_people(count: int, size: int, seed: int = 0) -> list[PersonPhotos]:
@@ -183,9 +184,10 @@ def measure(ways: list[Way], rounds: int, image_size: int) -> dict[str, float]:
     vectors = {}
     for round_ in range(rounds + 1):  # round 0 warms up
         for way in ways:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             vectors[way.name] = way.run(people[: way.people])[0]
             if round_ > 0:
+                way.cpu_seconds.append((time.process_time() - cpu_started) / way.people)
                 way.seconds.append((time.perf_counter() - started) / way.people)
                 print(f"round {round_} of {rounds}: {way.name:26s} {way.seconds[-1]:7.3f} s per LoRA", flush=True)
     plain = vectors["plain"]
@@ -207,6 +209,7 @@ def throughput(args: argparse.Namespace, config: CorpusConfig) -> dict[str, Any]
         {
             "way": way.name,
             "seconds_per_lora": round(median(way.seconds), 4),
+            "cpu_seconds_per_lora": round(median(way.cpu_seconds), 4),
             "times_plain": faster(way, ways[0]),
             "times_before": faster(way, named[way.against or way.name]),
             "before": way.against,
