@@ -191,6 +191,8 @@ def _reason(error: Exception, local: bool) -> str:
     if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EROFS):
         way_out = "the folder's permissions" if local else "the credentials and what they may do with this bucket"
         return f"permission denied ({error}). Check {way_out}"
+    if isinstance(error, NotADirectoryError):
+        return "a part of this path is a file, not a folder. Choose another place"
     if isinstance(error, FileNotFoundError) and not local:
         return f"the bucket does not exist ({error}). Create it, or check the name and AWS_ENDPOINT_URL"
     if type(error).__name__ == "NoCredentialsError":

@@ -33,7 +33,7 @@ def settings(world: Path) -> dict[str, object]:
         "lora": {"target_modules": ["to_q", "to_v"]},
         "finetune": {"steps": 2},
         "score": {"num_inference_steps": 2, "seeds_per_prompt": 1},
-        "workers": {"embed_cpus": 0.1, "finetune_cpus": 0.1, "finetune_max": 2},
+        "workers": {"embed_cpus": 0.1, "finetune_cpus": 0.1, "finetune_max": 1},
     }
 
 

@@ -69,11 +69,16 @@ def add_bad_people(world: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def calm(job: ModuleType, config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an uninterrupted run gives."""
+def calm_folder(job: ModuleType, config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("calm") / "corpus"
     assert job.main(["--config", config, f"output={output}"]) == 0
-    return outcome(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def calm(calm_folder: Path) -> dict[str, Any]:
+    """What an uninterrupted run gives."""
+    return outcome(calm_folder)
 
 
 def outcome(place: str | Path) -> dict[str, Any]:
@@ -277,7 +282,7 @@ def test_mistakes_are_named_before_any_work(
         (["finetune.step=3"], "unknown config key 'finetune.step'. Did you mean 'finetune.steps'?"),
         (["people_per_group=0"], "people_per_group and groups_per_shard must be at least 1"),
         ([f"people={tmp_path}/empty"], "no people found at"),
-        ([f"output={tmp_path}/file"], "cannot write"),
+        ([f"output={tmp_path}/file"], "a part of this path is a file, not a folder"),
         (["output=gs://bucket/x"], "give a local folder or s3://bucket/prefix"),
         (["base=nowhere/at-all"], "cannot load a base model from 'nowhere/at-all'"),
         (["lora.target_modules=[to_x]"], "target module 'to_x' matches no module"),
@@ -289,10 +294,10 @@ def test_mistakes_are_named_before_any_work(
 
 
 def test_another_recipe_in_the_same_place_is_refused(
-    job: ModuleType, config: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: ModuleType, config: str, calm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--config", config, f"output={tmp_path}/corpus", "limit=2"]
-    assert job.main(words) == 0
+    shutil.copytree(calm_folder, tmp_path / "corpus")
+    words = ["--config", config, f"output={tmp_path}/corpus"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert job.main([*words, "finetune.steps=3"]) == 2
     said = capsys.readouterr().err
