@@ -12,6 +12,7 @@ images), N vector length, M learned part of it, C / H / W latents, S / D prompt 
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_diffusion.base import BaseModel
 from lora_diffusion.lora.bank import LoRABank
@@ -227,7 +229,7 @@ class Finetuner:
         if config.channels_last:
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         vectors_KN = self._assemble(start_KN, learned_KM)
-        with self.bank.active(vectors_KN, sum(data.sizes), train_A=config.train_A):
+        with self.bank.active(vectors_KN, sum(data.sizes), train_A=config.train_A), self._attention(shape):
             with torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
                 prediction = self.unet(
                     x_BCHW, timesteps_Kn.flatten(), encoder_hidden_states=prompts_KnSD.flatten(0, 1), return_dict=False
@@ -241,6 +243,16 @@ class Finetuner:
                 total_K = loss_K + config.prior_weight * error_Kn[:, config.batch_size :].mean(1)
             total_K.sum().backward()  # the sum, not the mean: an identity's gradient must not depend on K
         return loss_K.detach()
+
+    def _attention(self, latent_shape: tuple[int, int, int]) -> AbstractContextManager[Any]:
+        """Plain attention for bfloat16 on CPUs: the backward of torch's fused kernel is 6 times slower there.
+
+        It keeps every weight, memory by the square of the positions, so that large latents keep the fused kernel.
+        """
+        bfloat16 = self.base.dtype == torch.bfloat16 or self.config.autocast == "bfloat16"
+        if self.base.device.type == "cpu" and bfloat16 and latent_shape[1] * latent_shape[2] <= 1024:
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
 
     def _start(self, people: Sequence[PersonPhotos], start_vectors: Tensor | NDArray[np.float32] | None) -> Tensor:
         """Start vectors (K, N), float32, on the base model's device."""
