@@ -56,10 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(CorpusConfig, args.config, args.overrides)
         return dry_run(config) if args.dry_run else run(config, args.ray_address)
-    except USER_ERRORS as error:
-        print(f"build_corpus: {error}", file=sys.stderr)
-        return 2
-    except ray.exceptions.RayError as error:
+    except (*USER_ERRORS, ray.exceptions.RayError) as error:
         cause = user_error(error)
         if cause is None:
             raise
@@ -130,6 +127,7 @@ def make(
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1  # waiting for a spot GPU is no error
     context.target_max_block_size = None  # never cut a shard in two
+    context.raise_original_map_exception = True  # so that `user_error` finds it
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     rows = config.people_per_group * config.groups_per_shard
