@@ -246,15 +246,14 @@ def memory(args: argparse.Namespace, config: CorpusConfig) -> dict[str, Any]:
         resident.append(process.memory_info().rss / 1e6)
         print(f"after {(group + 1) * K:5d} people: {resident[-1]:.0f} MB", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    second_half = resident[1 + args.memory // 2 :]
-    slope = np.polyfit(np.arange(len(second_half)) * K, second_half, 1)[0] * 1000 if len(second_half) > 1 else np.nan
-    print(f"peak {peak:.0f} MB; second half of the run: {slope:+.1f} MB per 1,000 people")
+    growth = median(resident[-(args.memory // 2 + 1) :]) - resident[1]  # one group more or less wobbles by some MB
+    print(f"peak {peak:.0f} MB; typical of the second half against after the first group: {growth:+.1f} MB")
     return {
         "steps": args.steps,
         "people_per_group": K,
         "resident_mb": [round(mb, 1) for mb in resident],
         "peak_mb": round(peak, 1),
-        "growth_mb_per_1000_people": round(float(slope), 2),
+        "growth_mb": round(growth, 1),
     }
 
 
