@@ -96,7 +96,7 @@ def run(config: CorpusConfig, ray_address: str) -> int:
     given, config = config, planning.absolute(config)  # workers have working directories of their own
     open_store(config.output, attempts=2).exists("corpus.json")  # a wrong address shows at once
     if not ray.is_initialized():
-        ray.init(address=ray_address, logging_level=logging.ERROR)
+        ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
     if planning.must_render(config):
         render_people(config)
     people = planning.list_people(config)
