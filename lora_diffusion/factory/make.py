@@ -17,7 +17,8 @@ from lora_diffusion.base import BaseModel
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure, Person
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, FaceError, model_folder
+from lora_diffusion.evaluate import embed_pictures
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, model_folder
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, decode_pictures
 from lora_diffusion.lora.finetune import Finetuner, PersonPhotos
@@ -128,7 +129,7 @@ class LoRAMaker:
             return np.full(len(people), np.nan), np.full(len(people), np.nan)
         photos_KE = np.stack([person.embedding for person in people if person.embedding is not None])
         pictures = self.draw(vectors_KN, prompts * len(people), seeds * len(people))
-        renders_KSE = self.embed_renders(pictures).reshape(len(people), len(prompts), -1)
+        renders_KSE = embed_pictures(self.embedder, pictures)[0].reshape(len(people), len(prompts), -1)
         return (
             np.einsum("kse,ke->k", renders_KSE, photos_KE) / len(prompts),
             (photos_KE @ self._base_renders_SE.T).mean(1),
@@ -142,12 +143,7 @@ class LoRAMaker:
 
     @cached_property
     def _base_renders_SE(self) -> np.ndarray:
-        return self.embed_renders(self.draw(None, *self.score_prompts()))
-
-    def embed_renders(self, pictures: np.ndarray) -> np.ndarray:
-        """(B, 512) unit vectors; zeros where a picture does not show exactly one face."""
-        answers = self.embedder.embed_batch(pictures)
-        return np.stack([np.zeros(512, np.float32) if isinstance(a, FaceError) else a.vector for a in answers])
+        return embed_pictures(self.embedder, self.draw(None, *self.score_prompts()))[0]
 
     def draw(self, vectors_KN: np.ndarray | None, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         """Pictures as `render` draws them, with the sampler settings of scoring."""
