@@ -18,7 +18,7 @@ from PIL import Image
 from lora_diffusion import base_training as bt
 from lora_diffusion.storage import open_store
 
-CAPTION_VARIANTS = 6
+CAPTION_VARIANTS = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class BaseRecipe:
             steps=6800, batch_size=40, learning_rate=1.5e-3, compute_dtype="bfloat16"
         )
     )
+    compile: bool = False  # torch.compile for UNet and text encoder: two minutes at the start, then 1.45 times as fast
     perceptual: str | None = None  # safetensors of a FaceRecogniser; None: L1 and L2 only
 
 
@@ -173,9 +174,13 @@ def train_base(
         return tokens_MVS[indices, draw.integers(tokens_MVS.shape[1], size=len(indices))]
 
     unet = bt.new_unet(config).to(recipe.device)
+    text_encoder = bt.new_text_encoder(config, tokenizer).to(recipe.device)
     if recipe.device == "cpu":  # PyTorch's fused attention is slower here: sequences are short (1.45 times in bfloat16)
         unet.set_attn_processor(AttnProcessor())
-    text_encoder = bt.new_text_encoder(config, tokenizer).to(recipe.device)
+        text_encoder.set_attn_implementation("eager")
+    if recipe.compile:
+        unet.compile()
+        text_encoder.compile()
     scheduler = bt.new_scheduler(config)
     means, stds = encode_latents(vae, faces.images)
     scale = vae.config.scaling_factor

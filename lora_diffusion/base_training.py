@@ -44,7 +44,7 @@ class BaseModelConfig:
     attention_head_dim: int = 32
     text_width: int = 128
     text_layers: int = 2
-    text_tokens: int = 64
+    text_tokens: int = 112
     vocab_size: int = 1024
     prediction_type: str = "v_prediction"
 

@@ -6,44 +6,127 @@ pose, light, background, clothes). Left and right are the viewer's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from lora_diffusion.faces.synthetic.traits import Traits
 from lora_diffusion.faces.synthetic.views import View
 
-# latent -> (words when it is low, words when it is high); said when the latent is at least this many deviations out
-NOTABLE = 0.9
-TRAITS: dict[str, tuple[str, str]] = {
-    "head-fat": ("a thin face", "a round face"),
-    "head-scale-horiz": ("a narrow head", "a wide head"),
-    "forehead-scale-vert": ("a low forehead", "a high forehead"),
-    "brow_thick": ("thin eyebrows", "thick eyebrows"),
-    "brow_arch": ("flat eyebrows", "arched eyebrows"),
-    "{s}-eye-scale": ("small eyes", "large eyes"),
-    "{s}-eye-trans-x": ("close eyes", "wide set eyes"),
-    "{s}-eye-height2": ("narrow eyes", "open eyes"),
-    "nose-scale-horiz": ("a narrow nose", "a wide nose"),
-    "nose-scale-vert": ("a short nose", "a long nose"),
-    "nose-scale-depth": ("a flat nose", "a big nose"),
-    "nose-hump": ("a curved nose", "a hooked nose"),
-    "nose-point": ("a drooping nose", "an upturned nose"),
-    "mouth-scale-horiz": ("a small mouth", "a wide mouth"),
-    "mouth-lowerlip-volume": ("thin lips", "full lips"),
-    "mouth-trans": ("a low mouth", "a high mouth"),
-    "chin-width": ("a narrow chin", "a broad chin"),
-    "chin-height": ("a short chin", "a long chin"),
-    "chin-prominent": ("a weak chin", "a strong chin"),
-    "{s}-cheek-bones": ("flat cheeks", "high cheekbones"),
-    "{s}-cheek-volume": ("hollow cheeks", "full cheeks"),
-    "{s}-ear-wing": ("flat ears", "protruding ears"),
-    "neck-scale-horiz": ("a thin neck", "a thick neck"),
+# An adjective is said when its latent is at least NOTABLE deviations out, with "very" from STRIKING on.
+NOTABLE = 0.7
+STRIKING = 1.4
+
+# part of the face -> latent -> (adjective when it is low, adjective when it is high); no adjective, nothing is said
+FACE_WORDS: dict[str, dict[str, tuple[str, str]]] = {
+    "head": {
+        "head-fat": ("thin", "fat"),
+        "head-scale-horiz": ("narrow", "wide"),
+        "head-scale-vert": ("flat", "tall"),
+        "head-scale-depth": ("shallow", "deep"),
+        "head-roundrect": ("rectangular", "round"),
+        "head-tri": ("triangular", "tapered"),
+        "head-sqoval": ("square", "oval"),
+        "head-diamond": ("", "diamond"),
+        "head-back-scale-depth": ("short", "long"),
+    },
+    "forehead": {
+        "forehead-scale-vert": ("low", "high"),
+        "forehead-nubian": ("smooth", "domed"),
+        "forehead-temple": ("narrow", "broad"),
+        "forehead-trans": ("receding", "bulging"),
+    },
+    "eyebrows": {
+        "eyebrows-angle": ("sad", "stern"),
+        "eyebrows-trans": ("low", "high"),
+        "brow_thick": ("thin", "thick"),
+        "brow_arch": ("flat", "arched"),
+        "brow_len": ("short", "long"),
+        "brow_gap": ("parted", "joined"),
+        "brow_dark": ("fair", "dark"),
+        "brow_y": ("sunken", "raised"),
+    },
+    "eyes": {
+        "{s}-eye-scale": ("small", "large"),
+        "{s}-eye-trans-x": ("close", "distant"),
+        "{s}-eye-trans-y": ("low", "high"),
+        "{s}-eye-corner1": ("drooping", "lifted"),
+        "{s}-eye-corner2": ("sloping", "slanted"),
+        "{s}-eye-epicanthus": ("bare", "folded"),
+        "{s}-eye-height2": ("narrow", "open"),
+        "{s}-eye-bag": ("fresh", "baggy"),
+        "{s}-eye-eyefold": ("heavy", "light"),
+        "{s}-eye-push2": ("deep", "bulging"),
+        "eye_dark": ("clear", "shadowed"),
+    },
+    "nose": {
+        "nose-scale-horiz": ("narrow", "wide"),
+        "nose-scale-vert": ("short", "long"),
+        "nose-scale-depth": ("flat", "big"),
+        "nose-hump": ("scooped", "hooked"),
+        "nose-curve": ("concave", "convex"),
+        "nose-point": ("drooping", "upturned"),
+        "nose-point-width": ("pointed", "blunt"),
+        "nose-width1": ("pinched", "bridged"),
+        "nose-width2": ("thin", "thick"),
+        "nose-width3": ("lean", "fleshy"),
+        "nose-volume": ("slim", "bulbous"),
+        "nose-nostrils-width": ("tight", "flared"),
+        "nose-flaring": ("smooth", "winged"),
+        "nose-base": ("lowered", "lifted"),
+        "nose-trans": ("low", "high"),
+        "nose-greek": ("notched", "greek"),
+    },
+    "mouth": {
+        "mouth-scale-horiz": ("small", "wide"),
+        "mouth-scale-vert": ("flat", "tall"),
+        "mouth-trans": ("low", "high"),
+        "mouth-angles": ("drooping", "lifted"),
+        "mouth-trans-z": ("sunken", "pouting"),
+        "lip_sat": ("pale", "rosy"),
+    },
+    "upper lip": {
+        "mouth-upperlip-height": ("short", "long"),
+        "mouth-upperlip-volume": ("thin", "full"),
+        "mouth-cupidsbow": ("straight", "bowed"),
+    },
+    "lower lip": {
+        "mouth-lowerlip-height": ("short", "long"),
+        "mouth-lowerlip-volume": ("thin", "full"),
+    },
+    "chin": {
+        "chin-width": ("narrow", "broad"),
+        "chin-height": ("short", "long"),
+        "chin-prominent": ("weak", "strong"),
+        "chin-jaw-drop": ("high", "low"),
+        "chin-bones": ("smooth", "bony"),
+        "chin-cleft": ("plain", "cleft"),
+        "chin-triangle": ("", "pointed"),
+        "chin-prognathism": ("receding", "jutting"),
+        "neck-double": ("tight", "double"),
+    },
+    "cheeks": {
+        "{s}-cheek-bones": ("flat", "high"),
+        "{s}-cheek-volume": ("hollow", "full"),
+        "{s}-cheek-inner": ("lean", "soft"),
+        "blush": ("pale", "rosy"),
+        "weight": ("thin", "fat"),
+    },
+    "ears": {
+        "{s}-ear-scale": ("small", "large"),
+        "{s}-ear-wing": ("flat", "protruding"),
+        "{s}-ear-lobe": ("short", "long"),
+    },
+    "neck": {"neck-scale-horiz": ("thin", "thick")},
 }
 
 
 def _step(value: float, words: list[tuple[float, str]]) -> str:
     return next(word for limit, word in words if value < limit)
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def _hair(p: Traits) -> str:
@@ -78,13 +161,15 @@ def person_class(p: Traits) -> str:
     return "man" if p.gender > 0.5 else "woman"
 
 
-def person_phrases(p: Traits, latents: Mapping[str, float]) -> tuple[str, list[str]]:
-    """The noun phrase ("a young woman") and every "with ..." phrase of a person, the most visible first.
-
-    ``p``: decoded parameters, ``latents``: the identity's latent numbers by name (deviations from the mean person).
-    """
+def _noun(p: Traits) -> str:
     age = _step(p.age, [(0.12, "young "), (0.3, ""), (0.48, "middle aged "), (9, "elderly ")])
-    noun = f"{'an' if age.startswith('e') else 'a'} {age}{person_class(p)}"
+    strongest = int(np.argmax(p.ancestry))
+    ancestry = ("african ", "asian ", "european ")[strongest] if p.ancestry[strongest] > 0.5 else ""
+    return _a(f"{age}{ancestry}{person_class(p)}")
+
+
+def look_phrases(p: Traits) -> list[str]:
+    """Hair, skin, beard, freckles, lipstick and the colour of the eyes, the most visible first."""
     skin = _step(p.melanin, [(0.15, "pale"), (0.28, "light"), (0.42, "tan"), (0.62, "brown"), (9, "dark")])
     if p.iris_mel > 0.5:
         eyes = "brown eyes"
@@ -97,17 +182,31 @@ def person_phrases(p: Traits, latents: Mapping[str, float]) -> tuple[str, list[s
         phrases.append("freckles")
     if p.makeup > 0.5:
         phrases.append("red lipstick")
-    phrases.append(eyes)
-    for name, (low, high) in TRAITS.items():
-        if abs(latents[name]) >= NOTABLE:
-            phrases.append(high if latents[name] > 0 else low)
-    return noun, phrases
+    return [*phrases, eyes]
 
 
-def describe_person(p: Traits, latents: Mapping[str, float], traits: int = 3) -> str:
-    """The person in one phrase: hair, skin, beard, and the first ``traits`` notable features of the face."""
-    noun, phrases = person_phrases(p, latents)
-    return f"{noun} with {', '.join(phrases[: 2 + traits])}"
+def face_phrases(latents: Mapping[str, float], keep: Callable[[], bool] = lambda: True) -> list[str]:
+    """``very wide hooked nose`` and the like: one phrase for each part of the face that has anything to say.
+
+    ``latents``: the identity's latent numbers by name (deviations from the mean person). ``keep``: asked for each
+    adjective whether it is said.
+    """
+    phrases = []
+    for part, words in FACE_WORDS.items():
+        said = []
+        for latent, (low, high) in words.items():
+            word = high if latents[latent] > 0 else low
+            if word and abs(latents[latent]) >= NOTABLE and keep():
+                said.append(f"very {word}" if abs(latents[latent]) >= STRIKING else word)
+        if said:
+            phrases.append(f"{' '.join(said)} {part}")
+    return phrases
+
+
+def describe_person(p: Traits, latents: Mapping[str, float]) -> str:
+    """The person in one phrase: hair, skin, beard, eyes, and what is striking about the face."""
+    striking = {name: value if abs(value) >= STRIKING else 0.0 for name, value in latents.items()}
+    return f"{_noun(p)} with {', '.join(look_phrases(p) + face_phrases(striking))}"
 
 
 def _turned(yaw: float) -> str:
@@ -115,10 +214,6 @@ def _turned(yaw: float) -> str:
         return "facing the camera"
     side = "left" if yaw < 0 else "right"
     return f"turned slightly {side}" if abs(yaw) < 35 else f"in profile facing {side}"
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def glasses_words(p: Traits) -> str:
@@ -168,21 +263,22 @@ def subject_caption(view: View, p: Traits, subject: str = "sks person") -> str:
 def training_caption(view: View, p: Traits, latents: Mapping[str, float], rng: np.random.Generator) -> str:
     """One random caption for training the base model.
 
-    Half describe the person (so the model knows what hair, beards and noses are), half say only "person" (so the class
-    noun and the rare word "sks" mean anybody). Phrases are left out at random; one caption in ten is empty, for
-    classifier-free guidance.
+    Half describe the person, the face in detail, so that the model knows what hair, beards and noses are and LoRAs find
+    directions to move along; half say only "person", so that the class noun and the rare word "sks" mean anybody.
+    Phrases are left out at random; one caption in ten is empty, for classifier-free guidance.
     """
     u = rng.random()
     if u < 0.1:
         return ""
+    said = [phrase for phrase in view_phrases(view, p)[: 9 if u < 0.55 else 5] if rng.random() < 0.88]
     if u < 0.55:
-        noun, phrases = person_phrases(p, latents)
-        kept = [phrase for phrase in phrases if rng.random() < 0.65]
-        subject = f"{noun} with {', '.join(kept)}" if kept else noun
-        said = view_phrases(view, p)
+        rate = 1.0 if u < 0.35 else rng.random()  # often everything: what is not said is then average
+        seen = [phrase for phrase in look_phrases(p) if rng.random() < max(rate, 0.65)]
+        subject = f"{_noun(p)} with {', '.join(seen)}" if seen else _noun(p)
+        # the face last: should the caption be too long for the model, its least visible part is cut
+        said += face_phrases(latents, lambda: rng.random() < rate)
     else:
         subject = rng.choice(
             ["sks person", "person", f"sks {person_class(p)}", person_class(p)], p=[0.5, 0.25, 0.1, 0.15]
         )
-        said = view_phrases(view, p)[:5]
-    return f"a photo of {subject}, {', '.join(s for s in said if rng.random() < 0.88)}".rstrip(", ")
+    return f"a photo of {subject}, {', '.join(said)}".rstrip(", ")
