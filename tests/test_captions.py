@@ -43,14 +43,16 @@ def test_the_order_of_the_words_is_that_of_the_face_whatever_is_left_out() -> No
     rng = np.random.default_rng(0)
     some = " ".join(face_phrases(latents, lambda: rng.random() < 0.5)).split()
     remaining = iter(everything)
-    assert len(some) < len(everything) and all(word in remaining for word in some)
+    assert len(some) < len(everything)
+    assert all(word in remaining for word in some)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_the_subjects_caption_tells_the_scene_and_nothing_of_the_person(number: int) -> None:
     person, view = sample_person(number), sample_view(number, 0)
     caption = subject_caption(view, person.traits)
-    assert view.expression in caption and f"{view.background} background" in caption
+    assert view.expression in caption
+    assert f"{view.background} background" in caption
     assert not set(face_phrases(person.latents)) & set(caption.split(", "))
     assert describe_person(person.traits, person.latents) not in caption
 
