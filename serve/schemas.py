@@ -1,0 +1,248 @@
+"""What goes over the wire: requests and answers of the HTTP API. docs/API.md tells the same in words.
+
+A request is JSON, or multipart/form-data with the same names: there photos are the file parts called `photo` (as many as
+you like), a LoRA file is the part `lora_file`, and values that are not plain (embedding, latent, edits, a, b, positions)
+are written as JSON. Unknown keys are errors. Limits of a server (images, steps, prompt length) are in GET /v1/model.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
+
+MAX_SEED = 2**53 - 1  # what JavaScript holds exactly
+LORA_ID = r"^[0-9a-f]{32}$"
+
+FileFormat = Literal["diffusers", "peft", "kohya", "vector", "latent"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Floats = Annotated[list[Number], Field(min_length=1, max_length=65_536)]
+LoRAId = Annotated[str, Field(pattern=LORA_ID, description="id of a LoRA that this server made or was given")]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Latent(Request):
+    """A person in the synthesiser's own code: small, and enough to make the LoRA again. Only for the model that made it."""
+
+    values: Floats
+    model: str = Field(pattern=r"^[0-9a-f]{16}$", description="synthesizer id, as in GET /v1/model")
+
+
+class LatentOrLoRA(Request):
+    """Exactly one of the two; a LoRA that was uploaded has no latent."""
+
+    latent: Latent | None = None
+    lora: LoRAId | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> LatentOrLoRA:
+        return _exactly_one(self, "latent", "lora")
+
+
+class PhotoSource(Request):
+    """Photos of one person (their embeddings are averaged), as base64 in JSON."""
+
+    photos: list[Base64Bytes] | None = Field(None, min_length=1, description="photos of one person, base64")
+    faces: Literal["one", "largest"] = Field(
+        "one", description="a photo with several faces is an error (one), or its largest face is taken"
+    )
+
+
+class LatentSampling(Request):
+    """How the synthesiser draws a person's code. Left out: the server's defaults."""
+
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="left out: a random one, told in the answer")
+    latent_guidance_scale: Number | None = Field(None, ge=0, le=20)
+    latent_inference_steps: int | None = Field(None, ge=1, le=1000)
+    deviation_scale: Number | None = Field(None, ge=0, le=4, description="how far from the mean LoRA; 1 is as learned")
+
+
+class ImageOptions(Request):
+    prompt: str = Field(min_length=1, description="call the person `sks person`")
+    negative_prompt: str | None = None
+    num_images: int = Field(1, ge=1, description="picture i has image_seed + i")
+    image_seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    guidance_scale: Number | None = Field(None, ge=1)
+    num_inference_steps: int | None = Field(None, ge=1)
+    image_format: ImageFormat = "png"
+
+
+class EmbeddingsRequest(Request):
+    photos: list[Base64Bytes] = Field(min_length=1, description="photos, base64; of anybody, each answered for itself")
+
+
+class LatentsRequest(PhotoSource, LatentSampling):
+    """Exactly one of photos and embedding."""
+
+    embedding: Floats | None = Field(None, description="of the server's recogniser; need not be of unit length")
+    num_samples: int = Field(1, ge=1, description="different codes of the same person; sample i has seed + i")
+
+    @model_validator(mode="after")
+    def _one(self) -> LatentsRequest:
+        return _exactly_one(self, "photos", "embedding")
+
+
+class LorasRequest(PhotoSource, LatentSampling):
+    """Exactly one of photos, embedding, latent and lora_file."""
+
+    embedding: Floats | None = None
+    latent: Latent | None = None
+    lora_file: Base64Bytes | None = Field(
+        None, description="safetensors in diffusers', kohya's or our vector format, or a zip of peft's two files; base64"
+    )
+    num_samples: int = Field(1, ge=1)
+    format: FileFormat | None = Field(None, description="answer with the file itself; only for one sample")
+    score: bool = Field(False, description="draw each LoRA once and compare the face with the photo's")
+
+    @model_validator(mode="after")
+    def _one(self) -> LorasRequest:
+        return _exactly_one(self, "photos", "embedding", "latent", "lora_file")
+
+
+class ImagesRequest(PhotoSource, LatentSampling, ImageOptions):
+    """Exactly one of lora, lora_file, latent, embedding and photos."""
+
+    lora: LoRAId | None = None
+    lora_file: Base64Bytes | None = None
+    latent: Latent | None = None
+    embedding: Floats | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ImagesRequest:
+        return _exactly_one(self, "lora", "lora_file", "latent", "embedding", "photos")
+
+
+class PersonalizeRequest(PhotoSource, LatentSampling, ImageOptions):
+    photos: list[Base64Bytes] = Field(min_length=1, description="photos of one person, base64")
+    format: FileFormat | None = Field(None, description="put the LoRA file into the answer, too")
+
+
+class EditsRequest(LatentOrLoRA):
+    edits: dict[str, Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]] = Field(
+        min_length=1, max_length=32, description="attribute (GET /v1/model lists them) -> strength, in standard deviations"
+    )
+    deviation_scale: Number | None = Field(None, ge=0, le=4)
+
+
+class InterpolationsRequest(Request):
+    """From one person to another. Give num (evenly spaced, ends included) or positions."""
+
+    a: LatentOrLoRA
+    b: LatentOrLoRA
+    num: int | None = Field(None, ge=2)
+    positions: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(None, min_length=1, description="0 is a, 1 is b")
+    deviation_scale: Number | None = Field(None, ge=0, le=4)
+
+    @model_validator(mode="after")
+    def _one(self) -> InterpolationsRequest:
+        return _exactly_one(self, "num", "positions")
+
+
+class Face(BaseModel):
+    box: list[float] = Field(description="x1, y1, x2, y2 in px of the photo, upright")
+    keypoints: list[list[float]] = Field(description="eyes, nose, corners of the mouth, px")
+    score: float = Field(description="the detector's, 0 to 1")
+    embedding: list[float] = Field(description="unit length")
+
+
+class PhotoFaces(BaseModel):
+    width: int
+    height: int
+    faces: list[Face] = Field(description="largest first; empty if there is none")
+
+
+class EmbeddingsResponse(BaseModel):
+    photos: list[PhotoFaces]
+
+
+class Nearest(BaseModel):
+    """Control: how near the person lies to the nearest one that the synthesiser was trained on."""
+
+    similarity: float = Field(description="cosine of the embeddings")
+
+
+class SampledLatent(BaseModel):
+    latent: Latent
+    seed: int
+
+
+class LatentsResponse(BaseModel):
+    latents: list[SampledLatent]
+    nearest: Nearest | None = None
+
+
+class LoRA(BaseModel):
+    id: str
+    seed: int | None = Field(None, description="of the latent; none for an upload, an edit or an interpolation")
+    position: float | None = Field(None, description="of an interpolation, 0 to 1")
+    similarity: float | None = Field(
+        None, description="cosine of drawn faces with the photo's; 0 where no face was drawn; none if not asked for"
+    )
+    nearest: Nearest | None = None
+    expires_in: float = Field(description="seconds until the server forgets it; DELETE its url to have it gone now")
+    url: str
+    files: dict[str, str] = Field(description="format -> url")
+
+
+class LorasResponse(BaseModel):
+    loras: list[LoRA]
+
+
+class Image(BaseModel):
+    index: int
+    seed: int
+    media_type: str
+    data: str = Field(description="the picture's file, base64")
+    similarity: float | None = Field(None, description="cosine of the drawn face with the photo's, 0 without a face")
+
+
+class ImagesResponse(BaseModel):
+    lora: LoRA
+    images: list[Image]
+
+
+class LoRAFile(BaseModel):
+    name: str
+    media_type: str
+    data: str = Field(description="base64")
+
+
+class PersonalizeResponse(ImagesResponse):
+    file: LoRAFile | None = None
+
+
+class ModelResponse(BaseModel):
+    """What this server serves."""
+
+    base: dict[str, Any] = Field(description="name, fingerprint, image_size (px)")
+    layout: dict[str, Any] = Field(description="layout_id, rank, alpha, size (floats of a LoRA), target_modules")
+    synthesizer: dict[str, Any] = Field(description="id, latent_size, embedding_size, attributes (for edits)")
+    recogniser: str
+    formats: list[str]
+    limits: dict[str, Any]
+    defaults: dict[str, Any]
+    versions: dict[str, str]
+    licence: str
+
+
+class Problem(BaseModel):
+    """RFC 9457. `reason` is for programs, `detail` for people: it says what to do."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    reason: str
+    request_id: str | None = None
+    errors: list[dict[str, Any]] | None = Field(None, description="where and why, for a request of the wrong form")
+
+
+def _exactly_one(request: Any, *names: str) -> Any:
+    given = [name for name in names if getattr(request, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(names)}; got {', '.join(given) or 'none of them'}")
+    return request
