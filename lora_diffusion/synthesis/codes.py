@@ -1,0 +1,211 @@
+"""Code spaces: what the denoiser works in. Latents of the VAE, PCA coefficients, or the normalised parameters themselves.
+
+One denoiser runs in all of them, so that they can be compared. The diffusion needs data of about unit variance:
+`standardise` measures the corpus' codes once, and from then on codes go out and come in with mean 0 and unit variance.
+
+Axes: B batch, N vector length, M varying parameters, K components, Z code size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.config import from_dict, to_dict
+from lora_diffusion.synthesis.normaliser import Normaliser
+from lora_diffusion.synthesis.pca import PCA
+from lora_diffusion.synthesis.vae import LoRAVAE, VAEConfig
+
+Kind = Literal["latent", "pca", "vector"]
+KINDS: tuple[Kind, ...] = ("latent", "pca", "vector")
+
+
+class CodeSpace(nn.Module):
+    """`encode`: vectors (B, N) -> codes (B, Z); `decode`: back, as well as the space can. `size`: Z.
+
+    Codes are `(raw - shift) / scale`; shift 0 and scale 1 until `standardise` was called.
+    """
+
+    kind: Kind
+    normaliser: Normaliser
+    shift_Z: Tensor
+    scale_Z: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("shift_Z", torch.zeros(size))
+        self.register_buffer("scale_Z", torch.ones(size))
+
+    def encode(self, vectors_BN: Tensor) -> Tensor:
+        return (self.raw_encode(vectors_BN) - self.shift_Z) / self.scale_Z
+
+    def decode(self, codes_BZ: Tensor) -> Tensor:
+        if codes_BZ.ndim != 2 or codes_BZ.shape[1] != self.size:
+            raise ValueError(
+                f"codes have shape {tuple(codes_BZ.shape)}; this {self.kind} space expects (B, {self.size})"
+            )
+        return self.raw_decode(codes_BZ * self.scale_Z + self.shift_Z)
+
+    def raw_encode(self, vectors_BN: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def raw_decode(self, raw_BZ: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What `build_codes` needs beside the tensors."""
+        return {"kind": self.kind}
+
+    @torch.no_grad()
+    def standardise(
+        self, chunks: Iterable[Tensor], scale: Literal["each", "together"] = "each", floor: float = 0.05
+    ) -> None:
+        """Measure the codes of the corpus, vectors (B, N) in chunks, and give them mean 0 and unit variance.
+
+        scale: "each" number by its own deviation, or all "together" by their root mean square, which keeps what is
+            large in the space large in the loss of the denoiser.
+        floor: with "each", a number that hardly varies (a latent that the VAE does not use) is divided by no less than
+            this share of the root mean square, so that its noise is not blown up.
+        """
+        count, mean_Z, M2_Z = (
+            0,
+            torch.zeros(self.size, dtype=torch.float64),
+            torch.zeros(self.size, dtype=torch.float64),
+        )
+        for vectors_BN in chunks:
+            raw_BZ = self.raw_encode(vectors_BN).double().cpu()
+            new, new_mean_Z = len(raw_BZ), raw_BZ.mean(0)
+            delta_Z, total = new_mean_Z - mean_Z, count + new
+            M2_Z += (raw_BZ - new_mean_Z).square().sum(0) + delta_Z.square() * (count * new / total)
+            mean_Z += delta_Z * (new / total)
+            count = total
+        if count < 2:
+            raise ValueError(f"codes of {count} LoRAs were given; at least two are needed to know how they vary")
+        std_Z = (M2_Z / count).sqrt()
+        rms = float(std_Z.square().mean().sqrt())
+        if rms == 0:
+            raise ValueError(f"all LoRAs have the same code: this {self.kind} space tells nobody apart")
+        self.shift_Z.copy_(mean_Z)
+        self.scale_Z.copy_(std_Z.clamp(min=floor * rms) if scale == "each" else torch.full_like(std_Z, rms))
+
+
+class VectorCodes(CodeSpace):
+    """The normalised parameters: Z = M."""
+
+    kind: Kind = "vector"
+
+    def __init__(self, normaliser: Normaliser) -> None:
+        super().__init__(normaliser.size)
+        self.normaliser = normaliser
+
+    def raw_encode(self, vectors_BN: Tensor) -> Tensor:
+        return self.normaliser.normalise(vectors_BN)
+
+    def raw_decode(self, raw_BZ: Tensor) -> Tensor:
+        return self.normaliser.restore(raw_BZ)
+
+
+class PCACodes(CodeSpace):
+    """Coefficients of the principal components of the normalised parameters: Z = K."""
+
+    kind: Kind = "pca"
+
+    def __init__(self, normaliser: Normaliser, pca: PCA) -> None:
+        super().__init__(len(pca))
+        self.normaliser, self.pca = normaliser, pca
+
+    def raw_encode(self, vectors_BN: Tensor) -> Tensor:
+        return self.pca.encode(self.normaliser.normalise(vectors_BN))
+
+    def raw_decode(self, raw_BZ: Tensor) -> Tensor:
+        return self.normaliser.restore(self.pca.decode(raw_BZ))
+
+
+class LatentCodes(CodeSpace):
+    """Means of the VAE's posterior: Z = latent_size. The VAE is frozen and in eval mode from here on."""
+
+    kind: Kind = "latent"
+
+    def __init__(self, vae: LoRAVAE) -> None:
+        super().__init__(vae.config.latent_size)
+        self.vae = vae.eval().requires_grad_(False)
+        self.normaliser = vae.normaliser
+
+    def train(self, mode: bool = True) -> LatentCodes:
+        super().train(mode)
+        self.vae.eval()  # dropout must not reach the codes
+        return self
+
+    def raw_encode(self, vectors_BN: Tensor) -> Tensor:
+        return self.vae.encode(vectors_BN)[0]
+
+    def raw_decode(self, raw_BZ: Tensor) -> Tensor:
+        return self.vae.decode(raw_BZ)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vae": to_dict(self.vae.config)}
+
+
+@torch.no_grad()
+def encode_corpus(space: CodeSpace, chunks: Iterable[Tensor]) -> Tensor:
+    """Codes (P, Z) of vectors (B, N) in chunks, on the CPU: made once, before the denoiser is trained."""
+    return torch.cat([space.encode(vectors_BN).cpu() for vectors_BN in chunks])
+
+
+def build_codes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CodeSpace:
+    """A code space from `describe()` and its `state_dict()`. Raises ValueError if they do not fit."""
+    kind = description.get("kind")
+    try:
+        normaliser = Normaliser(tensors["normaliser.mean_N"].float(), tensors["normaliser.std_N"].float())
+        if kind == "vector":
+            space: CodeSpace = VectorCodes(normaliser)
+        elif kind == "pca":
+            names = ("mean_M", "components_KM", "explained_variance_K", "total_variance")
+            space = PCACodes(normaliser, PCA(*(tensors[f"pca.{name}"] for name in names)))
+        elif kind == "latent":
+            space = LatentCodes(LoRAVAE(from_dict(VAEConfig, description["vae"]), normaliser))
+        else:
+            raise ValueError(f"unknown code space {kind!r}; this release knows {', '.join(KINDS)}")
+        space.load_state_dict(dict(tensors))
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"the tensors do not make a {kind} code space: {error}") from error
+    return space
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well a code space keeps vectors. Similarity of renders is what counts in the end; see `evaluate`.
+
+    r2: share of the normalised variance that comes back, about the corpus' mean.
+    relative_error: |v - v̂| / |v - mean|, of the vectors themselves, over all rows.
+    """
+
+    rows: int
+    r2: float
+    relative_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def reconstruction(space: CodeSpace, chunks: Iterable[Tensor]) -> Reconstruction:
+    """Over vectors (B, N) in chunks: held-out rows tell more than the rows that the space was fitted on."""
+    rows, left, total, raw_left, raw_total = 0, 0.0, 0.0, 0.0, 0.0
+    for vectors_BN in chunks:
+        vectors_BN = vectors_BN.float()
+        again_BN = space.decode(space.encode(vectors_BN))
+        x_BM, y_BM = space.normaliser.normalise(vectors_BN), space.normaliser.normalise(again_BN)
+        rows += len(vectors_BN)
+        left += float((x_BM - y_BM).double().square().sum())
+        total += float(x_BM.double().square().sum())
+        raw_left += float((vectors_BN - again_BN).double().square().sum())
+        raw_total += float((vectors_BN - space.normaliser.mean_N).double().square().sum())
+    if rows == 0 or total == 0:
+        raise ValueError("no LoRAs were given to reconstruct, or only the corpus' mean")
+    return Reconstruction(rows, 1 - left / total, (raw_left / raw_total) ** 0.5)

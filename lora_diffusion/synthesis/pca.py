@@ -1,0 +1,245 @@
+"""Principal components of a corpus that need not fit into memory.
+
+The rows come in chunks, several times over. Each pass maps a chunk to a partial sum and adds the partial sums up, so
+that a pass can run on many machines; only what is added up meets on one:
+
+1. moments: count, mean and variance of each column, (M,) (`corpus.statistics.Statistics`);
+2. few rows: the rows themselves, whose (P, P) Gram matrix gives the exact components. Its eigenvectors U and
+   eigenvalues s² are those of the SVD X = U diag(s) Vᵀ, and V = Xᵀ U / s;
+   or few columns: the scatter (M, M), exact as well;
+   or else, for `iterations` passes, the product of the scatter with a basis (M, L), `Σ x (xᵀ Q)`, orthonormalised
+   after each: subspace iteration (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, algorithm 4.4), L = K + oversampling.
+   The last pass also gives the Rayleigh-Ritz values, `Qᵀ S Q`: the variances along the components, exact for them.
+
+Variances are those of the population (divided by the count), as in the normaliser, so that the total of normalised
+columns is M.
+
+Axes: P rows of a chunk or corpus, M columns, K components, L = K + oversampling.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_diffusion.corpus.statistics import Statistics
+
+Floats = NDArray[np.floating[Any]]
+Chunks = Callable[[], Iterable[Floats]]
+
+
+class PCA(nn.Module):
+    """`encode`: x (B, M) -> coefficients (B, K), `(x - mean) Vᵀ`; `decode`: back. Rows of `components_KM` are orthonormal.
+
+    `explained_variance_K` falls; `total_variance` is that of all components, so their ratio is the share explained.
+    """
+
+    mean_M: Tensor
+    components_KM: Tensor
+    explained_variance_K: Tensor
+    total_variance: Tensor
+
+    def __init__(
+        self, mean_M: Tensor, components_KM: Tensor, explained_variance_K: Tensor, total_variance: Tensor | float
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean_M", mean_M.float())
+        self.register_buffer("components_KM", components_KM.float())
+        self.register_buffer("explained_variance_K", explained_variance_K.float())
+        self.register_buffer("total_variance", torch.as_tensor(total_variance, dtype=torch.float32))
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.components_KM)
+
+    def encode(self, x_BM: Tensor) -> Tensor:
+        return (x_BM - self.mean_M) @ self.components_KM.T
+
+    def decode(self, coefficients_BK: Tensor) -> Tensor:
+        return self.mean_M + coefficients_BK @ self.components_KM
+
+    def truncated(self, num_components: int) -> PCA:
+        """The first components only."""
+        if not 1 <= num_components <= len(self):
+            raise ValueError(f"{num_components} components asked for; this PCA has {len(self)}")
+        return PCA(
+            self.mean_M,
+            self.components_KM[:num_components],
+            self.explained_variance_K[:num_components],
+            self.total_variance,
+        )
+
+    def curve(self) -> list[float]:
+        """Share of the total variance that the first 1, 2, ..., K components explain (the paper's Figure 3)."""
+        shares = self.explained_variance_K.double().cumsum(0) / self.total_variance.double()
+        return [round(float(share), 6) for share in shares]
+
+
+class Partial(Protocol):
+    """What one chunk adds to a pass."""
+
+    def merge(self, other: Any) -> Any: ...
+
+
+P = TypeVar("P", bound=Partial)
+
+
+class MapReduce(Protocol):
+    """Runs a function over all chunks of the corpus and merges the results; on one machine or on many.
+
+    The order of merging matters in the last bits only.
+    """
+
+    def __call__(self, function: Callable[[Floats], P], /) -> P: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The chunk itself, as float32: for few rows."""
+
+    parts: tuple[Floats, ...]
+
+    def merge(self, other: Rows) -> Rows:
+        return Rows(self.parts + other.parts)
+
+
+@dataclass(frozen=True)
+class Product:
+    """`Σ x (xᵀ Q)` of centred rows (M, L), or the scatter `Σ x xᵀ` (M, M) where Q is the identity."""
+
+    sum: Floats
+
+    @classmethod
+    def of(cls, rows_PM: Floats, mean_M: Floats, basis_ML: Floats | None = None) -> Product:
+        x_PM = rows_PM.astype(mean_M.dtype) - mean_M
+        return cls(x_PM.T @ (x_PM if basis_ML is None else x_PM @ basis_ML))
+
+    def merge(self, other: Product) -> Product:
+        return Product(self.sum + other.sum)
+
+
+def fit_pca(
+    chunks: Chunks,
+    num_components: int,
+    *,
+    exact_rows: int = 4096,
+    exact_columns: int = 4096,
+    oversampling: int = 32,
+    iterations: int = 6,
+    seed: int = 0,
+) -> PCA:
+    """PCA of the rows that `chunks()` yields as arrays (P, M); each call of it must start a new round over all of them.
+
+    Exact up to `exact_rows` rows (memory: rows × M floats and a rows² matrix) or `exact_columns` columns (an M² matrix),
+    randomised beyond (memory: three times M × (K + oversampling) floats, and a chunk).
+    There are at most as many components as the rank of the centred rows: fewer than asked for, if they are not there.
+
+    Raises:
+        ValueError: no rows, chunks of different widths, or values that are not finite.
+    """
+
+    def map_reduce(function: Callable[[Floats], P]) -> P:
+        parts = (function(chunk) for chunk in chunks() if len(chunk))
+        return functools.reduce(lambda a, b: a.merge(b), parts)
+
+    return fit_pca_distributed(
+        map_reduce,
+        num_components,
+        exact_rows=exact_rows,
+        exact_columns=exact_columns,
+        oversampling=oversampling,
+        iterations=iterations,
+        seed=seed,
+    )
+
+
+def fit_pca_distributed(
+    map_reduce: MapReduce,
+    num_components: int,
+    *,
+    exact_rows: int = 4096,
+    exact_columns: int = 4096,
+    oversampling: int = 32,
+    iterations: int = 6,
+    seed: int = 0,
+) -> PCA:
+    """As `fit_pca`, with the passes run by `map_reduce`: `map_reduce(f)` returns the merged `f(chunk)` of all chunks."""
+    if num_components < 1:
+        raise ValueError(f"{num_components} components asked for; at least one is needed")
+    try:
+        moments = map_reduce(Statistics.of)
+    except TypeError as error:
+        if "empty" not in str(error):
+            raise
+        raise ValueError("the corpus has no rows: there is nothing to analyse") from error
+    if not np.isfinite(moments.M2).all():
+        raise ValueError("the rows hold NaN or infinity: leave diverged LoRAs out first")
+    rows, columns = moments.count, len(moments.mean)
+    if rows < 2:
+        raise ValueError(f"the corpus has {rows} row; at least two are needed to know how they vary")
+    mean_M = moments.mean
+    if rows <= exact_rows:
+        variances, components = _from_rows(map_reduce(lambda chunk: Rows((chunk,))), mean_M)
+    elif columns <= exact_columns:
+        scatter = map_reduce(functools.partial(Product.of, mean_M=mean_M)).sum
+        values, vectors = np.linalg.eigh(scatter / rows)
+        variances, components = values[::-1], vectors[:, ::-1].T
+    else:
+        width = min(num_components + oversampling, rows - 1, columns)
+        variances, components = _randomised(map_reduce, mean_M, rows, width, iterations, seed)
+    rank = int((variances > max(variances[0], 0) * 1e-12).sum())
+    keep = min(num_components, rank, rows - 1)
+    variances, components = variances[:keep], _fix_signs(components[:keep])
+    return PCA(
+        torch.from_numpy(mean_M),
+        torch.from_numpy(np.ascontiguousarray(components, np.float32)),
+        torch.from_numpy(np.ascontiguousarray(variances)),
+        float(moments.M2.sum() / rows),
+    )
+
+
+def _from_rows(rows: Rows, mean_M: Floats, block: int = 4096) -> tuple[Floats, Floats]:
+    """Exact, from the Gram matrix. Summed in float64 a block of columns at a time: no second copy of all rows."""
+    x_PM = np.concatenate([np.asarray(part, np.float32) for part in rows.parts])
+    count, columns = x_PM.shape
+    gram_PP = np.zeros((count, count))
+    for start in range(0, columns, block):
+        piece = x_PM[:, start : start + block] - mean_M[start : start + block]
+        gram_PP += piece @ piece.T
+    values, U = np.linalg.eigh(gram_PP)
+    values, U = values[::-1], U[:, ::-1]
+    keep = values > max(values[0], 0) * 1e-12
+    values, U = values[keep], U[:, keep]
+    components = np.empty((len(values), columns), np.float32)
+    for start in range(0, columns, block):
+        piece = x_PM[:, start : start + block] - mean_M[start : start + block]
+        components[:, start : start + block] = (U.T @ piece) / np.sqrt(values)[:, None]
+    return values / count, components
+
+
+def _randomised(
+    map_reduce: MapReduce, mean_M: Floats, rows: int, width: int, iterations: int, seed: int
+) -> tuple[Floats, Floats]:
+    basis_ML: Floats = np.random.default_rng(seed).standard_normal((len(mean_M), width), dtype=np.float32)
+    basis_ML = np.linalg.qr(basis_ML)[0]
+    mean32 = mean_M.astype(np.float32)
+    for step in range(max(2, iterations)):
+        product = map_reduce(functools.partial(Product.of, mean_M=mean32, basis_ML=basis_ML)).sum
+        if step < max(2, iterations) - 1:
+            basis_ML = np.linalg.qr(product)[0]
+    ritz_LL = (basis_ML.T @ product).astype(np.float64) / rows
+    values, vectors = np.linalg.eigh((ritz_LL + ritz_LL.T) / 2)
+    return values[::-1], (basis_ML @ vectors[:, ::-1].astype(np.float32)).T
+
+
+def _fix_signs(components_KM: Floats) -> Floats:
+    """The entry of largest magnitude is positive: the same components whatever the chunks and the library."""
+    largest = np.abs(components_KM).argmax(1)
+    return components_KM * np.sign(components_KM[np.arange(len(components_KM)), largest])[:, None]
