@@ -1,0 +1,368 @@
+"""A corpus as training data: read shard by shard, checked, and cached on local disk, where each row is one seek away.
+
+Training wants rows in random order, and every worker wants the same order whatever their number. Parquet in a bucket gives
+neither, so each machine copies the vectors once into a flat file that is memory-mapped. Whoever feeds `RowCache.put` is
+free in how: `fill_cache` here reads with threads; `jobs/train.py` streams the same tables through Ray Data.
+
+Axes: P rows (people), N vector length, C embedding length (512).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from lora_diffusion.corpus import CorpusReader, matrix
+from lora_diffusion.corpus.plan import shard_name
+from lora_diffusion.corpus.schema import EMBEDDING_SIZE, parquet_metadata
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.storage import Store, open_store
+
+# Why a row is left out of training, by the number in the cache's `reason` column.
+REASONS = ("", "nan_vector", "bad_embedding", "low_similarity", "over_max_people")
+COLUMNS = ("identity", "similarity", "embedding", "vector")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows of the corpus are learned from.
+
+    `cache`: folder on every machine's own disk for the copy of the corpus; empty: the system's temporary folder.
+    `min_similarity`: rows whose fine-tuned LoRA scores lower are left out; None keeps all.
+    `max_people`: only so many rows, drawn evenly by name (for curves over the size of the corpus); None: all.
+    """
+
+    cache: str = ""
+    validation_fraction: float = 0.1
+    min_similarity: float | None = None
+    max_people: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, not be {self.validation_fraction}")
+        if self.max_people is not None and self.max_people < 2:
+            raise ValueError(f"max_people must be at least 2, not {self.max_people}: one row is for validation")
+
+
+@dataclass(frozen=True)
+class CorpusSnapshot:
+    """The shards that a run learns from, fixed when it begins: a corpus that grows meanwhile changes nothing.
+
+    `shards` maps index -> [rows, bytes of the file].
+    """
+
+    uri: str
+    layout: Mapping[str, Any]
+    base: Mapping[str, str]
+    recipe_id: str
+    vector_dtype: str
+    shards: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    num_failed: int = 0  # people who never got a LoRA
+    finetune: Mapping[str, Any] = field(default_factory=dict)  # the recipe that made the LoRAs
+
+    @property
+    def layout_id(self) -> str:
+        return str(self.layout["layout_id"])
+
+    @property
+    def vector_size(self) -> int:
+        return int(self.layout["size"])
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows for rows, _ in self.shards.values())
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """Shard index -> slot of its first row in the cache."""
+        starts, total = {}, 0
+        for index in sorted(self.shards):
+            starts[index] = total
+            total += self.shards[index][0]
+        return starts
+
+    @property
+    def key(self) -> str:
+        """Name of the cache of these rows: 16 hex digits."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return {**values, "shards": {str(index): list(self.shards[index]) for index in sorted(self.shards)}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CorpusSnapshot:
+        shards = {int(index): (int(rows), int(size)) for index, (rows, size) in values["shards"].items()}
+        return cls(**{**values, "shards": shards})
+
+
+def take_snapshot(uri: str) -> CorpusSnapshot:
+    """What is committed at `uri` now. Reads the shards' footers only.
+
+    Raises ValueError for no corpus, an empty one, fewer than two rows, or shards that are missing or damaged.
+    """
+    reader = CorpusReader(uri)
+    sizes = reader.store.files("shards")
+    expected = reader.manifest.counts.get("num_shards") if reader.manifest.state == "complete" else None
+    if expected is not None and len(reader.shards) < expected:
+        lost = sorted(set(range(expected)) - set(reader.shards))[:5]
+        raise ValueError(
+            f"the corpus at {uri} says that it is complete with {expected} shards, but {len(reader.shards)} are there "
+            f"(missing: {', '.join(map(shard_name, lost))}). Run its jobs/build_corpus.py command again: it makes them anew"
+        )
+    with ThreadPoolExecutor(16) as pool:
+        rows = list(pool.map(lambda index: _footer(reader.store, index, reader.layout), reader.shards))
+    shards = {
+        index: (count, sizes[f"{shard_name(index)}.parquet"]) for index, count in zip(reader.shards, rows, strict=True)
+    }
+    snapshot = CorpusSnapshot(
+        uri=uri,
+        layout=reader.manifest.layout,
+        base=reader.manifest.base,
+        recipe_id=reader.manifest.recipe_id,
+        vector_dtype=_vector_dtype(reader),
+        shards=shards,
+        num_failed=int(reader.manifest.counts.get("num_failed", 0)),
+        finetune=reader.manifest.recipe.get("finetune", {}),
+    )
+    if snapshot.num_rows < 2:
+        raise ValueError(
+            f"the corpus at {uri} has {snapshot.num_rows} people with a LoRA; training needs at least 2, and some "
+            "hundreds to learn anything. Add people with jobs/build_corpus.py"
+        )
+    return snapshot
+
+
+def check_snapshot(snapshot: CorpusSnapshot) -> None:
+    """Raises ValueError if the shards that a run began with are no longer what they were."""
+    now = open_store(snapshot.uri).files("shards")
+    for index, (_, size) in snapshot.shards.items():
+        found = now.get(f"{shard_name(index)}.parquet")
+        if found != size:
+            state = "is gone" if found is None else f"has {found} bytes, not {size}"
+            raise ValueError(
+                f"shard {shard_name(index)} of {snapshot.uri} {state}: it is not what this run began with. "
+                "Restore it, or choose another output to begin anew"
+            )
+
+
+def _vector_dtype(reader: CorpusReader) -> str:
+    if not reader.shards:
+        return "float32"
+    value = reader.schema.field("vector").type.value_type
+    return {pa.float16(): "float16", pa.float32(): "float32"}[value]
+
+
+def _footer(store: Store, index: int, layout: LoRALayout) -> int:
+    """Rows of a shard. Raises ValueError if it is damaged or of another layout."""
+    try:
+        with store.open(f"shards/{shard_name(index)}.parquet") as file:
+            parquet = pq.ParquetFile(file)
+            metadata = parquet_metadata(parquet.schema_arrow)
+            rows = parquet.metadata.num_rows
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise ValueError(_damaged(store, index, error)) from error
+    if metadata["layout_id"] != layout.layout_id:
+        raise ValueError(
+            f"shard {shard_name(index)} of {store.uri} has layout_id {metadata['layout_id']}, the corpus has "
+            f"{layout.layout_id}: two corpora were mixed in one folder. Keep each in a folder of its own"
+        )
+    return int(rows)
+
+
+def _damaged(store: Store, index: int, error: Exception) -> str:
+    return (
+        f"shard {shard_name(index)} of {store.uri} cannot be read: {error}. "
+        "Run its jobs/build_corpus.py command again: it makes damaged shards anew"
+    )
+
+
+def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) -> Iterator[pa.Table]:
+    """The rows of one shard, a table for each row group: COLUMNS, `slot` (place in the cache) and `reason`."""
+    store = store or open_store(snapshot.uri)
+    slot = snapshot.starts[index]
+    try:
+        with store.open(f"shards/{shard_name(index)}.parquet") as file:
+            parquet = pq.ParquetFile(file)
+            for group in range(parquet.num_row_groups):
+                table = parquet.read_row_group(group, columns=list(COLUMNS)).replace_schema_metadata(None)
+                slots = pa.array(range(slot, slot + len(table)), pa.int64())
+                slot += len(table)
+                yield table.append_column("slot", slots).append_column("reason", pa.array(_reasons(table), pa.int8()))
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, pa.ArrowInvalid) or "Parquet" in str(error) or "Corrupt" in str(error):
+            raise ValueError(_damaged(store, index, error)) from error
+        raise
+
+
+def _reasons(table: pa.Table) -> np.ndarray:
+    """(P,) int8 index into REASONS: what is wrong with a row whatever the settings."""
+    finite = np.isfinite(matrix(table["vector"])).all(axis=1)
+    norms = np.linalg.norm(matrix(table["embedding"]).astype(np.float64), axis=1)
+    reasons = np.zeros(len(table), np.int8)
+    reasons[~(np.isfinite(norms) & (norms > 1e-6))] = REASONS.index("bad_embedding")
+    reasons[~finite] = REASONS.index("nan_vector")
+    return reasons
+
+
+class RowCache:
+    """The rows of a snapshot on this machine's disk: vectors as one flat file, the rest beside it.
+
+    One process fills it (`put` in any order, then `finish`); it is worth nothing before `finish`. Any number may read.
+    """
+
+    def __init__(self, snapshot: CorpusSnapshot, folder: str = "") -> None:
+        self.snapshot = snapshot
+        root = Path(folder).expanduser() if folder else Path(tempfile.gettempdir()) / f"lora-diffusion-{os.getuid()}"
+        self.folder = root / snapshot.key
+        self._filled: np.ndarray | None = None
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / "complete.json").exists()
+
+    @property
+    def num_bytes(self) -> int:
+        per_value = np.dtype(self.snapshot.vector_dtype).itemsize
+        return self.snapshot.num_rows * (self.snapshot.vector_size * per_value + EMBEDDING_SIZE * 4)
+
+    def begin(self) -> None:
+        """Empty the cache and make room. Raises ValueError if the disk has too little."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < self.num_bytes * 1.02:
+            raise ValueError(
+                f"the corpus needs {self.num_bytes / 1e9:.2f} GB on the disk of {self.folder}, which has {free / 1e9:.2f} "
+                "GB free: set data.cache to a folder on a larger disk, or data.max_people"
+            )
+        rows = self.snapshot.num_rows
+        self._vectors = self._map("vectors", "w+")
+        self._embeddings = np.zeros((rows, EMBEDDING_SIZE), np.float32)
+        self._similarity = np.full(rows, np.nan, np.float32)
+        self._reason, self._filled = np.zeros(rows, np.int8), np.zeros(rows, bool)
+        self._identities: list[str] = [""] * rows
+
+    def put(self, table: pa.Table) -> None:
+        """Rows as `read_rows` gives them, each into its slot."""
+        assert self._filled is not None, "begin() first"
+        slots = table["slot"].to_numpy()
+        self._vectors[slots] = matrix(table["vector"])
+        self._embeddings[slots] = matrix(table["embedding"])
+        self._similarity[slots] = table["similarity"].to_numpy()
+        self._reason[slots] = table["reason"].to_numpy()
+        for slot, identity in zip(slots, table["identity"].to_pylist(), strict=True):
+            self._identities[slot] = identity
+        self._filled[slots] = True
+
+    def finish(self) -> None:
+        """Commit. Raises ValueError if rows are missing."""
+        assert self._filled is not None, "begin() first"
+        if not self._filled.all():
+            raise ValueError(
+                f"{(~self._filled).sum()} of {len(self._filled)} rows of {self.snapshot.uri} did not arrive"
+            )
+        self._vectors.flush()
+        for name in ("embeddings", "similarity", "reason"):
+            np.save(self.folder / f"{name}.npy", getattr(self, f"_{name}"))
+        (self.folder / "identities.json").write_text(json.dumps(self._identities))
+        (self.folder / "complete.json").write_text(json.dumps(self.snapshot.to_dict()))
+
+    def open(self, config: DataConfig) -> CorpusRows:
+        assert self.complete, "finish() first"
+        arrays = {
+            name: np.load(self.folder / f"{name}.npy", allow_pickle=False)
+            for name in ("embeddings", "similarity", "reason")
+        }
+        identities = json.loads((self.folder / "identities.json").read_text())
+        return CorpusRows(self._map("vectors", "r"), identities=identities, config=config, **arrays)
+
+    def _map(self, name: str, mode: Any) -> np.ndarray:
+        shape = (self.snapshot.num_rows, self.snapshot.vector_size)
+        return np.memmap(self.folder / f"{name}.bin", np.dtype(self.snapshot.vector_dtype), mode, shape=shape)
+
+
+def fill_cache(cache: RowCache, threads: int = 4) -> None:
+    """Fill from the corpus by threads of this process; nothing to do if it is filled already."""
+    if cache.complete:
+        return
+    cache.begin()
+    store = open_store(cache.snapshot.uri)
+    with ThreadPoolExecutor(threads) as pool:
+        for tables in pool.map(lambda index: list(read_rows(cache.snapshot, index, store)), cache.snapshot.shards):
+            for table in tables:
+                cache.put(table)
+    cache.finish()
+
+
+class CorpusRows:
+    """The usable rows, split into `train` and `validation`: slots in ascending order.
+
+    A row's side of the split depends on its identity's name alone, so it keeps it when the corpus grows.
+    """
+
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        embeddings: np.ndarray,
+        similarity: np.ndarray,
+        reason: np.ndarray,
+        identities: Sequence[str],
+        config: DataConfig,
+    ) -> None:
+        self.vectors_PN, self.embeddings_PC = vectors, embeddings
+        self.identities = list(identities)
+        reason = reason.copy()
+        if config.min_similarity is not None:
+            low = ~(similarity >= config.min_similarity)  # NaN is low
+            reason[low & (reason == 0)] = REASONS.index("low_similarity")
+        draws = np.array([_draw(identity) for identity in self.identities])
+        usable = np.flatnonzero(reason == 0)
+        if config.max_people is not None and len(usable) > config.max_people:
+            order = np.argsort(draws[usable, 1], kind="stable")
+            reason[usable[order[config.max_people :]]] = REASONS.index("over_max_people")
+            usable = np.flatnonzero(reason == 0)
+        self.left_out = {name: int((reason == i).sum()) for i, name in enumerate(REASONS) if i and (reason == i).any()}
+        held = draws[usable, 0] < config.validation_fraction
+        if len(usable) >= 2 and (held.all() or not held.any()):  # a handful of rows: still one on each side
+            held = np.arange(len(usable)) == np.argmin(draws[usable, 0])
+        self.train, self.validation = usable[~held], usable[held]
+        if len(self.train) == 0 or len(self.validation) == 0:
+            raise ValueError(
+                f"{len(usable)} of {len(reason)} rows can be used (left out: {self.left_out}); training needs at least 2. "
+                "Look at the corpus' failures, or lower data.min_similarity"
+            )
+
+    def vectors(self, slots: np.ndarray) -> Tensor:
+        """(len(slots), N) float32."""
+        return torch.from_numpy(np.asarray(self.vectors_PN[slots], np.float32))
+
+    def embeddings(self, slots: np.ndarray) -> Tensor:
+        """(len(slots), C) float32, unit norm."""
+        rows = torch.from_numpy(self.embeddings_PC[slots])
+        return rows / rows.norm(dim=1, keepdim=True)
+
+    def chunks(self, slots: np.ndarray, size: int = 256) -> Iterator[Tensor]:
+        """Vectors of `slots` in their order, at most `size` rows at a time."""
+        for start in range(0, len(slots), size):
+            yield self.vectors(slots[start : start + size])
+
+
+def _draw(identity: str) -> tuple[float, float]:
+    """Two numbers in [0, 1) that depend on the name alone: for the split, and for the order of `max_people`."""
+    digest = hashlib.sha256(identity.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:16], "big") / 2**64

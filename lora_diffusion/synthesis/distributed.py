@@ -1,0 +1,146 @@
+"""The workers that train together, seen from one of them: sums over all, passes over shares of the rows, DDP or FSDP2.
+
+Only torch.distributed; who starts the processes (Ray Train, torchrun, nobody) does not matter. Without a process group
+all of it works for one worker alone.
+
+Axes: P rows, N vector length.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lora_diffusion.corpus import Statistics
+from lora_diffusion.synthesis.pca import MapReduce, Product
+
+Parallel = Literal["ddp", "fsdp"]
+Slots = NDArray[np.int64]
+_SHARD_FROM = 1_000_000  # parameters of a layer from which FSDP gathers it by itself
+
+
+@dataclass(frozen=True)
+class Group:
+    """This worker's place. `local_rank` 0 does what is needed once for each machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def current(cls, local_rank: int = 0, device: torch.device | str = "cpu") -> Group:
+        """From the process group that runs, or one worker alone."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(device=torch.device(device))
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, torch.device(device))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers, the same on all of them, where `tensor` lies."""
+        if self.world == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def gather(self, part: NDArray[Any]) -> list[NDArray[Any]]:
+        """Each worker's array of equal shape, in the order of ranks, on all workers."""
+        if self.world == 1:
+            return [part]
+        mine = torch.from_numpy(part).to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine)
+        return [tensor.cpu().numpy() for tensor in parts]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def agree(self, error: Exception | None) -> None:
+        """If one worker has an error, all raise ValueError: nobody waits for one who is gone."""
+        failed = self.sum(torch.tensor([float(error is not None)]))
+        if error is not None:
+            raise error
+        if failed.item():
+            raise ValueError("another worker of this run could not go on; its message tells why")
+
+    def wrap(self, module: nn.Module, parallel: Parallel) -> nn.Module:
+        """The module, on this worker's device, whose gradients are averages over the workers.
+
+        `ddp`: every worker holds everything; `fsdp`: parameters, gradients and optimiser are split over the workers
+        (FSDP2), for vectors so long that one GPU cannot hold them all.
+        """
+        module = module.to(self.device)
+        if self.world == 1:
+            return module
+        if parallel == "fsdp":
+            return _shard(module, self)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+    def map_reduce(self, slots: Slots, rows: Callable[[Slots], NDArray[Any]], chunk: int = 128) -> MapReduce:
+        """Passes over `rows(slots)`, shared by the workers, for `fit_pca_distributed`: each has consecutive chunks, and
+        what comes out (`Statistics`, `Product`) is added up in the order of the rows."""
+        chunk = min(chunk, -(-len(slots) // self.world))
+        pieces = np.array_split(np.arange(0, len(slots), chunk), self.world)[self.rank]
+
+        def run(function: Callable[[NDArray[Any]], Any]) -> Any:
+            parts = (function(rows(slots[start : start + chunk])) for start in pieces)
+            return self._merge(functools.reduce(lambda a, b: a.merge(b), parts))
+
+        return run
+
+    def _merge(self, part: Any) -> Any:
+        if self.world == 1:
+            return part
+        if isinstance(part, Product):
+            return Product(self.sum(torch.from_numpy(part.sum)).numpy())
+        assert isinstance(part, Statistics), f"{type(part)} is not known to be a sum"
+        counts = self.gather(np.array([part.count]))
+        means, M2s = self.gather(part.mean), self.gather(part.M2)
+        parts = [Statistics(int(count[0]), mean, M2) for count, mean, M2 in zip(counts, means, M2s, strict=True)]
+        return Statistics.merged(parts, len(part.mean))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that may be split over the workers. Then all workers must call it."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, source: Tensor) -> None:
+    """Write a full tensor into one that may be split over the workers; all workers have the same `source`."""
+    if isinstance(target, DTensor):
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
+
+
+def like_parameter(source: Tensor, parameter: Tensor) -> Tensor:
+    """`source`, a full tensor, split as `parameter` is and where it lies; an optimiser's step count stays as it is."""
+    if source.shape != parameter.shape:
+        return source
+    copy = torch.empty_like(parameter)
+    copy_whole(copy, source)
+    return copy
+
+
+def _shard(module: nn.Module, group: Group) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(group.device.type, (group.world,))
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.numel() >= _SHARD_FROM:
+            fully_shard(layer, mesh=mesh)
+    # the root as well: validation runs without backward, and what it put together must not be used after it
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return module
