@@ -7,15 +7,35 @@ are written as JSON. Unknown keys are errors. Limits of a server (images, steps,
 
 from __future__ import annotations
 
+import base64
+import binascii
 from typing import Annotated, Any, Literal
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_SEED = 2**53 - 1  # what JavaScript holds exactly
 LORA_ID = r"^[0-9a-f]{32}$"
 
 FileFormat = Literal["diffusers", "peft", "kohya", "vector", "latent"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+def _from_base64(value: Any) -> Any:
+    """Bytes of a file part stay as they are; text of a JSON body is base64."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("is not valid base64") from None
+
+
+File = Annotated[
+    bytes,
+    BeforeValidator(_from_base64),
+    Field(min_length=1),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 4}),
+]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Floats = Annotated[list[Number], Field(min_length=1, max_length=65_536)]
 LoRAId = Annotated[str, Field(pattern=LORA_ID, description="id of a LoRA that this server made or was given")]
@@ -46,7 +66,7 @@ class LatentOrLoRA(Request):
 class PhotoSource(Request):
     """Photos of one person (their embeddings are averaged), as base64 in JSON."""
 
-    photos: list[Base64Bytes] | None = Field(None, min_length=1, description="photos of one person, base64")
+    photos: list[File] | None = Field(None, min_length=1, description="photos of one person, base64")
     faces: Literal["one", "largest"] = Field(
         "one", description="a photo with several faces is an error (one), or its largest face is taken"
     )
@@ -72,7 +92,7 @@ class ImageOptions(Request):
 
 
 class EmbeddingsRequest(Request):
-    photos: list[Base64Bytes] = Field(min_length=1, description="photos, base64; of anybody, each answered for itself")
+    photos: list[File] = Field(min_length=1, description="photos, base64; of anybody, each answered for itself")
 
 
 class LatentsRequest(PhotoSource, LatentSampling):
@@ -91,8 +111,9 @@ class LorasRequest(PhotoSource, LatentSampling):
 
     embedding: Floats | None = None
     latent: Latent | None = None
-    lora_file: Base64Bytes | None = Field(
-        None, description="safetensors in diffusers', kohya's or our vector format, or a zip of peft's two files; base64"
+    lora_file: File | None = Field(
+        None,
+        description="safetensors in diffusers', kohya's or our vector format, or a zip of peft's two files; base64",
     )
     num_samples: int = Field(1, ge=1)
     format: FileFormat | None = Field(None, description="answer with the file itself; only for one sample")
@@ -107,7 +128,7 @@ class ImagesRequest(PhotoSource, LatentSampling, ImageOptions):
     """Exactly one of lora, lora_file, latent, embedding and photos."""
 
     lora: LoRAId | None = None
-    lora_file: Base64Bytes | None = None
+    lora_file: File | None = None
     latent: Latent | None = None
     embedding: Floats | None = None
 
@@ -117,13 +138,15 @@ class ImagesRequest(PhotoSource, LatentSampling, ImageOptions):
 
 
 class PersonalizeRequest(PhotoSource, LatentSampling, ImageOptions):
-    photos: list[Base64Bytes] = Field(min_length=1, description="photos of one person, base64")
+    photos: list[File] = Field(min_length=1, description="photos of one person, base64")
     format: FileFormat | None = Field(None, description="put the LoRA file into the answer, too")
 
 
 class EditsRequest(LatentOrLoRA):
     edits: dict[str, Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]] = Field(
-        min_length=1, max_length=32, description="attribute (GET /v1/model lists them) -> strength, in standard deviations"
+        min_length=1,
+        max_length=32,
+        description="attribute (GET /v1/model lists them) -> strength, in standard deviations",
     )
     deviation_scale: Number | None = Field(None, ge=0, le=4)
 
@@ -134,7 +157,9 @@ class InterpolationsRequest(Request):
     a: LatentOrLoRA
     b: LatentOrLoRA
     num: int | None = Field(None, ge=2)
-    positions: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(None, min_length=1, description="0 is a, 1 is b")
+    positions: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        None, min_length=1, description="0 is a, 1 is b"
+    )
     deviation_scale: Number | None = Field(None, ge=0, le=4)
 
     @model_validator(mode="after")

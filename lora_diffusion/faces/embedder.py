@@ -111,20 +111,32 @@ class FaceEmbedder:
             raise FaceError("no_face", f"No face found in the photo of {image.shape[1]} × {image.shape[0]} px.")
         if len(boxes) > 1 and self.config.several_faces == "error":
             raise FaceError("several_faces", f"{len(boxes)} faces found in the photo; crop it to one person.")
-        best = int(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).argmax())
-        box, kps = boxes[best, :4], points[best]
+        best = int(_areas(boxes).argmax())
+        box = boxes[best, :4]
         side = float(min(box[2] - box[0], box[3] - box[1]))
         if side < self.config.min_face:
             raise FaceError(
                 "face_too_small", f"The face is {side:.0f} px wide; at least {self.config.min_face} px are needed."
             )
+        return self._embed_face(bgr, boxes[best], points[best])
+
+    def embed_all(self, image_HWC: Pixels, max_faces: int = 16) -> list[FaceEmbedding]:
+        """Every face of an RGB uint8 image (H, W, 3) of at least `min_face` px, largest first; empty if there is none."""
+        bgr = np.ascontiguousarray(_checked(image_HWC)[..., ::-1])
+        boxes, points = self._app.det_model.detect(bgr)
+        if len(boxes) == 0:
+            return []
+        sides = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+        order = [i for i in np.argsort(-_areas(boxes), kind="stable") if sides[i] >= self.config.min_face]
+        return [self._embed_face(bgr, boxes[i], points[i]) for i in order[:max_faces]]
+
+    def _embed_face(self, bgr: Pixels, box: Floats, kps: Floats) -> FaceEmbedding:
         crop = face_align.norm_crop(bgr, landmark=kps, image_size=CROP_SIZE)
-        vector = _unit(self._recognition.get_feat(crop).reshape(-1))
         return FaceEmbedding(
-            vector=vector,
-            box=box.astype(np.float32),
+            vector=_unit(self._recognition.get_feat(crop).reshape(-1)),
+            box=box[:4].astype(np.float32),
             kps=kps.astype(np.float32),
-            det_score=float(boxes[best, 4]),
+            det_score=float(box[4]),
             crop=np.ascontiguousarray(crop[..., ::-1]),
         )
 
@@ -220,6 +232,10 @@ def _checked(image_HWC: Pixels) -> Pixels:
             f"Expected an RGB uint8 image (H, W, 3), got {image.dtype} {image.shape}. Use photos.load_photo."
         )
     return image
+
+
+def _areas(boxes: Floats) -> Floats:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _unit(vectors: Floats) -> Floats:

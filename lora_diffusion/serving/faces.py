@@ -1,0 +1,72 @@
+"""The first stage: photos -> faces and their embeddings. Needs no torch.
+
+Axes: B photos, C embedding (512), H/W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_diffusion.config import from_dict
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.faces.photos import PhotoError, load_photo
+from lora_diffusion.serving.batcher import Batcher, Timing
+from lora_diffusion.serving.config import ServeConfig
+from lora_diffusion.serving.messages import FoundFace, FoundFaces
+
+Pixels = NDArray[np.uint8]
+Photo: TypeAlias = bytes | Pixels
+
+
+class FaceStage:
+    """Finds and embeds the faces of each photo: the bytes of a file, or pixels (H, W, 3)."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        values = {"threads": config.threads, **config.embedder}
+        self._embedder = FaceEmbedder(from_dict(EmbedderConfig, values, "embedder."))
+        self._limits = config.limits
+
+    def __call__(self, photos: Sequence[Photo]) -> list[FoundFaces | Exception]:
+        """In the order of the photos; a PhotoError in the place of one that cannot be read."""
+        answers: list[FoundFaces | Exception] = []
+        for photo in photos:
+            try:
+                answers.append(self._faces(photo))
+            except PhotoError as error:
+                answers.append(error)
+        return answers
+
+    def _faces(self, photo: Photo) -> FoundFaces:
+        pixels = load_photo(photo, max_pixels=self._limits.max_pixels) if isinstance(photo, bytes) else photo
+        height, width = pixels.shape[:2]
+        found = self._embedder.embed_all(pixels, self._limits.max_faces)
+        return FoundFaces(width, height, tuple(FoundFace(f.box, f.kps, f.det_score, f.vector) for f in found))
+
+
+class Embedder:
+    """FaceStage for single requests, batched."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._batcher: Batcher[Photo, FoundFaces] = Batcher(
+            "embedder",
+            FaceStage(config),
+            max_batch_size=config.batch.embedder,
+            max_waiting=config.batch.max_waiting,
+            max_wait_s=config.batch.max_wait_seconds,
+        )
+
+    async def detect(self, photo: Photo, deadline: float) -> tuple[FoundFaces, Timing]:
+        """Raises PhotoError, ServingError."""
+        return await self._batcher(photo, deadline)
+
+    async def similarity(self, pixels_HWC: Pixels, reference_C: NDArray[np.float32], deadline: float) -> float:
+        """Cosine of the largest face of a picture with `reference_C`; 0 where there is no face."""
+        found, _ = await self._batcher(pixels_HWC, deadline)
+        return float(found.faces[0].embedding_C @ reference_C) if found.faces else 0.0
+
+    async def ready(self) -> bool:
+        return True

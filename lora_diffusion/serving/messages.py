@@ -1,0 +1,112 @@
+"""What the stages say to each other. Plain arrays and numbers; photos travel as the bytes that came.
+
+Axes: C embedding (512), Z code of the synthesiser, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+FILE_NAMES = {
+    "diffusers": ("pytorch_lora_weights.safetensors", "application/octet-stream"),
+    "peft": ("peft_adapter.zip", "application/zip"),
+    "kohya": ("lora.safetensors", "application/octet-stream"),
+    "vector": ("vector.safetensors", "application/octet-stream"),
+    "latent": ("latent.safetensors", "application/octet-stream"),
+}
+"""LoRA file format -> (name of the download, media type)."""
+
+
+@dataclass(frozen=True)
+class FoundFace:
+    """box (x1, y1, x2, y2), keypoints (5, 2) in px; embedding_C of unit length."""
+
+    box: Floats
+    keypoints: Floats
+    score: float
+    embedding_C: Floats
+
+
+@dataclass(frozen=True)
+class FoundFaces:
+    """The faces of one photo of width x height px, largest first."""
+
+    width: int
+    height: int
+    faces: tuple[FoundFace, ...]
+
+
+@dataclass(frozen=True)
+class LatentTask:
+    """One code of the person with embedding_C."""
+
+    embedding_C: Floats
+    seed: int
+    guidance_scale: float
+    num_inference_steps: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """A person in the synthesiser's code space. model_id: the synthesiser that it belongs to."""
+
+    values_Z: Floats
+    model_id: str
+    nearest: float | None = None
+    """Cosine of the asked embedding with the nearest one of the corpus, where the synthesiser knows its corpus."""
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    code: Code
+    deviation_scale: float
+    format: str | None = None
+    """Also give the LoRA file in this format."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A LoRA that lies in the library under `lora_id`."""
+
+    lora_id: str
+    file: bytes | None = None
+
+
+@dataclass(frozen=True)
+class DrawTask:
+    """Pictures of one person. Picture i has the seed `seeds[i]`.
+
+    reference_C: the person's embedding, to score the pictures with; None: no scores.
+    image_format: "png", "jpeg" or "webp".
+    """
+
+    lora_id: str
+    prompt: str
+    negative_prompt: str
+    seeds: tuple[int, ...]
+    guidance_scale: float
+    num_inference_steps: int
+    image_format: str = "png"
+    reference_C: Floats | None = None
+
+
+@dataclass(frozen=True)
+class DrawnImage:
+    """Picture `index`, encoded. similarity: cosine of its face with the reference, 0 without a face, None unscored."""
+
+    index: int
+    data: bytes
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` denoising steps of a request, over all its pictures."""
+
+    done: int
+    total: int

@@ -1,0 +1,211 @@
+"""Denoiser, Decoder and Renderer for single requests: what Serve replicates, and what runs in one process without it.
+
+torch is imported where a service is made: whoever only names the classes (the builder of the graph, the gateway) starts fast.
+
+Axes: C embedding, Z code, N length of a LoRA vector.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lora_diffusion.serving.batcher import Batcher, Timing
+from lora_diffusion.serving.config import ServeConfig
+from lora_diffusion.serving.library import Floats, LoRARecord, content_id
+from lora_diffusion.serving.messages import Code, Decoded, DecodeTask, DrawnImage, DrawTask, LatentTask, Progress
+
+Pixels = NDArray[np.uint8]
+
+
+class LibraryLike(Protocol):
+    async def put(self, lora_id: str, record: LoRARecord) -> None: ...
+    async def get(self, lora_id: str) -> LoRARecord: ...
+
+
+class EmbedderLike(Protocol):
+    async def similarity(self, pixels_HWC: Pixels, reference_C: Floats, deadline: float) -> float: ...
+
+
+class Denoiser:
+    """Embedding -> code; edits and interpolations of codes."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        from lora_diffusion.serving.latents import LatentStage
+
+        set_threads(config)
+        self._stage = LatentStage(config)
+        self._batcher: Batcher[LatentTask, Code] = Batcher(
+            "denoiser",
+            self._stage,
+            max_batch_size=config.batch.denoiser,
+            max_waiting=config.batch.max_waiting,
+            max_wait_s=config.batch.max_wait_seconds,
+        )
+
+    async def sample(self, task: LatentTask, deadline: float) -> tuple[Code, Timing]:
+        return await self._batcher(task, deadline)
+
+    async def edit(self, code: Code, edits: Mapping[str, float]) -> Code:
+        return await asyncio.to_thread(self._stage.edit, code, edits)
+
+    async def interpolate(self, a: Code, b: Code, positions: Sequence[float]) -> list[Code]:
+        return await asyncio.to_thread(self._stage.interpolate, a, b, positions)
+
+    async def reconfigure(self, options: Mapping[str, Any]) -> None:
+        """Serve calls this with `user_config`: `synthesizer` is served from now on, requests in hand keep theirs."""
+        if "synthesizer" in options:
+            await asyncio.to_thread(self._stage.models.load, options["synthesizer"])
+
+    async def describe(self) -> dict[str, Any]:
+        """For GET /v1/model: synthesiser and layout."""
+        from lora_diffusion.serving.latents import attributes_of
+
+        model = self._stage.models.current
+        layout = model.layout
+        return {
+            "synthesizer": {
+                "id": self._stage.models.current_id,
+                "latent_size": model.code_size,
+                "embedding_size": model.condition_size,
+                "attributes": attributes_of(model),
+            },
+            "layout": {
+                "layout_id": layout.layout_id,
+                "rank": layout.rank,
+                "alpha": layout.alpha,
+                "size": layout.size,
+                "target_modules": list(layout.target_modules),
+            },
+            "versions": {name: version(name) for name in ("lora-diffusion", "torch", "diffusers", "peft")},
+        }
+
+    async def ready(self) -> bool:
+        return True
+
+
+class Decoder:
+    """Code -> LoRA in the library, and LoRA files."""
+
+    def __init__(self, config: ServeConfig, library: LibraryLike) -> None:
+        from lora_diffusion.serving.latents import VectorStage
+
+        set_threads(config)
+        self._stage = VectorStage(config)
+        self._library = library
+        self._metadata = {"base_model": config.base, **({"licence": config.licence} if config.licence else {})}
+        self._batcher: Batcher[DecodeTask, Floats] = Batcher(
+            "decoder",
+            self._stage,
+            max_batch_size=config.batch.decoder,
+            max_waiting=config.batch.max_waiting,
+            max_wait_s=config.batch.max_wait_seconds,
+        )
+
+    async def decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
+        vector_N, timing = await self._batcher(task, deadline)
+        record = LoRARecord(vector_N, task.code.values_Z, task.code.model_id)
+        return Decoded(await self._keep(record), self._file(record, task.format)), timing
+
+    async def accept(self, data: bytes, format: str | None = None) -> Decoded:
+        """An uploaded LoRA file, checked against the layout. Raises ServingError "bad_lora"."""
+        from lora_diffusion.serving.files import decode_file
+
+        record = LoRARecord(await asyncio.to_thread(decode_file, data, self._stage.layout))
+        return Decoded(await self._keep(record), self._file(record, format))
+
+    async def file(self, lora_id: str, format: str) -> bytes:
+        """Raises ServingError "unknown_lora"."""
+        return self._encode(await self._library.get(lora_id), format)
+
+    async def reconfigure(self, options: Mapping[str, Any]) -> None:
+        """As the Denoiser's."""
+        if "synthesizer" in options:
+            await asyncio.to_thread(self._stage.models.load, options["synthesizer"])
+
+    async def ready(self) -> bool:
+        return True
+
+    def _file(self, record: LoRARecord, format: str | None) -> bytes | None:
+        return None if format is None else self._encode(record, format)
+
+    def _encode(self, record: LoRARecord, format: str) -> bytes:
+        from lora_diffusion.serving.files import encode_file
+
+        return encode_file(record, self._stage.layout, format, self._metadata)
+
+    async def _keep(self, record: LoRARecord) -> str:
+        lora_id = content_id(record.vector_N, self._stage.layout.layout_id)
+        await self._library.put(lora_id, record)
+        return lora_id
+
+
+class Renderer:
+    """LoRAs of the library + prompts -> encoded pictures, many people in one running batch."""
+
+    def __init__(self, config: ServeConfig, library: LibraryLike, embedder: EmbedderLike) -> None:
+        import torch
+
+        from lora_diffusion.base import BaseModel
+        from lora_diffusion.serving.engine import RenderEngine
+        from lora_diffusion.serving.latents import synthesizer_folder
+        from lora_diffusion.serving.renderer import AsyncRenderer
+        from lora_diffusion.synthesis.synthesizer import Synthesizer
+
+        set_threads(config)
+        self._library = library
+        self._embedder = embedder
+        base = BaseModel.from_pretrained(config.base, config.device, getattr(torch, config.dtype))
+        synthesizer = Synthesizer.from_pretrained(synthesizer_folder(config.synthesizer))
+        synthesizer.check_base(base)
+        self._base = base
+        self._drawing = AsyncRenderer(
+            RenderEngine(base, synthesizer.layout), max_rows=config.batch.renderer, max_waiting=config.batch.max_waiting
+        )
+
+    async def draw(self, task: DrawTask, deadline: float) -> AsyncIterator[Progress | DrawnImage | Timing]:
+        """Pictures as they are ready, with progress between. Raises ServingError."""
+        from lora_diffusion.serving.engine import Picture
+
+        vector_N = (await self._library.get(task.lora_id)).vector_N
+        pictures = [
+            Picture(vector_N, task.prompt, task.negative_prompt, seed, task.guidance_scale, task.num_inference_steps)
+            for seed in task.seeds
+        ]
+        async with aclosing(self._drawing.draw(pictures, deadline)) as events:
+            async for event in events:
+                yield event if isinstance(event, Progress | Timing) else await self._encoded(event, task, deadline)
+
+    async def _encoded(self, drawn: Any, task: DrawTask, deadline: float) -> DrawnImage:
+        similarity = None
+        if task.reference_C is not None:
+            similarity = await self._embedder.similarity(drawn.pixels_HWC, task.reference_C, deadline)
+        return DrawnImage(drawn.index, encode_image(drawn.pixels_HWC, task.image_format), similarity)
+
+    async def describe(self) -> dict[str, Any]:
+        return {"fingerprint": self._base.fingerprint, "image_size": self._base.image_size}
+
+    async def ready(self) -> bool:
+        return True
+
+
+def set_threads(config: ServeConfig) -> None:
+    import torch
+
+    torch.set_num_threads(config.threads)
+
+
+def encode_image(pixels_HWC: Pixels, format: str) -> bytes:
+    """PNG, JPEG (quality 95) or WebP (lossless) of uint8 RGB (H, W, 3)."""
+    options: dict[str, Any] = {"jpeg": {"quality": 95}, "webp": {"lossless": True}, "png": {}}
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, format.upper(), **options[format])
+    return buffer.getvalue()

@@ -1,0 +1,178 @@
+"""Answers: LoRAs, files, and pictures in the three ways that a client can ask for them (JSON, one image, events)."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import numpy as np
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from lora_diffusion.serving.config import ServeConfig
+from lora_diffusion.serving.messages import FILE_NAMES, DrawnImage, DrawTask, Progress
+from serve import schemas
+from serve.problems import ApiError, as_problem
+from serve.studio import Made, Studio
+
+IMAGE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+Wanted = Literal["json", "image", "events"]
+
+
+def wanted(request: Request) -> Wanted:
+    """What the Accept header asks for. Raises ApiError for a type that we do not have."""
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "*/*").split(",")]
+    for media_type in accepted:
+        if media_type == "text/event-stream":
+            return "events"
+        if media_type in ("image/*", *IMAGE_TYPES.values()):
+            return "image"
+        if media_type in ("", "*/*", "application/*", "application/json", "application/problem+json"):
+            return "json"
+    raise ApiError(
+        "not_acceptable", f"Accept {', '.join(('application/json', 'text/event-stream', *IMAGE_TYPES.values()))}."
+    )
+
+
+def image_format(request: Request, asked: schemas.ImageOptions) -> str:
+    """As the body says, else as the Accept header says, else png."""
+    if "image_format" not in asked.model_fields_set:
+        for name, media_type in IMAGE_TYPES.items():
+            if media_type in request.headers.get("accept", "").lower():
+                return name
+    return asked.image_format
+
+
+def nearest(made: Made) -> schemas.Nearest | None:
+    if made.sampled is None or made.sampled.code.nearest is None:
+        return None
+    return schemas.Nearest(similarity=made.sampled.code.nearest)
+
+
+def lora(
+    made: Made, config: ServeConfig, similarity: float | None = None, position: float | None = None
+) -> schemas.LoRA:
+    """A LoRA of the library, as JSON."""
+    url = f"/v1/loras/{made.decoded.lora_id}"
+    return schemas.LoRA(
+        id=made.decoded.lora_id,
+        seed=made.sampled.seed if made.sampled else None,
+        position=position,
+        similarity=similarity,
+        nearest=nearest(made),
+        expires_in=config.library.ttl_seconds,
+        url=url,
+        files={name: f"{url}?format={name}" for name in FILE_NAMES},
+    )
+
+
+def file(made: Made, format: str, similarity: float | None = None) -> Response:
+    """A LoRA as a download."""
+    assert made.decoded.file is not None
+    name, media_type = FILE_NAMES[format]
+    headers = {"Content-Disposition": f'attachment; filename="{name}"', "X-LoRA-Id": made.decoded.lora_id}
+    if similarity is not None:
+        headers["X-LoRA-Similarity"] = f"{similarity:.4f}"
+    if made.sampled is not None and made.sampled.seed is not None:
+        headers["X-LoRA-Seed"] = str(made.sampled.seed)
+    return Response(made.decoded.file, 200, headers, media_type)
+
+
+class Pictures:
+    """The pictures of one task, drawn for one client."""
+
+    def __init__(self, studio: Studio, made: Made, task: DrawTask, deadline: float, format: str | None = None) -> None:
+        self._studio = studio
+        self._made = made
+        self._task = task
+        self._deadline = deadline
+        self._format = format
+
+    async def answer(self, how: Wanted) -> Any:
+        if how == "events":
+            return await self._events()
+        images = [self._image(event) async for event in self._drawn() if isinstance(event, DrawnImage)]
+        if how == "json":
+            return self._whole(sorted(images, key=lambda image: image.index))
+        headers = {"X-Image-Seed": str(images[0].seed), "X-LoRA-Id": self._made.decoded.lora_id}
+        if images[0].similarity is not None:
+            headers["X-LoRA-Similarity"] = f"{images[0].similarity:.4f}"
+        return Response(base64.b64decode(images[0].data), 200, headers, images[0].media_type)
+
+    def _drawn(self) -> AsyncIterator[Progress | DrawnImage]:
+        return self._studio.draw(self._task, self._deadline)
+
+    def _image(self, drawn: DrawnImage) -> schemas.Image:
+        return schemas.Image(
+            index=drawn.index,
+            seed=self._task.seeds[drawn.index],
+            media_type=IMAGE_TYPES[self._task.image_format],
+            data=base64.b64encode(drawn.data).decode(),
+            similarity=drawn.similarity,
+        )
+
+    def _whole(self, images: list[schemas.Image]) -> schemas.PersonalizeResponse:
+        scores = [image.similarity for image in images if image.similarity is not None]
+        similarity = float(np.mean(scores)) if scores else None
+        content = self._made.decoded.file
+        return schemas.PersonalizeResponse(
+            lora=lora(self._made, self._studio.config, similarity),
+            images=images,
+            file=None if content is None or self._format is None else _file_of(content, self._format),
+        )
+
+    async def _events(self) -> StreamingResponse:
+        """The first event is awaited here, so that what is refused is refused with its status."""
+        events = self._drawn()
+        try:
+            first = await anext(events)
+        except StopAsyncIteration:  # pragma: no cover: a task has at least one picture
+            raise AssertionError("a task without pictures") from None
+        return StreamingResponse(self._stream(first, events), media_type="text/event-stream", headers=NO_BUFFERING)
+
+    async def _stream(
+        self, first: Progress | DrawnImage, events: AsyncIterator[Progress | DrawnImage]
+    ) -> AsyncIterator[bytes]:
+        images = []
+        try:
+            yield event("lora", lora(self._made, self._studio.config))
+            async for item in _chain(first, events):
+                if isinstance(item, DrawnImage):
+                    image = self._image(item)
+                    images.append(image.model_copy(update={"data": ""}))
+                    yield event("image", image)
+                else:
+                    yield event("progress", {"done": item.done, "total": item.total})
+            yield event("done", self._whole(sorted(images, key=lambda image: image.index)))
+        except Exception as error:
+            problem = as_problem(error, self._studio.config.limits.retry_after_seconds)
+            if problem is None:
+                problem = ApiError("internal_error", "The pictures could not be drawn: an error of ours. Try again.")
+            yield event("problem", problem.document())
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+
+NO_BUFFERING = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+def event(name: str, data: BaseModel | dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    text = data.model_dump_json() if isinstance(data, BaseModel) else json.dumps(data)
+    return f"event: {name}\ndata: {text}\n\n".encode()
+
+
+async def _chain(
+    first: Progress | DrawnImage, rest: AsyncIterator[Progress | DrawnImage]
+) -> AsyncIterator[Progress | DrawnImage]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+def _file_of(content: bytes, format: str) -> schemas.LoRAFile:
+    name, media_type = FILE_NAMES[format]
+    return schemas.LoRAFile(name=name, media_type=media_type, data=base64.b64encode(content).decode())

@@ -1,0 +1,9 @@
+# The entry point of the service. `serve run serve/app.py` reads an existing file as YAML, whatever its name, and
+# `serve run serve.app:app` imports it as Python: so every line below is both. The graph is in serve/graph.py, its settings
+# are in configs/serve_tiny.yaml. It listens on loopback only; deploy/serve.yaml is for a cluster.
+# ruff: noqa
+# mypy: ignore-errors
+# fmt: off
+http_options: {"host": "127.0.0.1", "port": 8000}
+applications: [{"name": "lora-diffusion", "route_prefix": "/", "import_path": "serve.graph:build", "args": {"config": "configs/serve_tiny.yaml"}}]
+app: object = __import__("serve.graph", fromlist=["build"]).build

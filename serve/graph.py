@@ -1,0 +1,93 @@
+"""The graph on Ray Serve: a gateway, four stages that scale each by its own load, and the library.
+
+photo ─► Gateway ─► Embedder ─► Denoiser ─► Decoder ─► Library ◄─ Renderer ─► Embedder (scores)
+
+serve run serve/app.py                                   # configs/serve_tiny.yaml
+serve run serve.graph:build config=configs/serve_sd15.yaml limits.max_images=4
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from lora_diffusion.config import load_config
+from lora_diffusion.serving.config import ServeConfig
+from lora_diffusion.serving.faces import Embedder
+from lora_diffusion.serving.library import Library
+from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
+from serve.api import build_api
+from serve.logs import set_up_logs
+from serve.metrics import Metrics
+from serve.remote import Remote
+from serve.studio import Studio
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG = "configs/serve_tiny.yaml"
+ENVIRONMENT = "LORA_DIFFUSION_SERVE"
+
+
+@serve.ingress()
+class Gateway:
+    """HTTP in, HTTP out; all work is done behind the handles."""
+
+    def __init__(self, config: ServeConfig, **stages: DeploymentHandle[Any]) -> None:
+        set_up_logs()
+        remotes = {name: Remote(handle, ("draw",) if name == "renderer" else ()) for name, handle in stages.items()}
+        self._studio = Studio(config, Metrics(), **remotes)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._studio)
+
+
+class DecoderReplica(Decoder):
+    def __init__(self, config: ServeConfig, library: DeploymentHandle[Any]) -> None:
+        super().__init__(config, Remote(library))
+
+
+class RendererReplica(Renderer):
+    def __init__(self, config: ServeConfig, library: DeploymentHandle[Any], embedder: DeploymentHandle[Any]) -> None:
+        super().__init__(config, Remote(library), Remote(embedder))
+
+
+def build(arguments: dict[str, Any]) -> Application:
+    """The application. `config`: a YAML file; any other argument overrides a key of it, as in `limits.max_images: 4`.
+
+    `serve run` hands no arguments to a config file, so the environment variable LORA_DIFFUSION_SERVE may hold more of
+    them, as words: "synthesizer=runs/tiny/synthesizer library.ttl_seconds=600".
+    """
+    words = shlex.split(os.environ.get(ENVIRONMENT, ""))
+    given = {**arguments, **{key: value for key, _, value in (word.partition("=") for word in words)}}
+    path = Path(given.pop("config", None) or DEFAULT_CONFIG)
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    config = load_config(ServeConfig, path if path.exists() else ROOT / path, overrides)
+    options = config.deployments
+
+    def bind(name: str, deployed: Any, **arguments: Any) -> Application:
+        deployment: Any = serve.deployment(deployed)
+        bound: Application = deployment.options(name=name, **options.get(name, {})).bind(config, **arguments)
+        return bound
+
+    if unknown := sorted(set(options) - DEPLOYMENTS):
+        raise ValueError(f"deployments: there is no {unknown[0]!r}; there are {', '.join(sorted(DEPLOYMENTS))}")
+    library = bind("Library", Library)
+    embedder = bind("Embedder", Embedder)
+    return bind(
+        "Gateway",
+        Gateway,
+        embedder=embedder,
+        denoiser=bind("Denoiser", Denoiser),
+        decoder=bind("Decoder", DecoderReplica, library=library),
+        renderer=bind("Renderer", RendererReplica, library=library, embedder=embedder),
+        library=library,
+    )
+
+
+DEPLOYMENTS = {"Gateway", "Embedder", "Denoiser", "Decoder", "Renderer", "Library"}

@@ -1,0 +1,268 @@
+"""The routes of /v1: each turns a request into calls of the studio, and the outcome into an answer."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Path, Request, Response
+
+from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask
+from serve import answers, schemas
+from serve.body import read_request
+from serve.checks import check_limits, unit_embedding
+from serve.docs import accepts
+from serve.problems import ApiError
+from serve.studio import Made, Sampled, Studio, new_seed, together
+
+Schema = TypeVar("Schema", bound=schemas.Request)
+
+
+class Routes:
+    """`router` has the routes; all of them work on `studio`."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.config = studio.config
+        self._embedding_size = 0
+        self.router = router = APIRouter(prefix="/v1")
+        created = {"status_code": 201, "response_model": schemas.LorasResponse}
+        for path, method, requested, options in (
+            ("/embeddings", self.embeddings, schemas.EmbeddingsRequest, {"response_model": schemas.EmbeddingsResponse}),
+            ("/latents", self.latents, schemas.LatentsRequest, {"response_model": schemas.LatentsResponse}),
+            ("/loras", self.loras, schemas.LorasRequest, created),
+            ("/images", self.images, schemas.ImagesRequest, {"response_model": schemas.ImagesResponse}),
+            (
+                "/personalize",
+                self.personalize,
+                schemas.PersonalizeRequest,
+                {"response_model": schemas.PersonalizeResponse},
+            ),
+            ("/edits", self.edits, schemas.EditsRequest, created),
+            ("/interpolations", self.interpolations, schemas.InterpolationsRequest, created),
+        ):
+            router.post(path, openapi_extra=accepts(requested), **options)(method)
+        router.get("/loras/{lora_id}", response_model=schemas.LoRA)(self.lora)
+        router.delete("/loras/{lora_id}", status_code=204)(self.delete_lora)
+        router.get("/model", response_model=schemas.ModelResponse)(self.model)
+
+    # -- one step of the way each ---------------------------------------------------------------------------------------
+
+    async def embeddings(self, request: Request) -> schemas.EmbeddingsResponse:
+        """The faces of each photo, with their embeddings."""
+        asked = await self._read(request, schemas.EmbeddingsRequest)
+        found = await self.studio.faces(asked.photos, deadline(request))
+        return schemas.EmbeddingsResponse(
+            photos=[
+                schemas.PhotoFaces(
+                    width=photo.width,
+                    height=photo.height,
+                    faces=[
+                        schemas.Face(
+                            box=face.box.tolist(),
+                            keypoints=face.keypoints.tolist(),
+                            score=face.score,
+                            embedding=face.embedding_C.tolist(),
+                        )
+                        for face in photo.faces
+                    ],
+                )
+                for photo in found
+            ]
+        )
+
+    async def latents(self, request: Request) -> schemas.LatentsResponse:
+        """Codes of a person: small, and enough to make the LoRA later."""
+        asked = await self._read(request, schemas.LatentsRequest)
+        samples = await self._samples(asked, request, asked.num_samples)
+        return schemas.LatentsResponse(
+            latents=[
+                schemas.SampledLatent(
+                    latent=schemas.Latent(values=s.code.values_Z.tolist(), model=s.code.model_id), seed=s.seed or 0
+                )
+                for s in samples
+            ],
+            nearest=answers.nearest(Made(Decoded(""), samples[0])),
+        )
+
+    async def loras(self, request: Request) -> Any:
+        """LoRAs of a person. With `format`, the file itself."""
+        asked = await self._read(request, schemas.LorasRequest)
+        if asked.format and asked.num_samples > 1:
+            raise ApiError(
+                "invalid_request",
+                "format answers with one file: ask for one sample, or leave format out and fetch each file by its url.",
+            )
+        made = await self._make(asked, request, asked.num_samples, asked.format)
+        scores: list[float | None] = [None] * len(made)
+        if asked.score:
+            scores = await together(self._score(m, deadline(request)) for m in made)
+        if asked.format:
+            return answers.file(made[0], asked.format, scores[0])
+        return schemas.LorasResponse(
+            loras=[answers.lora(m, self.config, score) for m, score in zip(made, scores, strict=True)]
+        )
+
+    async def images(self, request: Request) -> Any:
+        """Pictures of a person."""
+        asked = await self._read(request, schemas.ImagesRequest)
+        return await self._draw(asked, request, None)
+
+    async def personalize(self, request: Request) -> Any:
+        """LoRA and scored pictures in one go."""
+        asked = await self._read(request, schemas.PersonalizeRequest)
+        return await self._draw(asked, request, asked.format)
+
+    async def edits(self, request: Request) -> schemas.LorasResponse:
+        """The LoRA of a changed person."""
+        asked = await self._read(request, schemas.EditsRequest)
+        code = await self.studio.denoiser.edit(await self._code(asked), asked.edits)
+        made = await self.studio.decode([Sampled(code)], self._deviation(asked), deadline(request))
+        return schemas.LorasResponse(loras=[answers.lora(made[0], self.config)])
+
+    async def interpolations(self, request: Request) -> schemas.LorasResponse:
+        """LoRAs on the way from one person to another."""
+        asked = await self._read(request, schemas.InterpolationsRequest)
+        positions = asked.positions or np.linspace(0, 1, asked.num or 2).tolist()
+        a, b = await together([self._code(asked.a), self._code(asked.b)])
+        codes = await self.studio.denoiser.interpolate(a, b, positions)
+        made = await self.studio.decode([Sampled(code) for code in codes], self._deviation(asked), deadline(request))
+        return schemas.LorasResponse(
+            loras=[answers.lora(m, self.config, position=at) for m, at in zip(made, positions, strict=True)]
+        )
+
+    # -- LoRAs by their id ----------------------------------------------------------------------------------------------
+
+    async def lora(
+        self, request: Request, lora_id: str = Path(pattern=schemas.LORA_ID), format: schemas.FileFormat | None = None
+    ) -> Any:
+        """What is known of a LoRA, or with `format` its file."""
+        if format is None:
+            await self.studio.library.get(lora_id)
+            return answers.lora(Made(Decoded(lora_id)), self.config)
+        return answers.file(Made(Decoded(lora_id, await self.studio.decoder.file(lora_id, format))), format)
+
+    async def delete_lora(self, lora_id: str = Path(pattern=schemas.LORA_ID)) -> Response:
+        """Forget a LoRA now."""
+        if not await self.studio.library.delete(lora_id):
+            raise ApiError("unknown_lora", "There is no LoRA of this id here (any more): nothing is left to delete.")
+        return Response(status_code=204)
+
+    async def model(self) -> schemas.ModelResponse:
+        """What this server serves, and what it allows."""
+        about, base = await together([self.studio.denoiser.describe(), self.studio.renderer.describe()])
+        limits, sampling = self.config.limits, self.config.sampling
+        return schemas.ModelResponse(
+            base={"name": self.config.base, **base},
+            layout=about["layout"],
+            synthesizer=about["synthesizer"],
+            recogniser=str(self.config.embedder.get("model", "tiny")),
+            formats=list(FILE_NAMES),
+            limits={name: getattr(limits, name) for name in limits.__dataclass_fields__},
+            defaults={name: getattr(sampling, name) for name in sampling.__dataclass_fields__},
+            versions=about["versions"],
+            licence=self.config.licence,
+        )
+
+    # -- what they share ------------------------------------------------------------------------------------------------
+
+    async def _read(self, request: Request, schema: type[Schema]) -> Schema:
+        asked = await read_request(request, schema, self.config.limits)
+        check_limits(asked, self.config.limits)
+        return asked
+
+    async def _samples(self, asked: Any, request: Request, count: int) -> list[Sampled]:
+        """Codes of the person in the request's photos, embedding or latent."""
+        if getattr(asked, "latent", None) is not None:
+            return [Sampled(_code(asked.latent))]
+        if asked.photos:
+            embedding_C = await self.studio.embedding(asked.photos, asked.faces, deadline(request))
+        else:
+            if not self._embedding_size:
+                self._embedding_size = (await self.studio.denoiser.describe())["synthesizer"]["embedding_size"]
+            embedding_C = unit_embedding(asked.embedding, self._embedding_size)
+        sampling = self.config.sampling
+        first = new_seed() if asked.seed is None else asked.seed
+        return await self.studio.sample(
+            embedding_C,
+            [(first + i) % (schemas.MAX_SEED + 1) for i in range(count)],
+            _given(asked.latent_guidance_scale, sampling.latent_guidance_scale),
+            _given(asked.latent_inference_steps, sampling.latent_inference_steps),
+            deadline(request),
+        )
+
+    async def _make(self, asked: Any, request: Request, count: int, format: str | None = None) -> list[Made]:
+        """The LoRAs of a request, whatever it gives to make them of."""
+        if count > 1 and asked.photos is None and asked.embedding is None:
+            raise ApiError(
+                "invalid_request", "num_samples draws from photos or an embedding; a latent or a file is one LoRA."
+            )
+        if getattr(asked, "lora_file", None) is not None:
+            return [Made(await self.studio.decoder.accept(asked.lora_file, format))]
+        samples = await self._samples(asked, request, count)
+        return await self.studio.decode(samples, self._deviation(asked), deadline(request), format)
+
+    async def _code(self, asked: schemas.LatentOrLoRA) -> Code:
+        if asked.latent is not None:
+            return _code(asked.latent)
+        record = await self.studio.library.get(asked.lora)
+        if record.code_Z is None:
+            raise ApiError("stale_latent", "This LoRA was uploaded: it has no latent to change. Make one from a photo.")
+        return Code(record.code_Z, record.model_id)
+
+    async def _draw(self, asked: Any, request: Request, format: str | None) -> Any:
+        how = answers.wanted(request)
+        if how == "image" and asked.num_images > 1:
+            raise ApiError(
+                "not_acceptable", "An image/* answer holds one picture: accept application/json for several."
+            )
+        lora_id = getattr(asked, "lora", None)
+        made = Made(Decoded(lora_id)) if lora_id else (await self._make(asked, request, 1, format))[0]
+        first = new_seed() if asked.image_seed is None else asked.image_seed
+        sampling = self.config.sampling
+        task = DrawTask(
+            lora_id=made.decoded.lora_id,
+            prompt=asked.prompt,
+            negative_prompt=_given(asked.negative_prompt, sampling.negative_prompt),
+            seeds=tuple((first + i) % (schemas.MAX_SEED + 1) for i in range(asked.num_images)),
+            guidance_scale=_given(asked.guidance_scale, sampling.guidance_scale),
+            num_inference_steps=_given(asked.num_inference_steps, sampling.num_inference_steps),
+            image_format=answers.image_format(request, asked),
+            reference_C=made.sampled.embedding_C if made.sampled else None,
+        )
+        return await answers.Pictures(self.studio, made, task, deadline(request), format).answer(how)
+
+    async def _score(self, made: Made, until: float) -> float | None:
+        """Similarity of one picture, drawn with the server's prompt for scores."""
+        if made.sampled is None or made.sampled.embedding_C is None:
+            raise ApiError("invalid_request", "score compares with photos or an embedding: give one of them.")
+        sampling = self.config.sampling
+        task = DrawTask(
+            lora_id=made.decoded.lora_id,
+            prompt=sampling.score_prompt,
+            negative_prompt=sampling.negative_prompt,
+            seeds=(0,),
+            guidance_scale=sampling.guidance_scale,
+            num_inference_steps=sampling.num_inference_steps,
+            reference_C=made.sampled.embedding_C,
+        )
+        whole = await answers.Pictures(self.studio, made, task, until).answer("json")
+        similarity: float | None = whole.lora.similarity
+        return similarity
+
+    def _deviation(self, asked: Any) -> float:
+        return float(_given(asked.deviation_scale, self.config.sampling.deviation_scale))
+
+
+def deadline(request: Request) -> float:
+    """Unix time at which the caller stops waiting."""
+    return float(request.state.deadline)
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _code(latent: schemas.Latent) -> Code:
+    values = np.clip(np.asarray(latent.values, np.float64), -1e30, 1e30)  # within float32
+    return Code(values.astype(np.float32), latent.model)

@@ -1,0 +1,174 @@
+"""What the routes do, in terms of the stages: which stage gets what, and what it costs in hops.
+
+Embeddings (2 KB) and codes (2 KB) pass through here; vectors go from the Decoder to the Library to the Renderer, and
+drawn faces from the Renderer to the Embedder for their scores, without touching the gateway.
+
+Axes: C embedding (512).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lora_diffusion.serving.batcher import Timing
+from lora_diffusion.serving.config import ServeConfig
+from lora_diffusion.serving.errors import ServingError
+from lora_diffusion.serving.messages import (
+    Code,
+    Decoded,
+    DecodeTask,
+    DrawnImage,
+    DrawTask,
+    Floats,
+    FoundFaces,
+    LatentTask,
+    Progress,
+)
+from serve.metrics import Metrics
+from serve.problems import ApiError
+from serve.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A code, the seed that it was drawn with, the embedding that it was drawn for."""
+
+    code: Code
+    seed: int | None = None
+    embedding_C: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A LoRA that lies in the library."""
+
+    decoded: Decoded
+    sampled: Sampled | None = None
+
+
+class Studio:
+    """The stages: deployments (`Remote`), or the services themselves in one process."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        metrics: Metrics,
+        *,
+        embedder: Any,
+        denoiser: Any,
+        decoder: Any,
+        renderer: Any,
+        library: Any,
+    ) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.embedder = embedder
+        self.denoiser = denoiser
+        self.decoder = decoder
+        self.renderer = renderer
+        self.library = library
+
+    async def faces(self, photos: Sequence[bytes], deadline: float) -> list[FoundFaces]:
+        """Raises PhotoError."""
+        answers = await together(self.embedder.detect(photo, deadline) for photo in photos)
+        for _, timing in answers:
+            self.metrics.stage(timing)
+        return [found for found, _ in answers]
+
+    async def embedding(self, photos: Sequence[bytes], which: str, deadline: float) -> Floats:
+        """(C,) unit vector of the one person in the photos. Raises ApiError for no face, or several."""
+        vectors = []
+        for i, found in enumerate(await self.faces(photos, deadline)):
+            name = f"Photo {i + 1}" if len(photos) > 1 else "The photo"
+            if not found.faces:
+                raise ApiError(
+                    "no_face", f"{name} shows no face that can be used. Send one where it is larger, frontal and lit."
+                )
+            if len(found.faces) > 1 and which == "one":
+                raise ApiError(
+                    "several_faces",
+                    f"{name} shows {len(found.faces)} faces. Crop it to one person, or send faces=largest.",
+                )
+            vectors.append(found.faces[0].embedding_C)
+        mean_C = np.mean(vectors, axis=0)
+        return np.asarray(mean_C / max(1e-9, float(np.linalg.norm(mean_C))), np.float32)
+
+    async def sample(
+        self, embedding_C: Floats, seeds: Sequence[int], guidance_scale: float, steps: int, deadline: float
+    ) -> list[Sampled]:
+        answers = await together(
+            self.denoiser.sample(LatentTask(embedding_C, seed, guidance_scale, steps), deadline) for seed in seeds
+        )
+        for _, timing in answers:
+            self.metrics.stage(timing)
+        return [Sampled(code, seed, embedding_C) for (code, _), seed in zip(answers, seeds, strict=True)]
+
+    async def decode(
+        self, samples: Sequence[Sampled], deviation_scale: float, deadline: float, format: str | None = None
+    ) -> list[Made]:
+        """Codes -> LoRAs in the library. Waits a moment for a decoder that is still loading the code's synthesiser."""
+        answers = await together(
+            self._decode(DecodeTask(sampled.code, deviation_scale, format), deadline) for sampled in samples
+        )
+        for _, timing in answers:
+            self.metrics.stage(timing)
+        return [Made(decoded, sampled) for (decoded, _), sampled in zip(answers, samples, strict=True)]
+
+    async def _decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self.decoder.decode(task, deadline)
+            except ServingError as error:
+                # After a reload the denoiser may be ahead of the decoder by a moment.
+                fresh = task.code.model_id == (await self.denoiser.describe())["synthesizer"]["id"]
+                if error.reason != "stale_latent" or not fresh or attempt == ATTEMPTS:
+                    raise
+                await asyncio.sleep(PAUSE_SECONDS * attempt)
+        raise AssertionError("unreachable")
+
+    async def draw(self, task: DrawTask, deadline: float) -> AsyncIterator[Progress | DrawnImage]:
+        """Progress, and each picture as it is ready. If the renderer dies, another draws what is left."""
+        left = dict(enumerate(task.seeds))
+        for attempt in range(1, ATTEMPTS + 1):
+            order = list(left)
+            stream = self.renderer.draw(replace(task, seeds=tuple(left.values())), deadline)
+            try:
+                async for event in stream:
+                    if isinstance(event, Timing):
+                        self.metrics.stage(event)
+                    elif isinstance(event, DrawnImage):
+                        index = order[event.index]
+                        del left[index]
+                        yield replace(event, index=index)
+                    else:
+                        yield event
+                return
+            except ReplicaLost:
+                if attempt == ATTEMPTS:
+                    raise ServingError(
+                        "overloaded", "The renderer is being restarted. Try again a little later."
+                    ) from None
+                await asyncio.sleep(PAUSE_SECONDS * attempt)
+            finally:
+                await stream.aclose()
+
+
+async def together(calls: Any) -> list[Any]:
+    """All answers, or the first error, with the rest cancelled."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
+
+
+def new_seed() -> int:
+    return secrets.randbelow(2**31)
