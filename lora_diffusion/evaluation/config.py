@@ -1,0 +1,67 @@
+"""What an evaluation is made with. Everything here can be set in YAML or as `key.sub=value`; see configs/evaluate.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora_diffusion.evaluate import RenderConfig
+from lora_diffusion.synthesis.dataset import DataConfig
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The whole of `jobs/evaluate.py`.
+
+    corpus: what was learned from. held_out: a corpus of other people, fine-tuned by the same recipe: the ceiling.
+    synthesizers: name -> folder of each trained synthesiser, such as latent: runs/tiny/synthesizer.
+    people: photos of the held-out people; empty: where `held_out` was made from.
+    base: the base model; empty: that of the corpus.
+    second_recogniser: one that conditioned nothing; null: none.
+    limit: the first so many held-out people; null: all.
+    condition_photos: so many photos of a person are the input; the others are what renders are compared with.
+    scales: factors of the deviation from the corpus' mean that every method is drawn with.
+    diversity_people, diversity_samples: so many LoRAs are drawn for each of so many people.
+    reference: the synthesiser that the others are compared with; empty: the first.
+    data: which rows of the corpus the baselines learn from, and how they are split.
+    ablations: output of jobs/ablate.py, for the report; empty: none.
+    pictures_people: of so many people the pictures are kept, for the contact sheets.
+    batch_people: LoRAs drawn together. workers: 0 is one for each CPU (or GPU).
+    """
+
+    corpus: str = "runs/tiny/corpus"
+    held_out: str = "runs/tiny/held_out"
+    output: str = "runs/tiny/evaluation"
+    synthesizers: dict[str, str] = field(default_factory=dict)
+    people: str = ""
+    base: str = ""
+    device: str = "auto"
+    second_recogniser: str | None = "tiny-b"
+    limit: int | None = 48
+    condition_photos: int = 1
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    guidance_scale: float = 1.0
+    num_inference_steps: int = 25
+    seed: int = 0
+    diversity_people: int = 12
+    diversity_samples: int = 4
+    reference: str = ""
+    ablations: str = ""
+    pictures_people: int = 12
+    batch_people: int = 16
+    workers: int = 0
+    worker_cpus: float = 0.9
+    worker_gpus: float = 0.0
+    data: DataConfig = field(default_factory=DataConfig)
+    render: RenderConfig = field(default_factory=RenderConfig)
+
+    def __post_init__(self) -> None:
+        if 1.0 not in self.scales or any(scale <= 0 for scale in self.scales):
+            raise ValueError(f"scales are {self.scales}; they must be positive and hold 1.0, the method as it is")
+        if self.condition_photos < 1 or self.batch_people < 1:
+            raise ValueError("condition_photos and batch_people must be at least 1")
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit is {self.limit}; at least 2 people are needed to tell one from another")
+        if self.diversity_samples < 2:
+            raise ValueError(f"diversity_samples is {self.diversity_samples}; one LoRA cannot differ from itself")
+        if self.reference and self.reference not in self.synthesizers:
+            raise ValueError(f"reference {self.reference!r} is none of the synthesizers {', '.join(self.synthesizers)}")

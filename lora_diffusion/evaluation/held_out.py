@@ -1,0 +1,163 @@
+"""The people that are asked about: a photo to condition on, other photos to compare with, and their fine-tuned LoRA.
+
+The photos that a render is compared with are never the one that it was made from: an embedding of that very photo would
+also reward what pose and light leave in it. The fine-tuned LoRA saw all photos, so as a ceiling it is on the generous side.
+
+Axes: K people, Q photos, R recognisers, C embedding (512), N vector length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_diffusion.config import from_dict
+from lora_diffusion.corpus import CorpusReader, matrix
+from lora_diffusion.evaluate import embed_pictures, unit
+from lora_diffusion.evaluation.config import EvaluationConfig
+from lora_diffusion.faces.embedder import FaceEmbedder
+from lora_diffusion.factory import CorpusConfig, PersonEmbedder, PersonRef
+from lora_diffusion.factory.embed import decode_pictures
+
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+
+def corpus_config(reader: CorpusReader, config: EvaluationConfig) -> CorpusConfig:
+    """How the held-out corpus was made, with this evaluation's photos and base model where it names others."""
+    made = from_dict(CorpusConfig, reader.manifest.config)
+    return replace(made, people=config.people or made.people, base=config.base or made.base, device=config.device)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedPhotos:
+    """One person. `galleries_RC`: mean of the photos that were not conditioned on, by each recogniser, unit length.
+
+    `photo_similarity_R`: cosine of each such photo with the mean of the others, meaned: what a perfect render could reach;
+    NaN if there is only one.
+    """
+
+    identity: str
+    condition_C: Floats
+    galleries_RC: Floats
+    photo_similarity_R: Floats
+    photo: Pixels
+
+
+class PhotoEmbedder:
+    """Reads one held-out person's photos; one for each worker. Recognisers: the conditioning one, then the second."""
+
+    def __init__(self, config: EvaluationConfig, made: CorpusConfig, picture_size: int) -> None:
+        self.count = config.condition_photos
+        self.read = PersonEmbedder(made, picture_size)
+        self.embedders = recognisers(config, made)
+
+    def __call__(self, person: PersonRef) -> EmbeddedPhotos | str:
+        """The person, or why they cannot be asked about."""
+        read = self.read(0, person)
+        if not read.usable:
+            return read.failures[-1].reason if read.failures else "no usable photo"
+        pixels = decode_pictures(read.pictures)
+        embedded = [embed_pictures(embedder, pixels) for embedder in self.embedders]
+        good = np.flatnonzero(np.all([found for _, found in embedded], axis=0))
+        if len(good) <= self.count:
+            return (
+                f"{len(good)} photos with a face that all recognisers find; {self.count} to condition on and one more to "
+                "compare with are needed"
+            )
+        given, others = good[: self.count], good[self.count :]
+        return EmbeddedPhotos(
+            person.identity,
+            unit(embedded[0][0][given].mean(0)),
+            unit(np.stack([vectors[others].mean(0) for vectors, _ in embedded])),
+            np.array([_among_themselves(vectors[others]) for vectors, _ in embedded], np.float32),
+            pixels[given[0]],
+        )
+
+
+def recognisers(config: EvaluationConfig, made: CorpusConfig) -> list[FaceEmbedder]:
+    """The one that conditions, and one that conditioned nothing. Of several faces in a render the largest counts."""
+    embedder = replace(made.embedder, several_faces="largest")
+    found = [FaceEmbedder(embedder)]
+    if config.second_recogniser:
+        found.append(FaceEmbedder(replace(embedder, model=config.second_recogniser)))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """K people in the order of their corpus. `vectors_KN`: fine-tuned; the rest as in `EmbeddedPhotos`."""
+
+    identities: tuple[str, ...]
+    vectors_KN: Floats
+    conditions_KC: Floats
+    galleries_RKC: Floats
+    photo_similarity_RK: Floats
+    photos_KHWC: Pixels
+    left_out: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    @property
+    def key(self) -> str:
+        """16 hex digits over who is asked about and with which embeddings they are compared."""
+        parts = ["\0".join(self.identities).encode(), self.galleries_RKC.tobytes(), self.conditions_KC.tobytes()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def choose(reader: CorpusReader, other: CorpusReader, limit: int | None) -> tuple[list[str], Floats]:
+    """Who is asked about, and their fine-tuned vectors (K, N). Raises ValueError if the two corpora do not fit."""
+    mine, theirs = reader.manifest, other.manifest
+    for what, a, b in (
+        ("layout_id", mine.layout_id, theirs.layout_id),
+        ("base model", mine.base["fingerprint"], theirs.base["fingerprint"]),
+    ):
+        if a != b:
+            raise ValueError(f"held-out people have {what} {a}, the corpus {b}: build both with the same configuration")
+    table = reader.table(["identity", "vector"])
+    if len(table) < 2:
+        raise ValueError(f"{reader.store.uri} has {len(table)} people with a LoRA; at least 2 are needed")
+    table = table.slice(0, limit)
+    identities = table["identity"].to_pylist()
+    shared = sorted(set(identities) & set(other.identities))
+    if shared:
+        raise ValueError(
+            f"{len(shared)} held-out people are in the corpus too ({', '.join(shared[:3])}): nothing could be learned from them"
+        )
+    return identities, matrix(table["vector"]).astype(np.float32)
+
+
+def gather(
+    identities: Sequence[str], vectors_KN: Floats, answers: Mapping[str, EmbeddedPhotos | str], what: Any = None
+) -> HeldOut:
+    """Put what workers found in any order into one table. Raises ValueError if fewer than two people are left."""
+    keep = [k for k, name in enumerate(identities) if isinstance(answers.get(name), EmbeddedPhotos)]
+    left_out = {
+        n: str(answers.get(n, "no answer")) for n in identities if not isinstance(answers.get(n), EmbeddedPhotos)
+    }
+    if len(keep) < 2:
+        raise ValueError(f"{len(keep)} held-out people can be asked about, at least 2 are needed; left out: {left_out}")
+    people = [answer for k in keep if isinstance(answer := answers[identities[k]], EmbeddedPhotos)]
+    return HeldOut(
+        tuple(person.identity for person in people),
+        vectors_KN[keep],
+        np.stack([person.condition_C for person in people]),
+        np.stack([person.galleries_RC for person in people], axis=1),
+        np.stack([person.photo_similarity_R for person in people], axis=1),
+        np.stack([person.photo for person in people]),
+        left_out,
+    )
+
+
+def _among_themselves(photos_QC: Floats) -> float:
+    count = len(photos_QC)
+    if count < 2:
+        return float("nan")
+    rest = unit((photos_QC.sum(0, keepdims=True) - photos_QC) / (count - 1))
+    return float((photos_QC * rest).sum(1).mean())

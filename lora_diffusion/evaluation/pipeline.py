@@ -1,0 +1,228 @@
+"""The evaluation from end to end, with the two costly steps given from outside: on Ray by jobs/evaluate.py, or `Here`.
+
+    evaluate(EvaluationConfig(corpus=..., held_out=..., output=...), Here)
+
+Axes: K held-out people, N vector length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from lora_diffusion.base import BaseModel
+from lora_diffusion.config import to_dict
+from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.evaluation.config import EvaluationConfig
+from lora_diffusion.evaluation.held_out import (
+    EmbeddedPhotos,
+    Floats,
+    PhotoEmbedder,
+    choose,
+    corpus_config,
+    gather,
+)
+from lora_diffusion.evaluation.methods import (
+    SYNTHESISED,
+    Method,
+    check_fit,
+    controls_and_baselines,
+    synthesised,
+    with_scales,
+)
+from lora_diffusion.evaluation.provenance import provenance
+from lora_diffusion.evaluation.report import write_report
+from lora_diffusion.evaluation.results import tabulate
+from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Scores, score_key
+from lora_diffusion.factory import CorpusConfig, PersonRef
+from lora_diffusion.factory.planning import absolute, find, list_people
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.storage import open_store
+from lora_diffusion.synthesis import Synthesizer
+from lora_diffusion.synthesis.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
+
+FOLDER = "scores"
+ABLATIONS = "ablations.jsonl"
+
+
+class Workers(Protocol):
+    """Who does the work. Both yield answers in any order, as they come."""
+
+    def embed(
+        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef]
+    ) -> Iterable[tuple[str, EmbeddedPhotos | str]]:
+        """Identity, and the person or why they cannot be asked about."""
+        ...
+
+    def score(
+        self,
+        config: EvaluationConfig,
+        made: CorpusConfig,
+        layout: LoRALayout,
+        galleries_RKC: Floats,
+        batches: Sequence[Sequence[Request]],
+    ) -> Iterable[PersonScores]: ...
+
+
+class Here:
+    """In this process, one after the other."""
+
+    def embed(
+        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef]
+    ) -> Iterator[tuple[str, EmbeddedPhotos | str]]:
+        embed = PhotoEmbedder(config, made, BaseModel.from_pretrained(made.base).image_size)
+        for person in people:
+            yield person.identity, embed(person)
+
+    def score(
+        self,
+        config: EvaluationConfig,
+        made: CorpusConfig,
+        layout: LoRALayout,
+        galleries_RKC: Floats,
+        batches: Sequence[Sequence[Request]],
+    ) -> Iterator[PersonScores]:
+        score = Scorer(config, made, layout, galleries_RKC)
+        for batch in batches:
+            yield from score(batch)
+
+
+class Evaluation:
+    """Corpus, held-out people, and scores that are drawn once and kept.
+
+    Raises ValueError if the two corpora do not fit, or nobody can be asked about.
+    """
+
+    def __init__(self, config: EvaluationConfig, workers: Workers) -> None:
+        self.config, self.workers = config, workers
+        self.corpus, self.held_reader = CorpusReader(config.corpus), CorpusReader(config.held_out)
+        self.store = open_store(config.output)
+        identities, vectors_KN = choose(self.held_reader, self.corpus, config.limit)
+        self.made = absolute(corpus_config(self.held_reader, config))
+        people = list_people(replace(self.made, limit=None))
+        answers = workers.embed(config, self.made, [find(people, name) for name in identities])
+        self.held = gather(identities, vectors_KN, dict(answers))
+
+    @property
+    def recogniser_names(self) -> list[str]:
+        second = self.config.second_recogniser
+        return [self.made.embedder.model, *([second] if second else [])]
+
+    def rows(self) -> CorpusRows:
+        """What was learned from, on this machine's disk."""
+        cache = RowCache(take_snapshot(self.config.corpus), self.config.data.cache)
+        fill_cache(cache)
+        return cache.open(self.config.data)
+
+    def score(self, methods: Sequence[Method]) -> dict[str, Scores]:
+        """Scores by `Method.id`; what is in the store is read, the rest is drawn in large batches and written there."""
+        keys = {method.id: self._key(method) for method in methods}
+        assert len(keys) == len(methods), "two methods of one name"
+        there = self.store.files(FOLDER)
+        scores = {
+            name: Scores.from_bytes(self.store.read(f"{FOLDER}/{key}.safetensors"))
+            for name, key in keys.items()
+            if f"{key}.safetensors" in there
+        }
+        todo = [method for method in methods if method.id not in scores]
+        each = len(self.config.render.pictures()[0])
+        progress = Progress(sum(method.vectors_KSN[..., 0].size for method in todo) * each)
+        print(
+            f"{len(methods)} sets of LoRAs, {len(scores)} scored before: {progress.total:,} pictures to draw",
+            flush=True,
+        )
+        if not todo:
+            return scores
+        missing = {method.id: len(method.people_K) for method in todo}
+        answers: dict[str, list[PersonScores]] = {method.id: [] for method in todo}
+        requests = batches(todo, self.config.batch_people)
+        layout, galleries = self.corpus.layout, self.held.galleries_RKC
+        for answer in self.workers.score(self.config, self.made, layout, galleries, requests):
+            name = answer.method
+            answers[name].append(answer)
+            progress.add(answer.cosines_RTK.shape[1])
+            if len(answers[name]) == missing[name]:
+                scores[name] = Scores.of(answers.pop(name))
+                self.store.write(f"{FOLDER}/{keys[name]}.safetensors", scores[name].to_bytes())
+        assert not answers, f"no answer for {list(answers)}"
+        return scores
+
+    def _key(self, method: Method) -> str:
+        fingerprint = self.corpus.manifest.base["fingerprint"]
+        return score_key(method, self.config, self.held.key, fingerprint, self.corpus.layout.layout_id)
+
+
+def evaluate(config: EvaluationConfig, workers: Workers) -> dict[str, Any]:
+    """Everything of jobs/evaluate.py; returns what `results.json` holds."""
+    models = {name: Synthesizer.from_pretrained(path) for name, path in config.synthesizers.items()}
+    check_fit(models, CorpusReader(config.corpus))
+    run = Evaluation(config, workers)
+    print(f"{len(run.held)} held-out people; left out: {dict(run.held.left_out) or 'nobody'}", flush=True)
+    methods, facts = controls_and_baselines(run.rows(), run.held)
+    mean_N = next(method for method in methods if method.name == "mean").vectors_KSN[0, 0]
+    facts["synthesizers"] = {}
+    for name, model in models.items():
+        found, facts["synthesizers"][name] = synthesised(name, model, run.held, config)
+        methods += found
+    methods = with_scales(methods, config.scales, mean_N)
+    scores = run.score(methods)
+    reference = f"{SYNTHESISED}:{config.reference or next(iter(models), '')}"
+    results = {
+        **provenance(),
+        "config": to_dict(config),
+        "corpus": describe(run.corpus),
+        "held_out": {**describe(run.held_reader), "people": len(run.held), "left_out": dict(run.held.left_out)},
+        "recognisers": run.recogniser_names,
+        **tabulate(methods, scores, run.held, run.recogniser_names, reference),
+        "facts": facts,
+    }
+    run.store.write_json("results.json", results)
+    ablations = None
+    if config.ablations:
+        from lora_diffusion.evaluation.ablation_pipeline import read_ablations
+
+        ablations = read_ablations(config.ablations)
+    write_report(run.store, results, run.held, methods, scores, ablations)
+    return results
+
+
+def describe(reader: CorpusReader) -> dict[str, Any]:
+    manifest = reader.manifest
+    return {
+        "people": len(reader),
+        "recipe_id": manifest.recipe_id,
+        "base": dict(manifest.base),
+        "recipe": manifest.recipe,
+    }
+
+
+def batches(methods: Sequence[Method], size: int) -> list[list[Request]]:
+    """Requests of all methods, about `size` LoRAs together, whatever method they are of."""
+    found: list[list[Request]] = []
+    held = size
+    for method in methods:
+        for k, person in enumerate(method.people_K):
+            if held >= size:
+                found.append([])
+                held = 0
+            found[-1].append(Request(method.id, int(person), method.vectors_KSN[k]))
+            held += method.vectors_KSN.shape[1]
+    return found
+
+
+class Progress:
+    """A line every few seconds."""
+
+    def __init__(self, total: int, every: float = 5.0) -> None:
+        self.total, self.every, self.done = total, every, 0
+        self.start = self.told = time.monotonic()
+
+    def add(self, pictures: int) -> None:
+        self.done += pictures
+        now = time.monotonic()
+        if now - self.told >= self.every or self.done == self.total:
+            self.told, rate = now, self.done / max(1e-9, now - self.start)
+            left = (self.total - self.done) / rate
+            print(f"{self.done:,}/{self.total:,} pictures, {rate:.1f}/s, {left:.0f} s left", flush=True)
