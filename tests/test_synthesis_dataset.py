@@ -101,7 +101,7 @@ def test_an_unfinished_cache_is_filled_anew(tmp_path: Path) -> None:
     cache = RowCache(take_snapshot(store.uri), str(tmp_path / "cache"))
     cache.begin()
     cache.put(next(read_rows(cache.snapshot, 0)))
-    with pytest.raises(ValueError, match="8 of 16 rows .* did not arrive"):
+    with pytest.raises(ValueError, match=r"8 of 16 rows .* did not arrive"):
         cache.finish()
     assert not cache.complete
     fill_cache(cache)
@@ -127,7 +127,7 @@ def test_what_is_wrong_with_a_corpus_is_named(tmp_path: Path) -> None:
         take_snapshot(store.uri)
     with pytest.raises(ValueError, match=r"shard 00001 of .* has \d+ bytes, not \d+"):
         check_snapshot(snapshot)
-    with pytest.raises(ValueError, match="shard 00001 of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"shard 00001 of .* cannot be read"):
         list(read_rows(snapshot, 1))
     shard.unlink()
     with pytest.raises(ValueError, match=r"complete with 3 shards, but 2 are there \(missing: 00001\)"):

@@ -113,12 +113,12 @@ def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
     same = {"layout_id": "abc", "vae": {"latent_size": 8}}
     train(tmp_path, identity=same)
     Loop("regression", Regression(), replace(CONFIG, log_every=7), open_store(tmp_path), identity=same)
-    with pytest.raises(ValueError, match="loop.batch_size: 7 there, 8 now"):
+    with pytest.raises(ValueError, match=r"loop.batch_size: 7 there, 8 now"):
         Loop("regression", Regression(), replace(CONFIG, batch_size=8), open_store(tmp_path), identity=same)
-    with pytest.raises(ValueError, match="vae.latent_size: 8 there, 9 now"):
+    with pytest.raises(ValueError, match=r"vae.latent_size: 8 there, 9 now"):
         Loop("regression", Regression(), CONFIG, open_store(tmp_path), identity={**same, "vae": {"latent_size": 9}})
     (tmp_path / "checkpoints" / "regression.safetensors").write_bytes(b"half a fi")
-    with pytest.raises(ValueError, match="cannot be read .* Delete it: the same command makes it anew"):
+    with pytest.raises(ValueError, match=r"cannot be read .* Delete it: the same command makes it anew"):
         Loop("regression", Regression(), CONFIG, open_store(tmp_path), identity=same)
 
 

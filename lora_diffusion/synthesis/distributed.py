@@ -25,6 +25,7 @@ from lora_diffusion.synthesis.pca import MapReduce, Product
 
 Parallel = Literal["ddp", "fsdp"]
 Slots = NDArray[np.int64]
+CPU = torch.device("cpu")
 _SHARD_FROM = 1_000_000  # parameters of a layer from which FSDP gathers it by itself
 
 
@@ -35,7 +36,7 @@ class Group:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @classmethod
     def current(cls, local_rank: int = 0, device: torch.device | str = "cpu") -> Group:

@@ -1,0 +1,297 @@
+#!/usr/bin/env python
+"""A corpus of LoRA vectors -> a synthesiser: statistics, PCA, VAE, denoiser (Ray Train).
+
+    ray job submit jobs/train.py                              # configs/train_tiny.yaml: the corpus of build_corpus.py
+    ray job submit jobs/train.py -- stage=vae workers.num_workers=2
+    python jobs/train.py configs/train_sd15.yaml corpus=s3://bucket/corpus output=s3://bucket/training
+    python jobs/train.py --dry-run corpus=runs/tiny/corpus
+
+The same command goes on where a killed one stopped, to the same losses. <output>/synthesizer is what
+`Synthesizer.from_pretrained` takes; docs/TRAINING.md says what else lies there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# `ray job submit` runs this file with jobs/ on the path, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pyarrow as pa
+import pyarrow.fs
+import ray
+import ray.train
+from ray.data import DataContext
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from lora_diffusion.config import from_dict, load_config, to_dict, to_yaml
+from lora_diffusion.storage import Store, StoreError, open_store
+from lora_diffusion.synthesis.begin import begin, describe, snapshot_of
+from lora_diffusion.synthesis.dataset import CorpusSnapshot, RowCache, read_rows
+from lora_diffusion.synthesis.distributed import Group
+from lora_diffusion.synthesis.recipe import SynthesizerTraining, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_CONFIG = ROOT / "configs" / "train_tiny.yaml"
+USER_ERRORS = (ValueError, StoreError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        config = absolute(load_config(TrainConfig, args.config, args.overrides))
+        if args.dry_run:
+            print(to_yaml(config))
+            print(describe(config, snapshot_of(config)))
+            return 0
+        return run(config, args.ray_address)
+    except (*USER_ERRORS, ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
+        cause = user_error(error)
+        if cause is None:
+            raise
+        print(f"train: {cause}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=None, help=f"YAML file (default: configs/{DEFAULT_CONFIG.name})")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, rows, sizes, cost; touch nothing")
+    parser.add_argument(
+        "--ray-address",
+        default=os.environ.get("RAY_ADDRESS", "local"),
+        help="a running Ray: auto or HOST:PORT (default: RAY_ADDRESS, or else start one on this machine)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="[FILE.yaml] key=value", help="for example stage=vae")
+    args = parser.parse_args(arguments)
+    if args.overrides and "=" not in args.overrides[0] and args.config is None:
+        args.config = Path(args.overrides.pop(0))
+    args.config = args.config or DEFAULT_CONFIG
+    return args
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """Workers have working directories of their own."""
+
+    def place(uri: str) -> str:
+        return uri if not uri or "://" in uri else str(Path(uri).expanduser().absolute())
+
+    data = dataclasses.replace(config.data, cache=place(config.data.cache))
+    return dataclasses.replace(config, corpus=place(config.corpus), output=place(config.output), data=data)
+
+
+def run(config: TrainConfig, ray_address: str) -> int:
+    snapshot = begin(config)
+    print(describe(config, snapshot), flush=True)
+    start_ray(config, ray_address)
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    need = config.workers
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "config": to_dict(config),
+            "snapshot": snapshot.to_dict(),
+            "board": board,
+            "commit": commit(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=(need.num_workers, need.max_workers) if need.max_workers else need.num_workers,
+            use_gpu=need.use_gpu,
+            resources_per_worker={"CPU": need.cpus, **({"GPU": 1} if need.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            failure_config=FailureConfig(max_failures=need.max_failures),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(need.cpus)}},
+            **storage(open_store(config.output)),
+        ),
+        # Nobody's share: each machine fills its own cache with all rows, if it has none yet.
+        datasets={"corpus": rows_of(snapshot)},
+        dataset_config=DataConfig(datasets_to_split=[]),
+    )
+    with shown(board):
+        trainer.fit()
+    problem = ray.get(board.problem.remote())
+    if problem:
+        raise ValueError(problem)
+    return 0
+
+
+def start_ray(config: TrainConfig, address: str) -> None:
+    """A Ray of our own gets as many logical CPUs as training and reading ask for: with fewer, both wait for ever."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    need = config.workers
+    wanted = (need.max_workers or need.num_workers) * need.cpus + 1
+    if not ray.is_initialized():
+        cpus = max(os.cpu_count() or 1, wanted) if address == "local" else None
+        ray.init(address=address, num_cpus=cpus, log_to_driver=False, logging_level=logging.ERROR)
+    there = ray.cluster_resources().get("CPU", 0)
+    least = need.num_workers * need.cpus + 1
+    if there < least:
+        print(
+            f"train: {least} CPUs are needed (one of them to read), {there:.0f} are there: waiting for more", flush=True
+        )
+
+
+def storage(store: Store) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes: in the run's folder, through the same client as everything else."""
+    if store.local:
+        return {"storage_path": store.root}
+    filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.filesystem))
+    return {"storage_path": store.root, "storage_filesystem": filesystem}
+
+
+def rows_of(snapshot: CorpusSnapshot) -> ray.data.Dataset:
+    """All rows of the corpus, a block for each row group, read when a worker asks for them."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1
+    context.raise_original_map_exception = True
+    shards = [{"shard": index} for index in snapshot.shards]
+    read = ReadRows(snapshot)
+    return ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(read, batch_format="pyarrow")
+
+
+class ReadRows:
+    """Ray Data's view of `read_rows`."""
+
+    def __init__(self, snapshot: CorpusSnapshot) -> None:
+        self.snapshot = snapshot
+
+    def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
+        for index in shards["shard"].to_pylist():
+            yield from read_rows(self.snapshot, index)
+
+
+class Board:
+    """What the workers say, kept until the driver shows it. An actor."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.error = ""
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+    def fail(self, message: str) -> None:
+        self.error = self.error or message
+
+    def problem(self) -> str:
+        return self.error
+
+
+@contextmanager
+def shown(board: Any) -> Iterator[None]:
+    """Print what is said on the board while the block runs, and what is left at its end."""
+    over = threading.Event()
+
+    def show() -> None:
+        for line in ray.get(board.take.remote()):
+            print(line, flush=True)
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            show()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        show()
+
+
+def worker(values: dict[str, Any]) -> None:
+    """One of the training processes: the library's training in Ray Train's process group.
+
+    Mistakes of the user are alike on all workers and no other try would heal them: they are told, not raised.
+    """
+    import torch
+
+    config, snapshot = from_dict(TrainConfig, values["config"]), CorpusSnapshot.from_dict(values["snapshot"])
+    torch.set_num_threads(config.workers.cpus)
+    place, board = ray.train.get_context(), values["board"]
+    group = Group.current(place.get_local_rank(), ray.train.torch.get_device())
+
+    def say(line: str) -> None:
+        board.say.remote(line)
+
+    try:
+        cache = RowCache(snapshot, config.data.cache)
+        fill(cache, group)
+        rows = cache.open(config.data)
+        if group.rank == 0:
+            left = ", ".join(f"{count} × {name}" for name, count in rows.left_out.items()) or "none"
+            say(f"rows: {len(rows.train):,} for training, {len(rows.validation):,} for validation, left out: {left}")
+        training = SynthesizerTraining(
+            config,
+            snapshot,
+            rows,
+            open_store(config.output),
+            group,
+            say=say,
+            report=ray.train.report,
+            commit=values["commit"],
+        )
+        training.run()
+    except ValueError as error:
+        board.fail.remote(str(error))
+
+
+def fill(cache: RowCache, group: Group) -> None:
+    """The first worker of each machine copies the corpus to its disk, as Ray Data streams it in."""
+    error: Exception | None = None
+    if group.local_rank == 0 and not cache.complete:
+        try:
+            cache.begin()
+            dataset = ray.train.get_dataset_shard("corpus")
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                cache.put(table)
+            cache.finish()
+        except Exception as caught:
+            error = user_error(caught) or caught  # type: ignore[assignment]
+    group.agree(error)
+
+
+def commit() -> str:
+    """Of this code, if it is a git checkout."""
+    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The error of ours inside Ray's wrapping, if there is one."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        item = queue.pop()
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, USER_ERRORS) and not isinstance(item, ray.exceptions.RayError):
+            return item
+        queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
+        queue += [getattr(item, "controller_failure", None), *getattr(item, "worker_failures", {}).values()]
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

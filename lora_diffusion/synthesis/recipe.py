@@ -1,0 +1,363 @@
+"""The whole way from a corpus to a synthesiser: statistics, PCA, VAE, denoiser, folder. `jobs/train.py` runs it on Ray.
+
+Each stage leaves its result in the run's folder (or bucket) and is skipped when it is there, so the same call goes on
+where a killed one stopped. docs/TRAINING.md says what lies where.
+
+Axes: P rows, N vector length, M varying parameters, Z code size, C condition.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lora_diffusion.checkpoint import strip_prefix
+from lora_diffusion.config import to_dict
+from lora_diffusion.corpus import Statistics
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.storage import Store
+from lora_diffusion.synthesis.codes import CodeSpace, LatentCodes, PCACodes, VectorCodes, reconstruction
+from lora_diffusion.synthesis.dataset import CorpusRows, CorpusSnapshot, DataConfig
+from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
+from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig, prior_factor
+from lora_diffusion.synthesis.distributed import Group, Parallel
+from lora_diffusion.synthesis.loop import Loop, LoopConfig
+from lora_diffusion.synthesis.metrics import RunLog, explained_variance, explained_variance_png, progress_line
+from lora_diffusion.synthesis.normaliser import Normaliser
+from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed
+from lora_diffusion.synthesis.stages import DenoiserStage, VAEStage
+from lora_diffusion.synthesis.state import pack, unpack
+from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance, Synthesizer
+from lora_diffusion.synthesis.vae import LoRAVAE, VAEConfig, latent_usage
+
+Slots = NDArray[np.int64]
+STAGES = ("pca", "vae", "denoiser")
+CONDITION_SIZE = 512
+
+
+@dataclass(frozen=True)
+class PCAConfig:
+    """`exact_rows`: up to so many rows all components are exact; beyond, `iterations` passes approach the first ones."""
+
+    num_components: int = 512
+    exact_rows: int = 4096
+    iterations: int = 6
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """`num_workers` training processes; with `max_workers` set, Ray adds and removes some between the two as machines
+    come and go. `cpus`: for each, threads as well. `compute_dtype` auto: bfloat16 (autocast) on GPUs, float32 on CPUs.
+    `max_failures`: how often a worker may die before the run gives up; preempted spot machines do not count."""
+
+    num_workers: int = 1
+    max_workers: int | None = None
+    use_gpu: bool = False
+    cpus: int = 1
+    parallel: Parallel = "ddp"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1 or self.cpus < 1:
+            raise ValueError(f"num_workers and cpus must be at least 1, not {self.num_workers} and {self.cpus}")
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ValueError(f"max_workers is {self.max_workers}, fewer than num_workers, {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All of `jobs/train.py`. `stage`: one of pca, vae, denoiser, or all of them in order.
+
+    code_space: what the denoiser works in; `vector` and `pca` need no VAE.
+    layout_id: refuse a corpus of another one; None: whatever the corpus has.
+    standardise: `each` code number to unit variance, or all `together`, by one factor.
+    condition_noise: see `DenoiserStage`. keep_neighbours: put the people's embeddings and codes into the folder, too.
+    """
+
+    corpus: str = "runs/tiny/corpus"
+    output: str = "runs/tiny/training"
+    stage: Literal["all", "pca", "vae", "denoiser"] = "all"
+    code_space: Literal["latent", "pca", "vector"] = "latent"
+    layout_id: str | None = None
+    recogniser: str = "tiny"
+    data: DataConfig = field(default_factory=DataConfig)
+    pca: PCAConfig = field(default_factory=PCAConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae_training: LoopConfig = field(default_factory=LoopConfig)
+    start_from_pca: bool = True  # the VAE's linear path begins as the PCA
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    denoiser_training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5000))
+    standardise: Literal["each", "together"] = "each"
+    condition_noise: float = 0.0
+    keep_neighbours: bool = True
+    tensorboard: bool = True
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        if self.stage != "all":
+            return (self.stage,)
+        return tuple(stage for stage in STAGES if stage != "vae" or self.code_space == "latent")
+
+
+class SynthesizerTraining:
+    """One worker's view of a run: makes what is missing in `store`, with the others in `group`.
+
+    `say(line)`: progress for people, from worker 0; `report(values)`: the numbers of each report, on every worker.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        snapshot: CorpusSnapshot,
+        rows: CorpusRows,
+        store: Store,
+        group: Group | None = None,
+        say: Callable[[str], None] = print,
+        report: Callable[[dict[str, Any]], None] = lambda values: None,
+        commit: str = "",
+    ) -> None:
+        self.config, self.snapshot, self.rows, self.store = config, snapshot, rows, store
+        self.group = group or Group()
+        self.leader = self.group.rank == 0
+        self.say: Callable[[str], None] = say if self.leader else lambda line: None
+        self.report, self.commit = report, commit
+        dtype = config.workers.compute_dtype
+        self.bfloat16 = dtype == "bfloat16" or (dtype == "auto" and self.group.device.type == "cuda")
+        self.log = RunLog(store, config.tensorboard) if self.leader else None
+        self.figures: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """All stages that the configuration names; after the denoiser, the synthesiser's folder. Raises ValueError."""
+        try:
+            self.normaliser = Normaliser.from_statistics(self._statistics())
+            if "pca" in self.config.stages:
+                self._pca(make=True)
+            if "vae" in self.config.stages:
+                self._vae(make=True)
+            if "denoiser" in self.config.stages:
+                self._denoiser()
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    # -- statistics and PCA ----------------------------------------------------------------------------------------
+
+    def _statistics(self) -> Statistics:
+        """Of the training rows alone: validation must not look at the others."""
+        name = "statistics.safetensors"
+        if not self._there(name):
+            run = self.group.map_reduce(self.rows.train, lambda slots: self.rows.vectors(slots).numpy())
+            statistics = run(Statistics.of)
+            self._write(name, statistics.to_bytes())
+        statistics = Statistics.from_bytes(self.store.read(name))
+        if len(statistics.mean) != self.snapshot.vector_size:
+            raise ValueError(f"{self.store.uri}/{name} is of another layout: choose another output")
+        return statistics
+
+    def _pca(self, make: bool) -> PCA | None:
+        """The one that is there, or a new one; None if there is none and it need not be made."""
+        name, wanted = "pca.safetensors", {"data": self._identity(), "pca": to_dict(self.config.pca)}
+        saved = unpack(self.store, name) if self._there(name) else None
+        if saved is None and not make:
+            return None
+        if saved is None:
+            pca = self._fit_pca()
+            if pca is not None:
+                self._write_pca(name, pca, wanted)
+            self.group.barrier()
+            saved = unpack(self.store, name)
+            assert saved is not None
+        tensors, meta = saved
+        if meta != wanted:
+            raise ValueError(
+                f"{self.store.uri}/{name} was made with {meta}, asked for now: {wanted}. Delete it, or choose another output"
+            )
+        names = ("mean_M", "components_KM", "explained_variance_K", "total_variance")
+        return PCA(*(tensors[key] for key in names))
+
+    def _fit_pca(self) -> PCA | None:
+        """Few rows: exact, by worker 0 alone (None on the others). Many: passes that all workers share."""
+        c, train = self.config.pca, self.rows.train
+        self.say(f"pca: {len(train):,} rows of {self.normaliser.size:,} varying parameters")
+        settings = {"exact_rows": c.exact_rows, "iterations": c.iterations}
+        if len(train) <= c.exact_rows:
+            if not self.leader:
+                return None
+            chunks = [train[i : i + 128] for i in range(0, len(train), 128)]
+            return fit_pca(lambda: map(self._normalised, chunks), c.num_components, **settings)
+        pca = fit_pca_distributed(self.group.map_reduce(train, self._normalised), c.num_components, **settings)
+        return pca if self.leader else None
+
+    def _write_pca(self, name: str, pca: PCA, meta: dict[str, Any]) -> None:
+        curve = explained_variance(pca, len(self.rows.train))
+        self.store.write_json("explained_variance.json", curve)
+        self.store.write("explained_variance.png", explained_variance_png({"corpus": curve["cumulative"]}))
+        self.store.write(name, pack(dict(pca.state_dict()), meta))
+        reached = ", ".join(f"{share} by {count}" for share, count in curve["components_for_share"].items() if count)
+        self.say(f"pca: {len(pca)} components explain {curve['cumulative'][-1]:.1%} of the variance ({reached})")
+
+    def _normalised(self, slots: Slots) -> NDArray[Any]:
+        return self.normaliser.normalise(self.rows.vectors(slots)).numpy()
+
+    # -- VAE -------------------------------------------------------------------------------------------------------
+
+    def _vae(self, make: bool) -> LoRAVAE:
+        config = self.config
+        torch.manual_seed(config.vae_training.seed)
+        vae = LoRAVAE(config.vae, copy.deepcopy(self.normaliser))
+        pca = self._pca(make=False) if config.start_from_pca and config.vae.linear_skip else None
+        if config.start_from_pca and config.vae.linear_skip and pca is None:
+            raise ValueError(
+                f"no pca.safetensors in {self.store.uri}: run stage=pca first, or set start_from_pca=false"
+            )
+        if pca is not None:
+            vae.start_from_pca(pca)
+        identity = {"data": self._identity(), "vae": to_dict(config.vae), "start_from_pca": pca is not None}
+        loop = self._loop("vae", VAEStage(vae, self.rows, config.vae_training.steps), config.vae_training, identity)
+        if not make and not loop.state.done:
+            raise ValueError(f"the VAE in {self.store.uri} is not trained: run stage=vae or stage=all first")
+        self._train(loop)
+        vae = LoRAVAE(config.vae, copy.deepcopy(self.normaliser))  # whole again, where FSDP split it
+        vae.load_state_dict(strip_prefix("vae", loop.best_weights()), strict=False)
+        return vae.to(self.group.device).eval()
+
+    # -- denoiser --------------------------------------------------------------------------------------------------
+
+    def _denoiser(self) -> None:
+        config, rows = self.config, self.rows
+        space = self._code_space().to(self.group.device)
+        space.standardise(self._chunks(rows.train), config.standardise)
+        if self.leader:
+            self._describe(space)
+        codes = self._codes(space)
+        factor = None
+        if config.diffusion.prior == "corpus":
+            factor = prior_factor(codes(rows.train))
+        torch.manual_seed(config.denoiser_training.seed)
+        denoiser = Denoiser(space.size, CONDITION_SIZE, config.denoiser)
+        diffusion = Diffusion(config.diffusion, factor)
+        stage = DenoiserStage(denoiser, diffusion, rows, codes, config.condition_noise)
+        names = ("denoiser", "diffusion", "code_space", "standardise", "condition_noise")
+        identity = {name: to_dict(config)[name] for name in names} | {"data": self._identity()}
+        loop = self._loop("denoiser", stage, config.denoiser_training, identity)
+        self._train(loop)
+        if self.leader:
+            denoiser = Denoiser(space.size, CONDITION_SIZE, config.denoiser)
+            denoiser.load_state_dict(strip_prefix("denoiser", loop.best_weights()))
+            self._save(space.cpu(), denoiser, diffusion.cpu(), codes, loop)
+        self.group.barrier()
+
+    def _code_space(self) -> CodeSpace:
+        if self.config.code_space == "vector":
+            return VectorCodes(copy.deepcopy(self.normaliser))
+        if self.config.code_space == "latent":
+            return LatentCodes(self._vae(make=False))
+        pca = self._pca(make=False)
+        if pca is None:
+            raise ValueError(f"no pca.safetensors in {self.store.uri}: run stage=pca or stage=all first")
+        return PCACodes(copy.deepcopy(self.normaliser), pca)
+
+    def _codes(self, space: CodeSpace) -> Callable[[Slots], Tensor]:
+        """Codes of rows: made once for all, but those as long as the vectors only when they are asked for."""
+        if self.config.code_space == "vector":
+            whole = VectorCodes(self.normaliser)
+            whole.load_state_dict({name: tensor.cpu() for name, tensor in space.state_dict().items()})
+            return lambda slots: whole.encode(self.rows.vectors(slots))
+        table_PZ = torch.zeros(self.snapshot.num_rows, space.size)
+        used = np.concatenate([self.rows.train, self.rows.validation])
+        size = 128
+        for start in range(self.group.rank * size, len(used), self.group.world * size):
+            slots = used[start : start + size]
+            with torch.no_grad():
+                table_PZ[slots] = space.encode(self.rows.vectors(slots).to(self.group.device)).float().cpu()
+        table_PZ = self.group.sum(table_PZ)
+        return lambda slots: table_PZ[slots]
+
+    def _describe(self, space: CodeSpace) -> None:
+        """How much of held-out vectors the code space keeps."""
+        found = reconstruction(space, self._chunks(self.rows.validation)).to_dict()
+        if isinstance(space, LatentCodes):
+            found["active_latents"] = latent_usage(space.vae, self._chunks(self.rows.validation))[0]
+        self.figures["reconstruction"] = found
+        self.say(f"{space.kind} codes of {space.size}: {', '.join(f'{k} {v:.4g}' for k, v in found.items())}")
+
+    def _save(
+        self,
+        space: CodeSpace,
+        denoiser: Denoiser,
+        diffusion: Diffusion,
+        codes: Callable[[Slots], Tensor],
+        loop: Loop,
+    ) -> None:
+        config, rows, snapshot = self.config, self.rows, self.snapshot
+        self.figures |= {"denoiser_validation_loss": loop.state.best, "denoiser_best_step": loop.state.best_step}
+        corpus = {"recipe_id": snapshot.recipe_id, "rows": len(rows.train), "validation_rows": len(rows.validation)}
+        provenance = Provenance(
+            base=snapshot.base,
+            recogniser={"name": config.recogniser},
+            corpus={**corpus, "left_out": rows.left_out, "failed": snapshot.num_failed},
+            finetune=snapshot.finetune,
+            figures=self.figures,
+            config=to_dict(config),
+            commit=self.commit,
+            seed=config.denoiser_training.seed,
+        )
+        neighbours = Neighbours(rows.embeddings(rows.train), codes(rows.train)) if config.keep_neighbours else None
+        layout = LoRALayout.from_dict(snapshot.layout)
+        synthesizer = Synthesizer(layout, space, denoiser, diffusion, provenance, neighbours=neighbours)
+        synthesizer.save_pretrained(f"{self.store.uri}/synthesizer")
+        self.store.write_json("results.json", self.figures)
+        self.say(f"synthesiser: {self.store.uri}/synthesizer")
+
+    # -- all stages ------------------------------------------------------------------------------------------------
+
+    def _loop(self, name: str, stage: Any, config: LoopConfig, identity: dict[str, Any]) -> Loop:
+        loop = Loop(name, stage, config, self.store, self.group, self.config.workers.parallel, self.bfloat16, identity)
+        self.group.barrier()  # nobody writes a new state while another still reads the old one
+        return loop
+
+    def _train(self, loop: Loop) -> None:
+        if loop.state.done:
+            return
+        if self.log is not None:
+            self.log.forget_after(loop.name, loop.resumed_at)
+        if loop.resumed_at:
+            self.say(f"{loop.name}: goes on after step {loop.resumed_at}")
+        loop.run(self._told)
+
+    def _told(self, values: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.add(values)
+            if values["checkpoint"]:
+                self.log.save()
+            self.say(progress_line(values))
+        self.report(values)
+
+    def _identity(self) -> dict[str, Any]:
+        data = self.config.data
+        chosen = {key: getattr(data, key) for key in ("validation_fraction", "min_similarity", "max_people")}
+        return {"layout_id": self.snapshot.layout_id, "rows": self.snapshot.key, **chosen}
+
+    def _chunks(self, slots: Slots) -> Any:
+        return (chunk.to(self.group.device) for chunk in self.rows.chunks(slots, 128))
+
+    def _there(self, name: str) -> bool:
+        """The same answer on all workers, whoever is first to write."""
+        there = self.store.exists(name)
+        self.group.barrier()
+        return there
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self.leader:
+            self.store.write(name, data)
+        self.group.barrier()
