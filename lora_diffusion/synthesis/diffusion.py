@@ -99,7 +99,8 @@ def prior_factor(codes_PZ: Tensor) -> Tensor:
         )
     centred = codes_PZ.double() - codes_PZ.double().mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
-    return (vectors * values.clamp(min=0).sqrt()).float()
+    # row by row in memory, as a file gives it back: products of other strides differ in the last bit
+    return (vectors * values.clamp(min=0).sqrt()).float().contiguous()
 
 
 def diffusion_loss(
@@ -183,3 +184,26 @@ def sample_codes(
             answer_BZ = denoiser(x_BZ, timesteps, condition_BC).float()
         x_BZ = scheduler.step(answer_BZ, t, x_BZ).prev_sample
     return x_BZ
+
+
+@torch.no_grad()
+def score_codes(
+    denoiser: Denoiser, codes_BZ: Tensor, condition_BC: Tensor, rounds: int = 16, *, diffusion: Diffusion
+) -> Tensor:
+    """(B,): how much better the denoiser explains each code when it sees the face; higher is better.
+
+    Mean of `error without the face - error with it` over `rounds` timesteps and the same noise for all rows: an estimate,
+    up to weights, of log p(code | face) - log p(code) (Li et al. 2023, arXiv:2303.16203, section 3). Costs 2 × rounds
+    evaluations of a small network and no render: the cheap choice among samples of one face.
+    """
+    total = diffusion.config.num_train_timesteps
+    device, generator = codes_BZ.device, torch.Generator().manual_seed(0)
+    score_B = torch.zeros(len(codes_BZ), device=device)
+    for i in range(rounds):
+        timesteps_B = torch.full((len(codes_BZ),), int((i + 0.5) * total / rounds), device=device)
+        noise_BZ = diffusion.noise(torch.randn(1, codes_BZ.shape[1], generator=generator).to(device)).expand_as(
+            codes_BZ
+        )
+        for condition, sign in ((None, 1.0), (condition_BC, -1.0)):
+            score_B += sign * diffusion_loss(denoiser, codes_BZ, condition, noise_BZ, timesteps_B, None, diffusion)
+    return score_B / rounds

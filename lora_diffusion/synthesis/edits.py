@@ -72,3 +72,21 @@ class AttributeDirections:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"directions_AZ": self.directions_AZ, "std_A": self.std_A, "separation_A": self.separation_A}
+
+
+def slerp(a_BZ: NDArray[np.floating], b_BZ: NDArray[np.floating], t: float) -> NDArray[np.float32]:
+    """From a (t = 0) to b (t = 1) along the great circle; lengths go from one to the other in a straight line.
+
+    The straight line between two codes passes nearer to the mean than people are: their codes lie on a shell. Parallel
+    codes are mixed linearly; so are opposite ones, for which no circle is shorter than another.
+    """
+    a, b = np.asarray(a_BZ, np.float64), np.asarray(b_BZ, np.float64)
+    length_a, length_b = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+    unit_a, unit_b = a / np.maximum(length_a, 1e-12), b / np.maximum(length_b, 1e-12)
+    angle = np.arccos(np.clip((unit_a * unit_b).sum(-1, keepdims=True), -1, 1))
+    straight = np.sin(angle) < 1e-6
+    sine = np.where(straight, 1, np.sin(angle))
+    weight_a = np.where(straight, 1 - t, np.sin((1 - t) * angle) / sine)
+    weight_b = np.where(straight, t, np.sin(t * angle) / sine)
+    length = (1 - t) * length_a + t * length_b
+    return np.asarray((weight_a * unit_a + weight_b * unit_b) * length, np.float32)

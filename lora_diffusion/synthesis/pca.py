@@ -79,7 +79,7 @@ class PCA(nn.Module):
     def curve(self) -> list[float]:
         """Share of the total variance that the first 1, 2, ..., K components explain (the paper's Figure 3)."""
         shares = self.explained_variance_K.double().cumsum(0) / self.total_variance.double()
-        return [round(float(share), 6) for share in shares]
+        return [float(share) for share in shares]
 
 
 class Partial(Protocol):
@@ -184,7 +184,9 @@ def fit_pca_distributed(
     rows, columns = moments.count, len(moments.mean)
     if rows < 2:
         raise ValueError(f"the corpus has {rows} row; at least two are needed to know how they vary")
-    mean_M = moments.mean
+    if not moments.M2.any():
+        raise ValueError(f"all {rows} rows are the same: they do not vary, and have no components")
+    mean_M, smallest = moments.mean, 1e-12  # of the largest variance; below it lies rounding
     if rows <= exact_rows:
         variances, components = _from_rows(map_reduce(lambda chunk: Rows((chunk,))), mean_M)
     elif columns <= exact_columns:
@@ -192,9 +194,10 @@ def fit_pca_distributed(
         values, vectors = np.linalg.eigh(scatter / rows)
         variances, components = values[::-1], vectors[:, ::-1].T
     else:
+        smallest = 1e-6  # products are in float32
         width = min(num_components + oversampling, rows - 1, columns)
         variances, components = _randomised(map_reduce, mean_M, rows, width, iterations, seed)
-    rank = int((variances > max(variances[0], 0) * 1e-12).sum())
+    rank = int((variances > variances[0] * smallest).sum())
     keep = min(num_components, rank, rows - 1)
     variances, components = variances[:keep], _fix_signs(components[:keep])
     return PCA(

@@ -1,69 +1,42 @@
-"""One embedding in, LoRA vectors out: the whole trained synthesiser in one folder.
+"""One embedding in, LoRA vectors out: the whole trained synthesiser.
 
-    config.json            format version, layout, code space, denoiser, diffusion, provenance
-    codes.safetensors      normaliser and PCA or VAE
-    denoiser.safetensors   denoiser, and the prior's factor if it has one
-    edits.safetensors      attribute directions, if any
-    neighbours.safetensors embeddings and codes of corpus people, if any: the nearest-neighbour control
+    synthesizer = Synthesizer.from_pretrained("tiny")
+    vectors_BN = synthesizer.from_photo("ada.jpg", num_samples=4)
+    formats.save(vectors_BN[0], synthesizer.layout, "ada.safetensors", format="diffusers")
 
-Arrays go in, arrays come out (numpy, float32). Axes: B faces or samples, N vector length, Z code size, C condition, P people.
+Arrays go in, arrays come out (numpy, float32). Axes: B faces or samples, K people, N vector length, Z code size, C condition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diffusion.base import ASSETS, BaseModel
-from lora_diffusion.checkpoint import strip_prefix, with_prefix
-from lora_diffusion.config import from_dict, to_dict
+from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.lora.finetune import FinetuneConfig, FinetuneResult, PersonPhotos
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import open_store
-from lora_diffusion.synthesis.codes import CodeSpace, build_codes
-from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
-from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig, sample_codes
-from lora_diffusion.synthesis.edits import AttributeDirections
+from lora_diffusion.synthesis.codes import CodeSpace
+from lora_diffusion.synthesis.denoiser import Denoiser
+from lora_diffusion.synthesis.diffusion import Diffusion, sample_codes, score_codes
+from lora_diffusion.synthesis.edits import AttributeDirections, slerp
+from lora_diffusion.synthesis.folder import Neighbours, Parts, Provenance, read_folder, write_folder
 from lora_diffusion.synthesis.inversion import InversionConfig, InversionResult, invert, refine
 
-FORMAT = "lora-diffusion-synthesizer"
-FORMAT_VERSION = 1
+__all__ = ["EMBEDDED", "Neighbours", "Provenance", "Synthesizer"]
+
 EMBEDDED = {"tiny": ASSETS / "synthesizer"}
 
 Floats = NDArray[np.float32]
 Array = NDArray[Any] | Tensor
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a synthesiser was made from. `base` and `recogniser`: name and fingerprint; `figures`: as measured."""
-
-    base: dict[str, str] = field(default_factory=dict)
-    recogniser: dict[str, str] = field(default_factory=lambda: {"name": "tiny"})
-    corpus: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)  # the corpus' recipe, for `refine`
-    figures: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    commit: str = ""
-    seed: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Neighbours:
-    """Corpus people: unit embeddings (P, C) and codes (P, Z)."""
-
-    embeddings_PC: Tensor
-    codes_PZ: Tensor
 
 
 class Synthesizer:
@@ -122,7 +95,10 @@ class Synthesizer:
             if self._embedder is None:
                 self._embedder = FaceEmbedder(EmbedderConfig(model=self.provenance.recogniser["name"]))
             embedder = self._embedder
-        pixels = load_photo(image) if isinstance(image, str | Path | bytes) else np.asarray(image)
+        if isinstance(image, str | Path | bytes):
+            pixels = load_photo(image)
+        else:
+            pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
         return self.from_embedding(embedder.embed(pixels).vector, **settings)
 
     def from_embedding(
@@ -133,18 +109,24 @@ class Synthesizer:
         num_inference_steps: int = 25,
         seed: int = 0,
         deviation_scale: float = 1.0,
+        best_of: int = 1,
     ) -> Floats:
         """LoRA vectors (B * num_samples, N) of embeddings (B, C) or (C,); a face's samples stand together.
 
         Sample i of every face starts from the noise of seed + i, so what comes out for a face does not depend on the others.
+        `best_of`: draw so many times num_samples and keep those that agree best with the face, best first (`score`).
         """
         conditions_BC = self.check_embeddings(embeddings)
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-        seeds = [seed + i for _ in range(len(conditions_BC)) for i in range(num_samples)]
-        codes_BZ = self.denoise(
-            np.repeat(conditions_BC, num_samples, axis=0), seeds, guidance_scale, num_inference_steps
-        )
+        if num_samples < 1 or best_of < 1:
+            raise ValueError(f"num_samples is {num_samples} and best_of {best_of}; both must be at least 1")
+        draws = num_samples * best_of
+        seeds = [seed + i for _ in range(len(conditions_BC)) for i in range(draws)]
+        drawn_BC = np.repeat(conditions_BC, draws, axis=0)
+        codes_BZ = self.denoise(drawn_BC, seeds, guidance_scale, num_inference_steps)
+        if best_of > 1:
+            scores = self.score(codes_BZ, drawn_BC).reshape(-1, draws)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :num_samples]
+            codes_BZ = codes_BZ[(best + draws * np.arange(len(scores))[:, None]).ravel()]
         return self.decode(codes_BZ, deviation_scale)
 
     def denoise(
@@ -156,6 +138,11 @@ class Synthesizer:
             self.denoiser, condition, seeds_B, guidance_scale, num_inference_steps, diffusion=self.diffusion
         )
         return _numpy(codes)
+
+    def score(self, codes_BZ: Array, embeddings_BC: Array) -> Floats:
+        """(B,) how well codes agree with faces, without a render: see `diffusion.score_codes`. Higher is better."""
+        condition_BC = torch.from_numpy(self.check_embeddings(embeddings_BC)).to(self.device)
+        return _numpy(score_codes(self.denoiser, self._tensor(codes_BZ), condition_BC, diffusion=self.diffusion))
 
     @torch.no_grad()
     def decode(self, codes_BZ: Array, deviation_scale: float = 1.0) -> Floats:
@@ -203,17 +190,7 @@ class Synthesizer:
 
         A straight line between two codes would pass near the mean, where nobody in particular is.
         """
-        a_BZ, b_BZ = (np.asarray(x.cpu() if isinstance(x, Tensor) else x, np.float64) for x in (a, b))
-        length_a, length_b = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (a_BZ, b_BZ))
-        unit_a, unit_b = a_BZ / np.maximum(length_a, 1e-12), b_BZ / np.maximum(length_b, 1e-12)
-        angle = np.arccos(np.clip((unit_a * unit_b).sum(-1, keepdims=True), -1, 1))
-        sine = np.sin(angle)
-        close = sine < 1e-6  # parallel (or opposite, where no circle is shorter): the straight line
-        safe = np.where(close, 1, sine)
-        weight_a = np.where(close, 1 - t, np.sin((1 - t) * angle) / safe)
-        weight_b = np.where(close, t, np.sin(t * angle) / safe)
-        length = (1 - t) * length_a + t * length_b
-        return np.asarray((weight_a * unit_a + weight_b * unit_b) * length, np.float32)
+        return slerp(*(np.asarray(x.cpu() if isinstance(x, Tensor) else x) for x in (a, b)), t)
 
     def edit(self, codes_BZ: Array, attribute: str, strength: float) -> Floats:
         """Codes with more (or, negative, less) of an attribute; strength in standard deviations of the corpus."""
@@ -269,83 +246,22 @@ class Synthesizer:
     # -- the folder ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the folder (local or s3://). `dtype` float16 halves it; normaliser and small tensors stay in float32."""
-        parts = {
-            "codes": dict(self.codes.state_dict()),
-            "denoiser": with_prefix("denoiser", dict(self.denoiser.state_dict())),
-        }
-        parts["denoiser"] |= with_prefix("diffusion", dict(self.diffusion.state_dict()))
-        config: dict[str, Any] = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "layout_id": self.layout.layout_id,
-            "layout": self.layout.to_dict(),
-            "code_size": self.code_size,
-            "condition_size": self.condition_size,
-            "codes": self.codes.describe(),
-            "denoiser": to_dict(self.denoiser.config),
-            "diffusion": to_dict(self.diffusion.config),
-            "provenance": to_dict(self.provenance),
-        }
-        if self.directions is not None:
-            config["attributes"] = list(self.directions.names)
-            parts["edits"] = self.directions.tensors()
-        if self.neighbours is not None:
-            parts["neighbours"] = {
-                "embeddings_PC": self.neighbours.embeddings_PC,
-                "codes_PZ": self.neighbours.codes_PZ,
-            }
-        config["files"] = sorted(parts)
-        store = open_store(path)
-        for name, tensors in parts.items():
-            small = {key: _compact(tensor, dtype) for key, tensor in tensors.items()}
-            store.write(f"{name}.safetensors", safetensors.torch.save(small))
-        store.write_json("config.json", config)  # last: a folder without it is no synthesiser
+        """Write the folder (local or s3://; see `folder.py`). `dtype` float16 halves it."""
+        parts = Parts(
+            self.layout,
+            self.codes,
+            self.denoiser,
+            self.diffusion,
+            self.provenance,
+            self.directions,
+            self.neighbours,
+        )
+        write_folder(path, parts, dtype)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Synthesizer:
-        """Load a folder, `s3://...`, or the shipped `tiny`.
-
-        Raises:
-            ValueError: nothing there, another format or version, missing or cut files, tensors that do not fit.
-        """
-        path = EMBEDDED.get(str(path), path)
-        store = open_store(path)
-        try:
-            config = store.read_json("config.json")
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"no synthesiser at {path}: it has no config.json. Train one with jobs/train.py, or use {', '.join(EMBEDDED)}"
-            ) from error
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise ValueError(f"{path}/config.json is none of a synthesiser: expected format {FORMAT!r}")
-        if config.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"the synthesiser at {path} has format version {config.get('format_version')}, this release reads "
-                f"{FORMAT_VERSION}: install the release of lora_diffusion that wrote it"
-            )
-        try:
-            parts = {
-                name: _float32(safetensors.torch.load(store.read(f"{name}.safetensors"))) for name in config["files"]
-            }
-            codes = build_codes(config["codes"], parts["codes"])
-            denoiser = Denoiser(
-                config["code_size"], config["condition_size"], from_dict(DenoiserConfig, config["denoiser"])
-            )
-            denoiser.load_state_dict(strip_prefix("denoiser", parts["denoiser"]))
-            prior = strip_prefix("diffusion", parts["denoiser"])
-            diffusion = Diffusion(from_dict(DiffusionConfig, config["diffusion"]), prior.get("factor_ZZ"))
-            directions = None
-            if "edits" in parts:
-                directions = AttributeDirections(tuple(config["attributes"]), **parts["edits"])
-            neighbours = Neighbours(**parts["neighbours"]) if "neighbours" in parts else None
-            layout = LoRALayout.from_dict(config["layout"])
-            provenance = from_dict(Provenance, config["provenance"])
-        except FileNotFoundError as error:
-            raise ValueError(f"the synthesiser at {path} is not whole: {error}. Download it again") from error
-        except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"the synthesiser at {path} cannot be read: {error}. Download it again") from error
-        return cls(layout, codes, denoiser, diffusion, provenance, directions, neighbours).to(device)
+        """Load a folder, `s3://...`, or the shipped `tiny`. Raises ValueError if it is none, cut, or of another version."""
+        return cls(*read_folder(EMBEDDED.get(str(path), path))).to(device)
 
     def _tensor(self, values: Array) -> Tensor:
         return torch.as_tensor(values).to(self.device, torch.float32)
@@ -353,13 +269,3 @@ class Synthesizer:
 
 def _numpy(tensor: Tensor) -> Floats:
     return np.asarray(tensor.detach().float().cpu().numpy(), np.float32)
-
-
-def _compact(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrices in `dtype`; vectors (biases, the normaliser) as they are."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.to(dtype) if tensor.ndim >= 2 and tensor.is_floating_point() else tensor.clone()
-
-
-def _float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

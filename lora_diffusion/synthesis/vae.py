@@ -13,7 +13,7 @@ variance that one normalised parameter has beyond what a latent can know, and di
 variance than β/2 are left out of the latent (Tipping & Bishop 1999, for the linear case).
 
 State: the first layer of the encoder and the last one of the decoder hold nearly all parameters, 2 M (H₁ + Z) for
-the first hidden width H₁ with the linear path. M = 99,648, hidden (1024, 768), Z = 512: 310 M parameters, 1.24 GB in float32;
+the first hidden width H₁ with the linear path. M = 99,648, hidden (1024, 768), Z = 512: 309 M parameters, 1.24 GB in float32;
 with gradients, AdamW's two moments and the moving average 6.2 GB a worker under DDP, that over the workers under FSDP.
 
 Axes: B batch, N vector length, M varying parameters, Z latent.

@@ -1,0 +1,152 @@
+"""A synthesiser's folder, local or in a bucket: what lies in it, and how it is read and written.
+
+    config.json            format version, layout, code space, denoiser, diffusion, provenance; written last
+    codes.safetensors      normaliser, and PCA or VAE
+    denoiser.safetensors   denoiser, and the prior's factor if it has one
+    edits.safetensors      attribute directions, if any
+    neighbours.safetensors embeddings and codes of corpus people, if any: the nearest-neighbour control
+
+No pickle. docs/FORMAT.md describes the fields. Axes: P people, C condition, Z code size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lora_diffusion.checkpoint import strip_prefix, with_prefix
+from lora_diffusion.config import from_dict, to_dict
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.storage import open_store
+from lora_diffusion.synthesis.codes import CodeSpace, build_codes
+from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
+from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig
+from lora_diffusion.synthesis.edits import AttributeDirections
+
+FORMAT = "lora-diffusion-synthesizer"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a synthesiser was made from. `base` and `recogniser`: name and fingerprint; `figures`: as measured."""
+
+    base: dict[str, str] = field(default_factory=dict)
+    recogniser: dict[str, str] = field(default_factory=lambda: {"name": "tiny"})
+    corpus: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)  # the corpus' recipe, for `refine`
+    figures: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    commit: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Corpus people: unit embeddings (P, C) and codes (P, Z). Embeddings are biometric data: leave them out of what
+    you publish, unless the people are invented."""
+
+    embeddings_PC: Tensor
+    codes_PZ: Tensor
+
+
+class Parts(NamedTuple):
+    """What a synthesiser consists of."""
+
+    layout: LoRALayout
+    codes: CodeSpace
+    denoiser: Denoiser
+    diffusion: Diffusion
+    provenance: Provenance
+    directions: AttributeDirections | None
+    neighbours: Neighbours | None
+
+
+def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.float32) -> None:
+    """`dtype` float16 halves the folder: matrices only; biases, the normaliser and its constants stay in float32."""
+    files = {
+        "codes": dict(parts.codes.state_dict()),
+        "denoiser": with_prefix("denoiser", dict(parts.denoiser.state_dict()))
+        | with_prefix("diffusion", dict(parts.diffusion.state_dict())),
+    }
+    if parts.directions is not None:
+        files["edits"] = parts.directions.tensors()
+    if parts.neighbours is not None:
+        files["neighbours"] = {"embeddings_PC": parts.neighbours.embeddings_PC, "codes_PZ": parts.neighbours.codes_PZ}
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "layout_id": parts.layout.layout_id,
+        "layout": parts.layout.to_dict(),
+        "code_size": parts.codes.size,
+        "condition_size": parts.denoiser.condition_size,
+        "codes": parts.codes.describe(),
+        "denoiser": to_dict(parts.denoiser.config),
+        "diffusion": to_dict(parts.diffusion.config),
+        "attributes": [] if parts.directions is None else list(parts.directions.names),
+        "provenance": to_dict(parts.provenance),
+        "files": sorted(files),
+    }
+    store = open_store(path)
+    for name, tensors in files.items():
+        compact = {key: _compact(tensor, dtype) for key, tensor in tensors.items()}
+        store.write(f"{name}.safetensors", safetensors.torch.save(compact))
+    store.write_json("config.json", config)
+
+
+def read_folder(path: str | Path) -> Parts:
+    """Parts on the CPU, in float32.
+
+    Raises:
+        ValueError: nothing there, another format or version, missing or cut files, tensors that do not fit.
+    """
+    store = open_store(path)
+    try:
+        config = store.read_json("config.json")
+    except FileNotFoundError as error:
+        raise ValueError(f"no synthesiser at {path}: it has no config.json. Train one with jobs/train.py") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path}/config.json is none of a synthesiser: expected format {FORMAT!r}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"the synthesiser at {path} has format version {config.get('format_version')}, this release reads "
+            f"{FORMAT_VERSION}: install the release of lora_diffusion that wrote it"
+        )
+    try:
+        files = {name: _float32(safetensors.torch.load(store.read(f"{name}.safetensors"))) for name in config["files"]}
+        return _parts(config, files)
+    except FileNotFoundError as error:
+        raise ValueError(f"the synthesiser at {path} is not whole: {error}. Copy it again") from error
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the synthesiser at {path} cannot be read: {error}. Copy it again") from error
+
+
+def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) -> Parts:
+    denoiser = Denoiser(config["code_size"], config["condition_size"], from_dict(DenoiserConfig, config["denoiser"]))
+    denoiser.load_state_dict(strip_prefix("denoiser", files["denoiser"]))
+    prior = strip_prefix("diffusion", files["denoiser"])
+    return Parts(
+        LoRALayout.from_dict(config["layout"]),
+        build_codes(config["codes"], files["codes"]),
+        denoiser,
+        Diffusion(from_dict(DiffusionConfig, config["diffusion"]), prior.get("factor_ZZ")),
+        from_dict(Provenance, config["provenance"]),
+        AttributeDirections(tuple(config["attributes"]), **files["edits"]) if "edits" in files else None,
+        Neighbours(**files["neighbours"]) if "neighbours" in files else None,
+    )
+
+
+def _compact(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.to(dtype) if tensor.ndim >= 2 and tensor.is_floating_point() else tensor.clone()
+
+
+def _float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
