@@ -36,7 +36,6 @@ class _Request:
     started: float = 0.0
     busiest: int = 0
     rows: list[Row] = field(default_factory=list)
-    left: int = 0
     gone: bool = False
 
 
@@ -68,7 +67,7 @@ class AsyncRenderer:
         waiting = sum(len(request.pictures) for request in self._waiting)
         if waiting + len(pictures) > self._max_waiting:
             raise ServingError("overloaded", f"{waiting} pictures wait to be drawn already.")
-        request = _Request(pictures, deadline, left=len(pictures))
+        request = _Request(pictures, deadline)
         self._waiting.append(request)
         self._arrival.set()
         if self._task is None or self._task.done():
@@ -100,7 +99,7 @@ class AsyncRenderer:
                 self._engine.drop(list(self._engine.rows))
                 for request in self._running:
                     request.events.put_nowait(error)
-                    request.gone = True
+                self._running = []
                 continue
             self._report()
 
@@ -137,19 +136,18 @@ class AsyncRenderer:
         self._engine.advance()
 
     def _report(self) -> None:
+        """Tell everybody in the batch how far they are. Those that are done leave; those that gave up do in `_dismiss`."""
+        running = []
         for request in self._running:
-            finished = 0
             for index, row in enumerate(request.rows):
-                finished += row.finished
                 if row.pixels_HWC is not None:
                     request.events.put_nowait(Drawn(index, row.pixels_HWC))
                     row.pixels_HWC = None
-            if finished == len(request.rows):
-                request.gone = True
-            else:
+            if not all(row.finished for row in request.rows):
+                running.append(request)
                 total = sum(len(row.schedule) for row in request.rows)
                 request.events.put_nowait(Progress(sum(row.step for row in request.rows), total))
-        self._running = [request for request in self._running if not request.gone]
+        self._running = running
 
     async def close(self) -> None:
         if self._task is not None:
