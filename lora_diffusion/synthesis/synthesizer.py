@@ -190,7 +190,8 @@ class Synthesizer:
 
         A straight line between two codes would pass near the mean, where nobody in particular is.
         """
-        return slerp(*(np.asarray(x.cpu() if isinstance(x, Tensor) else x) for x in (a, b)), t)
+        a_BZ, b_BZ = (np.asarray(x.cpu() if isinstance(x, Tensor) else x) for x in (a, b))
+        return slerp(a_BZ, b_BZ, t)
 
     def edit(self, codes_BZ: Array, attribute: str, strength: float) -> Floats:
         """Codes with more (or, negative, less) of an attribute; strength in standard deviations of the corpus."""
