@@ -117,7 +117,7 @@ def new_unet(config: BaseModelConfig) -> Any:
     from diffusers import UNet2DConditionModel
 
     attention = config.unet_attention
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=config.image_size // 2 ** (len(config.vae_channels) - 1),
         in_channels=config.latent_channels,
         out_channels=config.latent_channels,
@@ -128,7 +128,12 @@ def new_unet(config: BaseModelConfig) -> Any:
         attention_head_dim=tuple(max(1, width // config.attention_head_dim) for width in config.unet_channels),
         cross_attention_dim=config.text_width,
         norm_num_groups=8,
+        # the words, pooled, join the timestep: they reach every level at once, also the one without attention
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
+    nn.init.zeros_(unet.add_embedding.norm2.weight)  # silent at the start
+    return unet
 
 
 def new_text_encoder(config: BaseModelConfig, tokenizer: Any) -> Any:
@@ -224,7 +229,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class DenoiserStage(Stage):
-    """UNet and text encoder: MSE of the prediction, weighted by min-SNR (gamma 5; Hang et al. 2023, arXiv:2303.09556)."""
+    """UNet and text encoder: MSE of the prediction, weighted by ``loss_weights``."""
 
     def __init__(
         self,
@@ -258,17 +263,22 @@ class DenoiserStage(Stage):
         text = self.text_encoder(self.tokens(indices).to(device))[0]
         output = self.unet(noisy.to(device), timesteps.to(device), encoder_hidden_states=text).sample.float()
         error = (output - target.to(device)).square().mean((1, 2, 3))
-        weights = min_snr_weights(self.scheduler, timesteps).to(device)
+        weights = loss_weights(self.scheduler, timesteps).to(device)
         return (weights * error).mean(), {"mse": error.mean().item()}
 
 
-def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float = 5.0) -> Tensor:
-    """Weight of each timestep's loss: min(SNR, gamma), expressed for the scheduler's prediction type."""
+def loss_weights(scheduler: Any, timesteps: Tensor, gamma: float = 5.0) -> Tensor:
+    """Weight of each timestep's loss: min(SNR, gamma) + 1 on the error of x0, expressed for the scheduler's prediction type.
+
+    Below gamma that is a plain v-prediction loss; above, min-SNR (Hang et al. 2023, arXiv:2303.09556) holds it down. Not
+    min(SNR, gamma) itself: with zero terminal SNR its weight vanishes where sampling starts, at the noise levels at
+    which only the words decide, and the model hardly learns to listen to them.
+    """
     alphas = scheduler.alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas).clamp(min=1e-8)
     kind = scheduler.config.prediction_type
-    denominator = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[kind]
-    return snr.clamp(max=gamma) / denominator.clamp(min=1e-8)
+    error_of_x0 = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[kind]
+    return (snr.clamp(max=gamma) + 1) / error_of_x0.clamp(min=1e-8)
 
 
 class Trainer:

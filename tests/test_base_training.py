@@ -127,3 +127,37 @@ def test_a_perfect_prediction_has_no_loss(prediction_type: str) -> None:
     )
     loss, _ = stage(rows, torch.Generator().manual_seed(0))
     assert float(loss) < 1e-6
+
+
+def test_one_error_of_x0_weighs_the_same_whatever_is_predicted() -> None:
+    """An error in x0 of size 1 is one of SNR in epsilon and of SNR + 1 in v: times the weights, all are equal."""
+    timesteps = torch.arange(0, 999)  # at the last there is no signal, and x0 does not follow from epsilon
+    weighted = {}
+    for kind in ("epsilon", "sample", "v_prediction"):
+        scheduler = bt.new_scheduler(bt.BaseModelConfig(**{**CONFIG.__dict__, "prediction_type": kind}))
+        snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
+        size = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[kind]
+        weighted[kind] = bt.loss_weights(scheduler, timesteps) * size
+    torch.testing.assert_close(weighted["epsilon"], weighted["sample"])
+    torch.testing.assert_close(weighted["v_prediction"], weighted["sample"])
+
+
+def test_pure_noise_counts_as_much_as_any_noise() -> None:
+    """Sampling starts at zero SNR: the velocity there must be learned (plain min-SNR would give it no weight at all)."""
+    scheduler = bt.new_scheduler(CONFIG)
+    weights = bt.loss_weights(scheduler, torch.tensor([999, 700, 500, 0]))
+    torch.testing.assert_close(weights[:3], torch.ones(3))
+    assert weights[3] < 0.1
+
+
+def test_the_words_reach_the_unet_beside_its_attention_but_not_before_training() -> None:
+    torch.manual_seed(0)
+    unet = bt.new_unet(CONFIG).eval()
+    size = unet.config.sample_size
+    x = torch.randn(1, CONFIG.latent_channels, size, size)
+    text = torch.randn(2, 1, 8, CONFIG.text_width)
+    time = unet.get_aug_embed(emb=x, encoder_hidden_states=text[0], added_cond_kwargs={})
+    assert not time.any()
+    torch.nn.init.ones_(unet.add_embedding.norm2.weight)
+    first, second = (unet.get_aug_embed(emb=x, encoder_hidden_states=t, added_cond_kwargs={}) for t in text)
+    assert (first - second).abs().max() > 0.1
