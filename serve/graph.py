@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,11 @@ def build(arguments: dict[str, Any]) -> Application:
     overrides = [f"{key}={value}" for key, value in given.items()]
     config = load_config(ServeConfig, path if path.exists() else ROOT / path, overrides)
     options = config.deployments
+    settings = replace(config, deployments={})  # so that nobody restarts because somebody else scales differently
 
     def bind(name: str, deployed: Any, **arguments: Any) -> Application:
         deployment: Any = serve.deployment(deployed)
-        bound: Application = deployment.options(name=name, **options.get(name, {})).bind(config, **arguments)
+        bound: Application = deployment.options(name=name, **options.get(name, {})).bind(settings, **arguments)
         return bound
 
     if unknown := sorted(set(options) - DEPLOYMENTS):
