@@ -38,9 +38,11 @@ from ray.train.torch import TorchTrainer
 from lora_diffusion.config import from_dict, load_config, to_dict, to_yaml
 from lora_diffusion.storage import Store, StoreError, open_store
 from lora_diffusion.synthesis.begin import begin, describe, snapshot_of
-from lora_diffusion.synthesis.dataset import CorpusSnapshot, RowCache, read_rows
+from lora_diffusion.synthesis.dataset import RowCache, read_rows
 from lora_diffusion.synthesis.distributed import Group
-from lora_diffusion.synthesis.recipe import SynthesizerTraining, TrainConfig
+from lora_diffusion.synthesis.recipe import SynthesizerTraining
+from lora_diffusion.synthesis.snapshot import CorpusSnapshot
+from lora_diffusion.synthesis.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "train_tiny.yaml"
@@ -160,19 +162,12 @@ def rows_of(snapshot: CorpusSnapshot) -> ray.data.Dataset:
     context.execution_no_progress_timeout_s = -1
     context.raise_original_map_exception = True
     shards = [{"shard": index} for index in snapshot.shards]
-    read = ReadRows(snapshot)
-    return ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(read, batch_format="pyarrow")
 
-
-class ReadRows:
-    """Ray Data's view of `read_rows`."""
-
-    def __init__(self, snapshot: CorpusSnapshot) -> None:
-        self.snapshot = snapshot
-
-    def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
+    def read(shards: pa.Table) -> Iterator[pa.Table]:
         for index in shards["shard"].to_pylist():
-            yield from read_rows(self.snapshot, index)
+            yield from read_rows(snapshot, index)
+
+    return ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(read, batch_format="pyarrow")
 
 
 class Board:
@@ -288,8 +283,8 @@ def user_error(error: BaseException) -> BaseException | None:
         seen.add(id(item))
         if isinstance(item, USER_ERRORS) and not isinstance(item, ray.exceptions.RayError):
             return item
-        queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
-        queue += [getattr(item, "controller_failure", None), *getattr(item, "worker_failures", {}).values()]
+        queue += [getattr(item, name, None) for name in ("cause", "_base_exc", "controller_failure")]
+        queue += [item.__cause__, item.__context__, *getattr(item, "worker_failures", {}).values()]
     return None
 
 

@@ -10,16 +10,8 @@ from low_rank_corpus import LAYOUT, write_corpus
 
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.storage import Store, open_store
-from lora_diffusion.synthesis.dataset import (
-    CorpusRows,
-    CorpusSnapshot,
-    DataConfig,
-    RowCache,
-    check_snapshot,
-    fill_cache,
-    read_rows,
-    take_snapshot,
-)
+from lora_diffusion.synthesis.dataset import CorpusRows, DataConfig, RowCache, fill_cache, read_rows
+from lora_diffusion.synthesis.snapshot import CorpusSnapshot, check_snapshot, take_snapshot
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])

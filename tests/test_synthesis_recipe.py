@@ -18,8 +18,9 @@ from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis.begin import begin, describe, snapshot_of
 from lora_diffusion.synthesis.dataset import RowCache, fill_cache
 from lora_diffusion.synthesis.metrics import losses, read_metrics
-from lora_diffusion.synthesis.recipe import SynthesizerTraining, TrainConfig
+from lora_diffusion.synthesis.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.train_config import TrainConfig
 
 LOOP = {"steps": 12, "batch_size": 8, "warmup": 2, "validate_every": 4, "log_every": 3, "checkpoint_every": 5}
 SMALL = {

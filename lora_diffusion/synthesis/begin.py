@@ -10,10 +10,11 @@ import torch
 from lora_diffusion.config import to_yaml
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.storage import Store, open_store
-from lora_diffusion.synthesis.dataset import CorpusSnapshot, RowCache, check_snapshot, take_snapshot
+from lora_diffusion.synthesis.dataset import RowCache
 from lora_diffusion.synthesis.denoiser import count_parameters
 from lora_diffusion.synthesis.normaliser import Normaliser
-from lora_diffusion.synthesis.recipe import CONDITION_SIZE, TrainConfig
+from lora_diffusion.synthesis.snapshot import CorpusSnapshot, check_snapshot, take_snapshot
+from lora_diffusion.synthesis.train_config import CONDITION_SIZE, TrainConfig
 from lora_diffusion.synthesis.vae import LoRAVAE
 
 DATA, CONFIG = "data.json", "config.yaml"

@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,22 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lora_diffusion.corpus import CorpusReader, matrix
+from lora_diffusion.corpus import matrix
 from lora_diffusion.corpus.plan import shard_name
-from lora_diffusion.corpus.schema import EMBEDDING_SIZE, parquet_metadata
-from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.corpus.schema import EMBEDDING_SIZE
 from lora_diffusion.storage import Store, open_store
+from lora_diffusion.synthesis.snapshot import CorpusSnapshot, check_snapshot, damaged, take_snapshot
+
+__all__ = [
+    "CorpusRows",
+    "CorpusSnapshot",
+    "DataConfig",
+    "RowCache",
+    "check_snapshot",
+    "fill_cache",
+    "read_rows",
+    "take_snapshot",
+]
 
 # Why a row is left out of training, by the number in the cache's `reason` column.
 REASONS = ("", "nan_vector", "bad_embedding", "low_similarity", "over_max_people")
@@ -58,139 +69,6 @@ class DataConfig:
             raise ValueError(f"max_people must be at least 2, not {self.max_people}: one row is for validation")
 
 
-@dataclass(frozen=True)
-class CorpusSnapshot:
-    """The shards that a run learns from, fixed when it begins: a corpus that grows meanwhile changes nothing.
-
-    `shards` maps index -> [rows, bytes of the file].
-    """
-
-    uri: str
-    layout: Mapping[str, Any]
-    base: Mapping[str, str]
-    recipe_id: str
-    vector_dtype: str
-    shards: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    num_failed: int = 0  # people who never got a LoRA
-    finetune: Mapping[str, Any] = field(default_factory=dict)  # the recipe that made the LoRAs
-
-    @property
-    def layout_id(self) -> str:
-        return str(self.layout["layout_id"])
-
-    @property
-    def vector_size(self) -> int:
-        return int(self.layout["size"])
-
-    @property
-    def num_rows(self) -> int:
-        return sum(rows for rows, _ in self.shards.values())
-
-    @property
-    def starts(self) -> dict[int, int]:
-        """Shard index -> slot of its first row in the cache."""
-        starts, total = {}, 0
-        for index in sorted(self.shards):
-            starts[index] = total
-            total += self.shards[index][0]
-        return starts
-
-    @property
-    def key(self) -> str:
-        """Name of the cache of these rows: 16 hex digits."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        return {**values, "shards": {str(index): list(self.shards[index]) for index in sorted(self.shards)}}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CorpusSnapshot:
-        shards = {int(index): (int(rows), int(size)) for index, (rows, size) in values["shards"].items()}
-        return cls(**{**values, "shards": shards})
-
-
-def take_snapshot(uri: str) -> CorpusSnapshot:
-    """What is committed at `uri` now. Reads the shards' footers only.
-
-    Raises ValueError for no corpus, an empty one, fewer than two rows, or shards that are missing or damaged.
-    """
-    reader = CorpusReader(uri)
-    sizes = reader.store.files("shards")
-    expected = reader.manifest.counts.get("num_shards") if reader.manifest.state == "complete" else None
-    if expected is not None and len(reader.shards) < expected:
-        lost = sorted(set(range(expected)) - set(reader.shards))[:5]
-        raise ValueError(
-            f"the corpus at {uri} says that it is complete with {expected} shards, but {len(reader.shards)} are there "
-            f"(missing: {', '.join(map(shard_name, lost))}). Run its jobs/build_corpus.py command again: it makes them anew"
-        )
-    with ThreadPoolExecutor(16) as pool:
-        rows = list(pool.map(lambda index: _footer(reader.store, index, reader.layout), reader.shards))
-    shards = {
-        index: (count, sizes[f"{shard_name(index)}.parquet"]) for index, count in zip(reader.shards, rows, strict=True)
-    }
-    snapshot = CorpusSnapshot(
-        uri=uri,
-        layout=reader.manifest.layout,
-        base=reader.manifest.base,
-        recipe_id=reader.manifest.recipe_id,
-        vector_dtype=_vector_dtype(reader),
-        shards=shards,
-        num_failed=int(reader.manifest.counts.get("num_failed", 0)),
-        finetune=reader.manifest.recipe.get("finetune", {}),
-    )
-    if snapshot.num_rows < 2:
-        raise ValueError(
-            f"the corpus at {uri} has {snapshot.num_rows} people with a LoRA; training needs at least 2, and some "
-            "hundreds to learn anything. Add people with jobs/build_corpus.py"
-        )
-    return snapshot
-
-
-def check_snapshot(snapshot: CorpusSnapshot) -> None:
-    """Raises ValueError if the shards that a run began with are no longer what they were."""
-    now = open_store(snapshot.uri).files("shards")
-    for index, (_, size) in snapshot.shards.items():
-        found = now.get(f"{shard_name(index)}.parquet")
-        if found != size:
-            state = "is gone" if found is None else f"has {found} bytes, not {size}"
-            raise ValueError(
-                f"shard {shard_name(index)} of {snapshot.uri} {state}: it is not what this run began with. "
-                "Restore it, or choose another output to begin anew"
-            )
-
-
-def _vector_dtype(reader: CorpusReader) -> str:
-    if not reader.shards:
-        return "float32"
-    value = reader.schema.field("vector").type.value_type
-    return {pa.float16(): "float16", pa.float32(): "float32"}[value]
-
-
-def _footer(store: Store, index: int, layout: LoRALayout) -> int:
-    """Rows of a shard. Raises ValueError if it is damaged or of another layout."""
-    try:
-        with store.open(f"shards/{shard_name(index)}.parquet") as file:
-            parquet = pq.ParquetFile(file)
-            metadata = parquet_metadata(parquet.schema_arrow)
-            rows = parquet.metadata.num_rows
-    except (pa.ArrowInvalid, ValueError) as error:
-        raise ValueError(_damaged(store, index, error)) from error
-    if metadata["layout_id"] != layout.layout_id:
-        raise ValueError(
-            f"shard {shard_name(index)} of {store.uri} has layout_id {metadata['layout_id']}, the corpus has "
-            f"{layout.layout_id}: two corpora were mixed in one folder. Keep each in a folder of its own"
-        )
-    return int(rows)
-
-
-def _damaged(store: Store, index: int, error: Exception) -> str:
-    return (
-        f"shard {shard_name(index)} of {store.uri} cannot be read: {error}. "
-        "Run its jobs/build_corpus.py command again: it makes damaged shards anew"
-    )
-
-
 def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) -> Iterator[pa.Table]:
     """The rows of one shard, a table for each row group: COLUMNS, `slot` (place in the cache) and `reason`."""
     store = store or open_store(snapshot.uri)
@@ -205,7 +83,7 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
                 yield table.append_column("slot", slots).append_column("reason", pa.array(_reasons(table), pa.int8()))
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, pa.ArrowInvalid) or "Parquet" in str(error) or "Corrupt" in str(error):
-            raise ValueError(_damaged(store, index, error)) from error
+            raise ValueError(damaged(store, index, error)) from error
         raise
 
 
@@ -291,7 +169,7 @@ class RowCache:
         identities = json.loads((self.folder / "identities.json").read_text())
         return CorpusRows(self._map("vectors", "r"), identities=identities, config=config, **arrays)
 
-    def _map(self, name: str, mode: Any) -> np.ndarray:
+    def _map(self, name: str, mode: Any) -> np.memmap[Any, Any]:
         shape = (self.snapshot.num_rows, self.snapshot.vector_size)
         return np.memmap(self.folder / f"{name}.bin", np.dtype(self.snapshot.vector_dtype), mode, shape=shape)
 

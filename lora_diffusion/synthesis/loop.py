@@ -63,7 +63,7 @@ class LoopConfig:
 
 
 class Stage(nn.Module):
-    """What is trained. The loop calls `inputs` and `draws` on the CPU, moves both to the device, and calls the module."""
+    """What is trained. The loop reads `inputs` on the CPU, draws `draws` on the device, and calls the module with both."""
 
     train_slots: Slots
     validation_slots: Slots
@@ -73,7 +73,7 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def draws(self, count: int, generator: torch.Generator) -> Batch:
-        """All random numbers of a global batch of `count` rows: tensors with B in front."""
+        """All random numbers of a global batch of `count` rows: tensors with B in front, on the generator's device."""
         raise NotImplementedError
 
     def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,7 +118,7 @@ class Loop:
         self.name, self.stage, self.config = name, stage, config
         self.group, self.bfloat16 = group or Group(), bfloat16
         self.module = self.group.wrap(stage, parallel)
-        parameters = {name: p for name, p in stage.named_parameters() if p.requires_grad}
+        parameters: dict[str, Tensor] = {name: p for name, p in stage.named_parameters() if p.requires_grad}
         self.parameters = list(parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -167,13 +167,16 @@ class Loop:
         return c.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / c.steps)))
 
     def _load(self, slots: Slots) -> tuple[Batch, int]:
-        return self.stage.inputs(slots[self.group.rank :: self.group.world]), len(slots)
+        batch = self.stage.inputs(slots[self.group.rank :: self.group.world])
+        if self.group.device.type == "cuda":
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        return batch, len(slots)
 
     def _forward(self, batch: Batch, size: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.group.device
-        draws = self.stage.draws(size, torch.Generator().manual_seed(seed))
+        draws = self.stage.draws(size, torch.Generator(device).manual_seed(seed))
         draws = {name: value[self.group.rank :: self.group.world] for name, value in draws.items()}
-        batch, draws = ({k: v.to(device, non_blocking=True) for k, v in b.items()} for b in (batch, draws))
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
             losses, parts = self.module(batch, draws, self.state.step)
         return losses.float(), parts

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,89 +23,24 @@ from lora_diffusion.corpus import Statistics
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.codes import CodeSpace, LatentCodes, PCACodes, VectorCodes, reconstruction
-from lora_diffusion.synthesis.dataset import CorpusRows, CorpusSnapshot, DataConfig
-from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
-from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig, prior_factor
-from lora_diffusion.synthesis.distributed import Group, Parallel
+from lora_diffusion.synthesis.dataset import CorpusRows
+from lora_diffusion.synthesis.denoiser import Denoiser
+from lora_diffusion.synthesis.diffusion import Diffusion, prior_factor
+from lora_diffusion.synthesis.distributed import Group
 from lora_diffusion.synthesis.loop import Loop, LoopConfig
 from lora_diffusion.synthesis.metrics import RunLog, explained_variance, explained_variance_png, progress_line
 from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed
+from lora_diffusion.synthesis.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.stages import DenoiserStage, VAEStage
 from lora_diffusion.synthesis.state import pack, unpack
 from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance, Synthesizer
-from lora_diffusion.synthesis.vae import LoRAVAE, VAEConfig, latent_usage
+from lora_diffusion.synthesis.train_config import CONDITION_SIZE, TrainConfig
+from lora_diffusion.synthesis.vae import LoRAVAE, latent_usage
+
+__all__ = ["SynthesizerTraining", "TrainConfig"]
 
 Slots = NDArray[np.int64]
-STAGES = ("pca", "vae", "denoiser")
-CONDITION_SIZE = 512
-
-
-@dataclass(frozen=True)
-class PCAConfig:
-    """`exact_rows`: up to so many rows all components are exact; beyond, `iterations` passes approach the first ones."""
-
-    num_components: int = 512
-    exact_rows: int = 4096
-    iterations: int = 6
-
-
-@dataclass(frozen=True)
-class WorkersConfig:
-    """`num_workers` training processes; with `max_workers` set, Ray adds and removes some between the two as machines
-    come and go. `cpus`: for each, threads as well. `compute_dtype` auto: bfloat16 (autocast) on GPUs, float32 on CPUs.
-    `max_failures`: how often a worker may die before the run gives up; preempted spot machines do not count."""
-
-    num_workers: int = 1
-    max_workers: int | None = None
-    use_gpu: bool = False
-    cpus: int = 1
-    parallel: Parallel = "ddp"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    max_failures: int = 3
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 1 or self.cpus < 1:
-            raise ValueError(f"num_workers and cpus must be at least 1, not {self.num_workers} and {self.cpus}")
-        if self.max_workers is not None and self.max_workers < self.num_workers:
-            raise ValueError(f"max_workers is {self.max_workers}, fewer than num_workers, {self.num_workers}")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All of `jobs/train.py`. `stage`: one of pca, vae, denoiser, or all of them in order.
-
-    code_space: what the denoiser works in; `vector` and `pca` need no VAE.
-    layout_id: refuse a corpus of another one; None: whatever the corpus has.
-    standardise: `each` code number to unit variance, or all `together`, by one factor.
-    condition_noise: see `DenoiserStage`. keep_neighbours: put the people's embeddings and codes into the folder, too.
-    """
-
-    corpus: str = "runs/tiny/corpus"
-    output: str = "runs/tiny/training"
-    stage: Literal["all", "pca", "vae", "denoiser"] = "all"
-    code_space: Literal["latent", "pca", "vector"] = "latent"
-    layout_id: str | None = None
-    recogniser: str = "tiny"
-    data: DataConfig = field(default_factory=DataConfig)
-    pca: PCAConfig = field(default_factory=PCAConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)
-    vae_training: LoopConfig = field(default_factory=LoopConfig)
-    start_from_pca: bool = True  # the VAE's linear path begins as the PCA
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    denoiser_training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5000))
-    standardise: Literal["each", "together"] = "each"
-    condition_noise: float = 0.0
-    keep_neighbours: bool = True
-    tensorboard: bool = True
-    workers: WorkersConfig = field(default_factory=WorkersConfig)
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        if self.stage != "all":
-            return (self.stage,)
-        return tuple(stage for stage in STAGES if stage != "vae" or self.code_space == "latent")
 
 
 class SynthesizerTraining:
@@ -303,10 +237,10 @@ class SynthesizerTraining:
         self.figures |= {"denoiser_validation_loss": loop.state.best, "denoiser_best_step": loop.state.best_step}
         corpus = {"recipe_id": snapshot.recipe_id, "rows": len(rows.train), "validation_rows": len(rows.validation)}
         provenance = Provenance(
-            base=snapshot.base,
+            base=dict(snapshot.base),
             recogniser={"name": config.recogniser},
             corpus={**corpus, "left_out": rows.left_out, "failed": snapshot.num_failed},
-            finetune=snapshot.finetune,
+            finetune=dict(snapshot.finetune),
             figures=self.figures,
             config=to_dict(config),
             commit=self.commit,

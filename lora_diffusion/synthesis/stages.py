@@ -6,6 +6,7 @@ Axes: B batch, N vector length, M varying parameters, Z code size, C condition.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +44,10 @@ class VAEStage(Stage):
         return {"vectors": self.rows.vectors(slots)}
 
     def draws(self, count: int, generator: torch.Generator) -> Batch:
-        draws = {"latent": torch.randn(count, self.vae.config.latent_size, generator=generator)}
+        where: dict[str, Any] = {"generator": generator, "device": generator.device}
+        draws = {"latent": torch.randn(count, self.vae.config.latent_size, **where)}
         if self.vae.config.input_noise:
-            draws["input"] = torch.randn(count, self.vae.normaliser.size, generator=generator)
+            draws["input"] = torch.randn(count, self.vae.normaliser.size, **where)
         return draws
 
     def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -91,14 +93,15 @@ class DenoiserStage(Stage):
 
     def draws(self, count: int, generator: torch.Generator) -> Batch:
         config = self.diffusion.config
-        place = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+        where: dict[str, Any] = {"generator": generator, "device": generator.device}
+        place = torch.randperm(count, **where) + torch.rand(count, **where)
         draws = {
-            "noise": torch.randn(count, self.denoiser.code_size, generator=generator),
+            "noise": torch.randn(count, self.denoiser.code_size, **where),
             "timesteps": (place / count * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1),
-            "drop": torch.rand(count, generator=generator) < config.condition_dropout,
+            "drop": torch.rand(count, **where) < config.condition_dropout,
         }
         if self.condition_noise:
-            draws["condition"] = torch.randn(count, self.denoiser.condition_size, generator=generator)
+            draws["condition"] = torch.randn(count, self.denoiser.condition_size, **where)
         return draws
 
     def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
