@@ -1,0 +1,179 @@
+"""The command `lora-diffusion`. The one module of the library with a command line; nothing imports it.
+
+lora-diffusion personalize ada.jpg --prompt 'a photo of sks person, forest background' --out ada
+lora-diffusion personalize ada.jpg ada2.jpg --out ada --num-images 0 --format kohya      # the LoRA only
+lora-diffusion personalize ada.jpg --prompt '...' --out ada --server http://127.0.0.1:8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion import __version__
+
+PROMPT = "a photo of sks person"
+FORMATS = ("diffusers", "peft", "kohya", "vector")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The bytes of a PNG file, its seed, and the cosine of the drawn face with the photo's."""
+
+    data: bytes
+    seed: int
+    similarity: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """lora: bytes of the file (a zip for peft)."""
+
+    lora: bytes
+    seed: int | None
+    pictures: list[Picture]
+
+
+class Refused(Exception):
+    """Told to the user in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    try:
+        outcome = ask_server(args) if args.server else make_here(args)
+        write(outcome, args)
+    except (Refused, ValueError, OSError) as error:
+        sys.exit(f"lora-diffusion: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lora-diffusion", description="One photo of a face in, a LoRA for Stable Diffusion out."
+    )
+    parser.add_argument("--version", action="version", version=f"lora-diffusion {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser(
+        "personalize",
+        help="photos of one person -> LoRA and pictures",
+        description=__doc__.partition("\n\n")[2] if __doc__ else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="of one person; several are averaged")
+    one.add_argument("--prompt", default=PROMPT, help=f"call the person `sks person` (default: {PROMPT})")
+    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the LoRA and the pictures")
+    one.add_argument("--format", choices=FORMATS, default="diffusers", help="of the LoRA (default: diffusers)")
+    one.add_argument("--num-images", type=at_least(0), default=1, metavar="N", help="0: the LoRA only (default: 1)")
+    one.add_argument("--seed", type=at_least(0), help="of the LoRA (default: a random one, told at the end)")
+    one.add_argument("--image-seed", type=at_least(0), help="of the first picture, +1 for each further one")
+    one.add_argument(
+        "--steps", type=at_least(1), dest="num_inference_steps", metavar="N", help="of denoising a picture"
+    )
+    one.add_argument("--guidance-scale", type=float, metavar="X")
+    one.add_argument("--negative-prompt", metavar="TEXT")
+    one.add_argument("--largest-face", action="store_true", help="if a photo shows several, instead of refusing it")
+    where = one.add_argument_group("where it is made: in this process, unless a server is named")
+    where.add_argument(
+        "--server",
+        default=os.environ.get("LORA_DIFFUSION_SERVER"),
+        metavar="URL",
+        help="such as http://127.0.0.1:8000 (default: LORA_DIFFUSION_SERVER); its key, if it asks for one, is read from "
+        "LORA_DIFFUSION_API_KEY",
+    )
+    where.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the server (default: 120)")
+    where.add_argument(
+        "--synthesizer", default="tiny", metavar="FOLDER", help="in this process (default: the shipped one)"
+    )
+    where.add_argument("--base", metavar="MODEL", help="in this process (default: the synthesiser's)")
+    where.add_argument("--device", default="cpu", help="in this process (default: cpu)")
+    return parser.parse_args(arguments)
+
+
+def at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given, in the words that the API and the library share."""
+    names = ("seed", "image_seed", "num_inference_steps", "guidance_scale", "negative_prompt")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {**given, "faces": "largest" if args.largest_face else "one"}
+
+
+def ask_server(args: argparse.Namespace) -> Outcome:
+    try:
+        import httpx
+
+        from lora_diffusion.client import ApiError, Client
+    except ImportError as error:
+        raise Refused("--server needs httpx: pip install 'lora-diffusion[client]'") from error
+    settings = settings_of(args)
+    key = os.environ.get("LORA_DIFFUSION_API_KEY")
+    try:
+        with Client(args.server, api_key=key, timeout=args.timeout) as client:
+            if not args.num_images:
+                names = ("seed", "faces")
+                lora = client.loras(args.photos, **{n: settings[n] for n in names if n in settings})[0]  # type: ignore[misc]
+                return Outcome(client.download(lora, args.format).data, lora.seed, [])
+            made = client.personalize(
+                args.photos, args.prompt, format=args.format, num_images=args.num_images, **settings
+            )
+            assert made.file is not None
+            pictures = [Picture(image.data, image.seed, image.similarity) for image in made.images]
+            return Outcome(made.file.data, made.lora.seed, pictures)
+    except ApiError as error:
+        raise Refused(f"{args.server} refused: {error} ({error.reason})") from error
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise Refused(
+            f"{args.server} cannot be reached ({error or type(error).__name__}). Is `serve run serve/app.py` running? "
+            "Without --server it is made in this process."
+        ) from error
+
+
+def make_here(args: argparse.Namespace) -> Outcome:
+    import io
+
+    from PIL import Image
+
+    from lora_diffusion.lora import formats
+    from lora_diffusion.personalize import Personalizer
+
+    missing = next((photo for photo in args.photos if not photo.is_file()), None)
+    if missing:
+        raise Refused(f"there is no file {missing}")
+    personalizer = Personalizer(args.synthesizer, args.base, device=args.device)
+    made = personalizer(args.photos, args.prompt, num_images=args.num_images, **settings_of(args))
+    pictures = []
+    for i, pixels in enumerate(made.images_BHWC):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        pictures.append(Picture(buffer.getvalue(), made.image_seed + i, float(made.similarity_B[i])))
+    return Outcome(formats.to_bytes(made.vector_N, personalizer.synthesizer.layout, args.format), made.seed, pictures)
+
+
+def write(outcome: Outcome, args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / ("lora.zip" if args.format == "peft" else "lora.safetensors")
+    path.write_bytes(outcome.lora)
+    print(f"{path}  {args.format}, seed {outcome.seed}")
+    for picture in outcome.pictures:
+        path = args.out / f"{picture.seed}.png"
+        path.write_bytes(picture.data)
+        likeness = "" if picture.similarity is None else f"  similarity {picture.similarity:.3f}"
+        print(f"{path}{likeness}")
+
+
+if __name__ == "__main__":
+    main()

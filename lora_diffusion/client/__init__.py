@@ -1,0 +1,20 @@
+"""A client of the endpoint, sync and async. Needs httpx (`pip install 'lora-diffusion[client]'`), and nothing of torch."""
+
+from lora_diffusion.client.answers import Event, Face, File, Image, Latent, LoRA, Pictures, Progress
+from lora_diffusion.client.clients import AsyncClient, Client
+from lora_diffusion.client.retry import ApiError, Retry
+
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "Client",
+    "Event",
+    "Face",
+    "File",
+    "Image",
+    "Latent",
+    "LoRA",
+    "Pictures",
+    "Progress",
+    "Retry",
+]

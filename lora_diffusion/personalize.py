@@ -1,0 +1,133 @@
+"""Photo and prompt in, LoRA and scored pictures out, in this process: what the endpoint does, without one.
+
+With the same seeds the pictures are those of the endpoint, to float error: it draws many people in one batch, and a
+picture does not depend on its batch.
+
+Axes: B pictures, C embedding, N length of a LoRA vector, H/W pixels.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_diffusion.base import BaseModel
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, FaceError, mean_embedding
+from lora_diffusion.faces.photos import load_photo
+from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.render import render
+from lora_diffusion.serving.config import SamplingConfig
+from lora_diffusion.synthesis.synthesizer import Synthesizer
+
+
+@dataclass(frozen=True, eq=False)
+class Personalized:
+    """vector_N: float32. images_BHWC: uint8 RGB; picture i was drawn with image_seed + i. seed: of the LoRA.
+
+    similarity_B: cosine of each drawn face with the photos' embedding, 0 where no face was drawn.
+    """
+
+    vector_N: NDArray[np.float32]
+    images_BHWC: NDArray[np.uint8]
+    similarity_B: NDArray[np.float32]
+    seed: int
+    image_seed: int
+
+
+class Personalizer:
+    """A loaded synthesiser with the base model and the recogniser that it was trained with.
+
+    Args:
+        synthesizer: the shipped `tiny`, or a folder that `jobs/train.py` wrote.
+        base: of another place than the synthesiser's folder names; it must be the same model.
+        defaults: settings that a call leaves out; those of the endpoint.
+
+    Raises:
+        ValueError: there is no such synthesiser or base model, or they do not belong together.
+    """
+
+    def __init__(
+        self,
+        synthesizer: str | Path | Synthesizer = "tiny",
+        base: str | BaseModel | None = None,
+        *,
+        device: str = "cpu",
+        defaults: SamplingConfig | None = None,
+    ) -> None:
+        loaded = synthesizer if isinstance(synthesizer, Synthesizer) else Synthesizer.from_pretrained(synthesizer)
+        self.synthesizer = loaded.to(device)
+        if not isinstance(base, BaseModel):
+            base = BaseModel.from_pretrained(base or loaded.provenance.base.get("name") or "tiny-sd", device)
+        loaded.check_base(base)
+        self.base = base
+        self.defaults = defaults or SamplingConfig()
+        self.embedder = FaceEmbedder(EmbedderConfig(model=loaded.provenance.recogniser["name"]))
+        self._bank = LoRABank(base.unet, loaded.layout)
+
+    def embedding(
+        self, photos: Sequence[str | Path | bytes], faces: Literal["one", "largest"] = "one"
+    ) -> NDArray[np.float32]:
+        """(C,) unit vector of the one person in the photos, averaged. Raises PhotoError and FaceError, both ValueErrors."""
+        found = []
+        for photo in photos:
+            all_faces = self.embedder.embed_all(load_photo(photo))
+            if not all_faces:
+                raise FaceError(
+                    "no_face", "The photo shows no face that can be used. Take one where it is larger, frontal and lit."
+                )
+            if len(all_faces) > 1 and faces == "one":
+                raise FaceError(
+                    "several_faces",
+                    f"The photo shows {len(all_faces)} faces. Crop it to one person, or take the largest.",
+                )
+            found.append(all_faces[0])
+        return mean_embedding(found)
+
+    def __call__(
+        self,
+        photos: str | Path | bytes | Sequence[str | Path | bytes],
+        prompt: str,
+        *,
+        faces: Literal["one", "largest"] = "one",
+        seed: int | None = None,
+        num_images: int = 1,
+        image_seed: int | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        negative_prompt: str | None = None,
+    ) -> Personalized:
+        """`num_images` 0 makes the LoRA only. Seeds that are left out are random, and told in the answer."""
+        several = [photos] if isinstance(photos, str | Path | bytes) else list(photos)
+        defaults = self.defaults
+        embedding_C = self.embedding(several, faces)
+        seed = secrets.randbelow(2**31) if seed is None else seed
+        image_seed = secrets.randbelow(2**31) if image_seed is None else image_seed
+        vectors_1N = self.synthesizer.from_embedding(
+            embedding_C,
+            guidance_scale=defaults.latent_guidance_scale,
+            num_inference_steps=defaults.latent_inference_steps,
+            seed=seed,
+            deviation_scale=defaults.deviation_scale,
+        )
+        height, width = self.base.image_size, self.base.image_size
+        images_BHWC = np.zeros((0, height, width, 3), np.uint8)
+        if num_images:
+            images_BHWC = render(
+                self.base,
+                vectors_1N,
+                [prompt] * num_images,
+                range(image_seed, image_seed + num_images),
+                bank=self._bank,
+                num_inference_steps=num_inference_steps or defaults.num_inference_steps,
+                guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+                negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
+            )
+        drawn = [self.embedder.embed_all(image) for image in images_BHWC]
+        similarity_B = np.array([found[0].vector @ embedding_C if found else 0.0 for found in drawn], np.float32)
+        return Personalized(vectors_1N[0], images_BHWC, similarity_B, seed, image_seed)
