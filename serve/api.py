@@ -95,12 +95,11 @@ def _constant(content: bytes, media_type: str, headers: dict[str, str]) -> Any:
 
 
 def _add_problems(app: FastAPI, studio: Studio) -> None:
-    """Whatever goes wrong is answered with a problem document."""
+    """What a request can do wrong is answered with a problem document; the guard does so for errors of ours."""
 
     async def problem(request: Request, error: Exception) -> Response:
         answer = as_problem(error, studio.config.limits.retry_after_seconds)
-        if answer is None:
-            answer = ApiError("internal_error", "An error of ours, noted under this request id. Try again.")
+        assert answer is not None
         return answer.response(request.state.request_id)
 
     async def http_problem(request: Request, error: Exception) -> Response:
@@ -116,7 +115,7 @@ def _add_problems(app: FastAPI, studio: Studio) -> None:
         detail = f"{errors[0]['where']}: {errors[0]['message']}"
         return ApiError("invalid_request", detail, errors=errors).response(request.state.request_id)
 
-    for kind in (ApiError, ServingError, PhotoError, TimeoutError, Exception):
+    for kind in (ApiError, ServingError, PhotoError, TimeoutError):
         app.add_exception_handler(kind, problem)
     app.add_exception_handler(HTTPException, http_problem)
     app.add_exception_handler(RequestValidationError, invalid)

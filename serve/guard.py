@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import time
+import traceback
 from collections import OrderedDict
 from typing import Any
 
@@ -68,13 +69,21 @@ class Guard:
             finally:
                 self._in_flight -= work
                 self._metrics.in_flight.set(self._in_flight)
-        except ApiError as problem:
-            await problem.response(request_id)(scope, receive, answer.send)
+        except ApiError as refusal:
+            await refusal.response(request_id)(scope, receive, answer.send)
         except TimeoutError:
             if not answer.status:
                 late = as_problem(TimeoutError(), self._limits.retry_after_seconds)
                 assert late is not None
                 await late.response(request_id)(scope, receive, answer.send)
+        except Exception as error:
+            # Where, not what: messages may hold what was sent.
+            frames = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]]
+            line = {"event": "error", "request_id": request_id, "error": type(error).__name__, "frames": frames}
+            log.error(json.dumps(line))
+            if not answer.status:
+                problem = ApiError("internal_error", "An error of ours, noted under this request id. Try again.")
+                await problem.response(request_id)(scope, receive, answer.send)
         finally:
             elapsed = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", None) or ("/" if scope["path"] == "/" else "other")

@@ -26,7 +26,6 @@ STATUS = {
     "unsupported_media_type": 415,
     "rate_limited": 429,
     "internal_error": 500,
-    "diverged": 500,
     "overloaded": 503,
     "not_ready": 503,
     "deadline_exceeded": 504,

@@ -125,9 +125,10 @@ class Studio:
             try:
                 return await self.decoder.decode(task, deadline)
             except ServingError as error:
+                if error.reason != "stale_latent" or attempt == ATTEMPTS:
+                    raise
                 # After a reload the denoiser may be ahead of the decoder by a moment.
-                fresh = task.code.model_id == (await self.denoiser.describe())["synthesizer"]["id"]
-                if error.reason != "stale_latent" or not fresh or attempt == ATTEMPTS:
+                if task.code.model_id != (await self.denoiser.describe())["synthesizer"]["id"]:
                     raise
                 await asyncio.sleep(PAUSE_SECONDS * attempt)
         raise AssertionError("unreachable")

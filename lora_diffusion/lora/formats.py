@@ -190,11 +190,11 @@ def _encode(
     metadata |= {"format": "pt", "format_version": FORMAT_VERSION, "layout_id": layout.layout_id}
     if clash := sorted(set(metadata) & set(extra or {})):
         raise ValueError(f"metadata keys {clash} are taken by the format; choose other names")
-    files = {_FILE_NAMES[format]: _serialise(tensors, {**metadata, **(extra or {})})}
+    files = {_FILE_NAMES[format]: serialise(tensors, {**metadata, **(extra or {})})}
     return files if config is None else {**files, foreign.PEFT_CONFIG: config.encode()}
 
 
-def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file with its metadata in a fixed order (the library's own changes from call to call)."""
     data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
     start = 8 + int.from_bytes(data[:8], "little")

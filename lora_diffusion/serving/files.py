@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 
 from lora_diffusion.lora import formats
@@ -31,7 +30,7 @@ def encode_file(record: LoRARecord, layout: LoRALayout, format: str, metadata: d
     if record.code_Z is None or record.model_id is None:
         raise ServingError("stale_latent", "This LoRA was uploaded: it has no latent. Take another format.")
     header = {"format": "lora-diffusion-latent", "format_version": "1", "model": record.model_id}
-    return bytes(safetensors.numpy.save({"latent": record.code_Z}, metadata={**header, **metadata}))
+    return formats.serialise({"latent": torch.from_numpy(np.array(record.code_Z))}, {**header, **metadata})
 
 
 def decode_file(data: bytes, layout: LoRALayout) -> Floats:
