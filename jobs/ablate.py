@@ -12,6 +12,7 @@ command goes on where a killed one stopped: finished runs are not trained again,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -90,11 +91,28 @@ class TrainOnRay:
 
 def in_tasks(function: Callable[..., Any], config: AblationConfig, variants: Sequence[Variant]) -> Iterator[Any]:
     """Results as they come. A task's process is used again: the models are small."""
+    config = absolute(config)  # workers have working directories of their own
     task = ray.remote(num_cpus=config.evaluation.worker_cpus)(function)
     waiting = [task.remote(config, variant) for variant in variants]
     while waiting:
         (ready,), waiting = ray.wait(waiting, num_returns=1)
         yield ray.get(ready)
+
+
+def absolute(config: AblationConfig) -> AblationConfig:
+    """The same with absolute local paths."""
+
+    def resolve(path: str) -> str:
+        return os.path.abspath(path) if path and "://" not in path else path
+
+    evaluation = config.evaluation
+    return dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(
+            evaluation, corpus=resolve(evaluation.corpus), output=resolve(evaluation.output)
+        ),
+        corpora={name: resolve(path) for name, path in config.corpora.items()},
+    )
 
 
 if __name__ == "__main__":

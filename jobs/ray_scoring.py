@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import StoreError
 
 USER_ERRORS = (ValueError, StoreError)
+# Workers on other machines have the package, but not this folder on their path.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class OnRay:

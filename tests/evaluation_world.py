@@ -1,13 +1,18 @@
-"""Scores of a made-up evaluation: each method looks like its people to a given degree, so every answer is known."""
+"""A made-up evaluation, whose every answer is known; and corpora of two steps, to run the real one end to end."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+from factory_world import make_config
 
+from lora_diffusion.corpus import CorpusReader, finish_corpus
 from lora_diffusion.evaluation import HeldOut, Method, Scores
 from lora_diffusion.evaluation.methods import with_scales
+from lora_diffusion.factory import AttemptsHere, LoRAMaker, PersonEmbedder, ShardMaker, embed_people, planning
 
 RECOGNISERS = ["tiny", "tiny-b"]
 PICTURES, SIDE, HEADS = 4, 16, 5
@@ -67,3 +72,59 @@ def methods_of(people: int) -> tuple[HeldOut, list[Method], dict[str, Scores]]:
         for seed, method in enumerate(methods)
     }
     return held, methods, scores
+
+
+def build_corpora(world: Path) -> None:
+    """`corpus/` (six people) and `held_out/` (the other two) in `world`, as jobs/build_corpus.py makes them, without Ray."""
+    names = sorted(path.name for path in (world / "people").iterdir() if path.is_dir())
+    for name, people in (("corpus", names[:6]), ("held_out", names[6:])):
+        folder = world / f"people_{name}"
+        for person in people:
+            shutil.copytree(world / "people" / person, folder / person)
+        config = make_config(world, people=str(folder), output=str(world / name), score={"prompts": []})
+        source = planning.list_people(config)
+        embed = PersonEmbedder(config, 16)
+        begun = planning.begin(config, LoRAMaker(config).manifest(), source)
+        make = ShardMaker(config, AttemptsHere())
+        for shard in begun.todo:
+            rows = [(p, planning.find(source, i)) for p, i in zip(shard.positions, shard.identities, strict=True)]
+            make(shard, embed_people(embed, rows, AttemptsHere(), 3))
+        finish_corpus(begun.store, begun.manifest, CorpusReader(begun.store).verify(begun.plan.shards)[0])
+
+
+def evaluation_settings(world: Path) -> list[str]:
+    """Words of the command line for the smallest evaluation: two people, one prompt, two steps."""
+    return [
+        f"corpus={world / 'corpus'}",
+        f"held_out={world / 'held_out'}",
+        f"data.cache={world / 'cache'}",
+        "second_recogniser=null",
+        "scales=[1.0, 2.0]",
+        "diversity_people=1",
+        "diversity_samples=2",
+        "pictures_people=2",
+        "workers=1",
+        "worker_cpus=0.5",
+        "render.prompts=[a photo of sks person]",
+        "render.num_inference_steps=2",
+    ]
+
+
+def ablation_settings(world: Path) -> list[str]:
+    """The smallest ablation: two networks, a few steps."""
+    return [
+        *(f"evaluation.{word}" for word in evaluation_settings(world) if "diversity" not in word),
+        f"training.data.cache={world / 'cache'}",
+        "evaluation.diversity_people=0",
+        "training.pca.num_components=3",
+        "training.vae.latent_size=3",
+        "training.vae.hidden=[8]",
+        "training.vae_training.steps=4",
+        "training.denoiser.width=32",
+        "training.denoiser.depth=2",
+        "training.denoiser.condition_width=32",
+        "training.denoiser_training.steps=4",
+        "training.denoiser_training.validate_every=2",
+        "factors=[conditioning]",
+        "seeds=1",
+    ]

@@ -22,12 +22,18 @@ def test_half_way_from_base_to_ceiling_is_half_of_the_gain() -> None:
     ceiling_K = base_K + 0.3
     share = share_of_gain(base_K + 0.15, base_K, ceiling_K)
     assert share["mean"] == pytest.approx(0.5)
-    assert share["low"] <= 0.5 <= share["high"]
+    assert share["low"] == share["high"] == pytest.approx(0.5)  # everybody gains half, whoever is drawn
 
 
 def test_without_a_gain_there_is_no_share_of_it() -> None:
     zeros_K = np.zeros(5, np.float32)
-    assert np.isnan(share_of_gain(zeros_K + 0.1, zeros_K, zeros_K)["mean"])
+    assert share_of_gain(zeros_K + 0.1, zeros_K, zeros_K)["mean"] is None
+
+
+def test_a_gain_that_may_be_none_gives_a_share_without_an_interval() -> None:
+    ceiling_K = np.array([0.5, -0.3, 0.1], np.float32)
+    zeros_K = np.zeros(3, np.float32)
+    assert share_of_gain(ceiling_K / 2, zeros_K, ceiling_K) == {"mean": 0.5, "low": None, "high": None}
 
 
 def test_the_same_people_are_compared_so_what_they_share_does_not_widen_the_interval() -> None:

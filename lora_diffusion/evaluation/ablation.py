@@ -135,7 +135,7 @@ def run_name(config: AblationConfig, variant: Variant) -> str:
     content = {
         "variant": values,
         "training": to_dict(replace(config.training, output="", corpus="", workers=type(config.training.workers)())),
-        "corpus": take_snapshot(config.corpus_of(variant)).key,
+        "corpus": replace(take_snapshot(config.corpus_of(variant)), uri="").key,  # wherever it lies
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return "-".join([*(changed or ["reference"]), f"seed{variant.seed}", digest])

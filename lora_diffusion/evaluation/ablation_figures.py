@@ -66,8 +66,9 @@ def spaces(rows: Rows, records: Rows, names: Sequence[str], reference: Mapping[s
     """The paper's Figure 5: the loss, and the similarity on people never seen, of vectors against latents."""
     fig, panels = canvas(9.6, 3.2, 2)
     mine = [row for row in rows if row["factor"] == "code_space"]
-    spaces_of = ["vector", "pca", "latent"]
-    for colour, kind, row in zip((INK, SYNTHESISERS[4], SYNTHESISERS[0]), spaces_of, mine, strict=True):
+    colours = {"vector": INK, "pca": SYNTHESISERS[4], "latent": SYNTHESISERS[0]}
+    for row in mine:
+        colour, kind = colours[row["setting"]], row["setting"]
         curves = [
             record["curve"]
             for record in records

@@ -83,7 +83,7 @@ def judge(config: AblationConfig, workers: Workers, records: Sequence[Record], a
     done = [*control_records(controls, scores, names), *(scored(record, made, scores, names) for record in records)]
     rows = compared(config, done, available)
     results = {**provenance(), "config": to_dict(config), "people": len(run.held), "recognisers": names, "table": rows}
-    run.store.write(ABLATIONS, "".join(json.dumps(record) + "\n" for record in done).encode())
+    run.store.write(ABLATIONS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in done).encode())
     run.store.write_json("ablations.json", results)
     write_page(run.store, results, done)
     return results

@@ -72,6 +72,7 @@ def compared(config: AblationConfig, records: Sequence[Record], available: int) 
             rows.append(
                 {
                     "factor": factor,
+                    "setting": value,
                     "value": _name(factor, value, available),
                     "reference": is_reference,
                     "seeds": len(seeds),

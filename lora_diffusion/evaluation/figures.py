@@ -106,6 +106,7 @@ def scales(results: Mapping[str, Any]) -> bytes | None:
             panel.fill_between(
                 x, [d["low"] for _, d in points], [d["high"] for _, d in points], color=c, alpha=0.1, lw=0
             )
+        panel.set_xticks(x, [f"{scale:g}" for scale in x])
         text(panel, "scale of the deviation from the mean", "similarity (cosine)", f"recogniser {recogniser}")
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False

@@ -11,18 +11,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, matrix
-from lora_diffusion.evaluate import embed_pictures, unit
+from lora_diffusion.evaluate import unit
 from lora_diffusion.evaluation.config import EvaluationConfig
-from lora_diffusion.faces.embedder import FaceEmbedder
-from lora_diffusion.factory import CorpusConfig, PersonEmbedder, PersonRef
-from lora_diffusion.factory.embed import decode_pictures
+from lora_diffusion.faces.embedder import FaceEmbedder, FaceError
+from lora_diffusion.faces.photos import PhotoError, load_photo
+from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people
+from lora_diffusion.factory.embed import square_picture
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -50,34 +50,47 @@ class EmbeddedPhotos:
 
 
 class PhotoEmbedder:
-    """Reads one held-out person's photos; one for each worker. Recognisers: the conditioning one, then the second."""
+    """Reads one held-out person's photos; one for each worker. Recognisers: the conditioning one, then the second.
+
+    Faces are found in the photos as they are, as `Synthesizer.from_photo` does, not in the base model's small squares.
+    """
 
     def __init__(self, config: EvaluationConfig, made: CorpusConfig, picture_size: int) -> None:
-        self.count = config.condition_photos
-        self.read = PersonEmbedder(made, picture_size)
+        self.count, self.photos, self.picture_size = config.condition_photos, made.photos, picture_size
+        self.source = open_people(made.people)
         self.embedders = recognisers(config, made)
 
     def __call__(self, person: PersonRef) -> EmbeddedPhotos | str:
         """The person, or why they cannot be asked about."""
-        read = self.read(0, person)
-        if not read.usable:
-            return read.failures[-1].reason if read.failures else "no usable photo"
-        pixels = decode_pictures(read.pictures)
-        embedded = [embed_pictures(embedder, pixels) for embedder in self.embedders]
-        good = np.flatnonzero(np.all([found for _, found in embedded], axis=0))
+        if person.problem is not None:
+            return person.problem[1]
+        good = [found for photo in self.source.photos(person, self.photos.max_photos) if (found := self._read(photo))]
         if len(good) <= self.count:
             return (
                 f"{len(good)} photos with a face that all recognisers find; {self.count} to condition on and one more to "
                 "compare with are needed"
             )
-        given, others = good[: self.count], good[self.count :]
+        vectors_RQC = np.stack([vectors_RC for _, vectors_RC in good], axis=1)
+        others_RQC = vectors_RQC[:, self.count :]
         return EmbeddedPhotos(
             person.identity,
-            unit(embedded[0][0][given].mean(0)),
-            unit(np.stack([vectors[others].mean(0) for vectors, _ in embedded])),
-            np.array([_among_themselves(vectors[others]) for vectors, _ in embedded], np.float32),
-            pixels[given[0]],
+            unit(vectors_RQC[0, : self.count].mean(0)),
+            unit(others_RQC.mean(1)),
+            np.array([_among_themselves(photos_QC) for photos_QC in others_RQC], np.float32),
+            good[0][0],
         )
+
+    def _read(self, photo: RawPhoto) -> tuple[Pixels, Floats] | None:
+        """The square picture and the embeddings (R, C) of a photo, or None if it cannot be used."""
+        if photo.data is None:
+            return None
+        try:
+            pixels = load_photo(photo.data, max_pixels=self.photos.max_pixels)
+            faces = [embedder.embed(pixels) for embedder in self.embedders]
+        except (PhotoError, FaceError):
+            return None
+        picture = square_picture(pixels, self.picture_size, faces[0].box, self.photos)
+        return picture, np.stack([face.vector for face in faces])
 
 
 def recognisers(config: EvaluationConfig, made: CorpusConfig) -> list[FaceEmbedder]:
@@ -133,9 +146,7 @@ def choose(reader: CorpusReader, other: CorpusReader, limit: int | None) -> tupl
     return identities, matrix(table["vector"]).astype(np.float32)
 
 
-def gather(
-    identities: Sequence[str], vectors_KN: Floats, answers: Mapping[str, EmbeddedPhotos | str], what: Any = None
-) -> HeldOut:
+def gather(identities: Sequence[str], vectors_KN: Floats, answers: Mapping[str, EmbeddedPhotos | str]) -> HeldOut:
     """Put what workers found in any order into one table. Raises ValueError if fewer than two people are left."""
     keep = [k for k, name in enumerate(identities) if isinstance(answers.get(name), EmbeddedPhotos)]
     left_out = {

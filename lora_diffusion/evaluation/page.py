@@ -25,7 +25,7 @@ th { color: var(--muted); font-weight: 600; text-align: right; vertical-align: b
 th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; text-align: right; }
 th { white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
-td small { color: var(--muted); font-size: 11.5px; }
+td small { display: block; color: var(--muted); font-size: 11.5px; }
 tr.strong td { background: #fff4ec; font-weight: 600; }
 figure { margin: 18px 0 4px; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }

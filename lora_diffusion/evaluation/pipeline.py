@@ -156,6 +156,11 @@ class Evaluation:
 
 def evaluate(config: EvaluationConfig, workers: Workers) -> dict[str, Any]:
     """Everything of jobs/evaluate.py; returns what `results.json` holds."""
+    ablations = None
+    if config.ablations:
+        from lora_diffusion.evaluation.ablation_pipeline import read_ablations
+
+        ablations = read_ablations(config.ablations)
     models = {name: Synthesizer.from_pretrained(path) for name, path in config.synthesizers.items()}
     check_fit(models, CorpusReader(config.corpus))
     run = Evaluation(config, workers)
@@ -179,11 +184,6 @@ def evaluate(config: EvaluationConfig, workers: Workers) -> dict[str, Any]:
         "facts": facts,
     }
     run.store.write_json("results.json", results)
-    ablations = None
-    if config.ablations:
-        from lora_diffusion.evaluation.ablation_pipeline import read_ablations
-
-        ablations = read_ablations(config.ablations)
     write_report(run.store, results, run.held, methods, scores, ablations)
     return results
 

@@ -59,7 +59,7 @@ def sheet(results: Mapping[str, Any], held: HeldOut, methods: Sequence[Method], 
     columns = [photo_column(held)]
     for name, scale in wanted:
         method = next(m for m in methods if m.name == name and m.scale == scale and m.vectors_KSN.shape[1] == 1)
-        title = label(name) + (f", deviation × {scale:g}" if scale != 1 else "")
+        title = label(name) + (f", scale {scale:g}" if scale != 1 else "")
         columns.append(Column.of(title, scores[method.id]))
     return contact_sheet(columns, min(len(column.pictures_KPHWC) for column in columns))
 
@@ -126,9 +126,10 @@ def _cards(results: Mapping[str, Any]) -> str:
         share = found["by"][name]["share_of_gain"]
         best = found.get("best_scale", {}).get(f"{name}_share_of_gain")
         note = f"of the fine-tuned LoRAs' gain over the base model, by {name}"
-        if best:
+        if best and best["mean"] is not None:
             note += f"; {best['mean']:.0%} at the best scale"
-        cards.append(card(f"{share['mean']:.0%}", note, f"{share['low']:.0%} to {share['high']:.0%}"))
+        value, span = percent(share)
+        cards.append(card(value or "no gain", note, span))
     rank1 = found["by"][names[0]]["rank1"]
     cards.append(card(f"{rank1['mean']:.2f}", f"rank-1 among {results['held_out']['people']} people, by {names[0]}",
                       f"{rank1['low']:.2f} to {rank1['high']:.2f}"))  # fmt: skip
@@ -151,7 +152,7 @@ def _method_table(results: Mapping[str, Any]) -> str:
             [
                 label(method),
                 *[spread(entry["by"][name]["similarity"]) for name in names],
-                *[percent(entry["by"][name]["share_of_gain"]) for name in names],
+                *["{} <small>{}</small>".format(*percent(entry["by"][name]["share_of_gain"])) for name in names],
                 f"{entry['by'][names[0]]['rank1']['mean']:.2f}",
                 f"{entry['prompt_accuracy']['all']['mean']:.2f}" if "prompt_accuracy" in entry else "",
                 *[spread(best[name]) if name in best else "" for name in names],
@@ -195,7 +196,8 @@ def spread(dot: Mapping[str, float]) -> str:
     return f"{dot['mean']:.3f} <small>{dot['low']:.3f} … {dot['high']:.3f}</small>"
 
 
-def percent(dot: Mapping[str, float]) -> str:
-    if dot["mean"] != dot["mean"]:  # no gain to have a share of
-        return ""
-    return f"{dot['mean']:.0%} <small>{dot['low']:.0%} … {dot['high']:.0%}</small>"
+def percent(dot: Mapping[str, float | None]) -> tuple[str, str]:
+    """A share and its interval; empty where there is no gain to have a share of, or no interval."""
+    mean, low, high = (dot[key] for key in ("mean", "low", "high"))
+    span = "" if low is None or high is None else f"{low:.0%} … {high:.0%}"
+    return ("" if mean is None else f"{mean:.0%}"), span

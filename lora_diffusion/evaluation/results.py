@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_diffusion.evaluate import Interval, bootstrap
+from lora_diffusion.evaluate import bootstrap
 from lora_diffusion.evaluation.held_out import Floats, HeldOut
 from lora_diffusion.evaluation.methods import RECONSTRUCTED, SYNTHESISED, Method
 from lora_diffusion.evaluation.scoring import Scores
@@ -53,17 +53,21 @@ def compare(a_K: Floats, b_K: Floats) -> dict[str, float]:
     return interval(np.asarray(a_K) - np.asarray(b_K))
 
 
-def share_of_gain(method_K: Floats, base_K: Floats, ceiling_K: Floats, samples: int = 2000) -> dict[str, float]:
-    """(method - base) / (ceiling - base) of the means, with its interval; people are drawn for all three together."""
+def share_of_gain(method_K: Floats, base_K: Floats, ceiling_K: Floats, samples: int = 2000) -> dict[str, float | None]:
+    """(method - base) / (ceiling - base) of the means, with its interval; people are drawn for all three together.
+
+    None where the ceiling is not above the base; no interval where that is so in some draws.
+    """
     m, b, c = (np.asarray(x, np.float64) for x in (method_K, base_K, ceiling_K))
+    if (c - b).mean() <= 0:
+        return {"mean": None, "low": None, "high": None}
+    share = round(float((m - b).mean() / (c - b).mean()), 4)
     draws = np.random.default_rng(0).integers(len(m), size=(samples, len(m)))
     gained, possible = (m - b)[draws].mean(1), (c - b)[draws].mean(1)
-    if (c - b).mean() <= 0:  # nothing to have a share of
-        return asdict(Interval(float("nan"), float("nan"), float("nan")))
-    low, high = np.percentile(gained / np.where(possible > 0, possible, np.nan), [2.5, 97.5])
-    return asdict(
-        Interval(round(float((m - b).mean() / (c - b).mean()), 4), round(float(low), 4), round(float(high), 4))
-    )
+    if (possible <= 0).any():
+        return {"mean": share, "low": None, "high": None}
+    low, high = np.percentile(gained / possible, [2.5, 97.5])
+    return {"mean": share, "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
 def cross_fitted(by_scale: Mapping[float, Floats], chooser: int = 0) -> tuple[Floats, list[float]]:

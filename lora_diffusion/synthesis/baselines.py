@@ -147,5 +147,5 @@ def principal_components(normaliser: Normaliser, vectors: Callable[[], Iterable[
 
 
 def _score(predict: Callable[[Tensor], Tensor], mean_N: Tensor, validation: Pairs) -> float:
-    parts = [(deviation_cosine(predict(e_BC), v_BN, mean_N), len(e_BC)) for e_BC, v_BN in validation()]
+    parts = [(deviation_cosine(predict(e_BC), v_BN, mean_N), len(e_BC)) for e_BC, v_BN in validation() if len(e_BC)]
     return sum(cosine * rows for cosine, rows in parts) / max(1, sum(rows for _, rows in parts))
