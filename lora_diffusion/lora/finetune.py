@@ -32,9 +32,9 @@ from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, Timestep
 class FinetuneConfig:
     """How a LoRA is fine-tuned. Defaults suit the shipped `tiny-sd`; `configs/sd15.yaml` holds those of SD 1.5."""
 
-    steps: int = 90
+    steps: int = 80
     batch_size: int = 4  # photos of each identity in a step
-    learning_rate: float = 1e-2
+    learning_rate: float = 4e-2
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # cosine decays to 0
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
