@@ -8,7 +8,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test browser lint bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest
+
+# The page's tests need a Chromium. Where none can be had they are skipped, and say so.
+browser:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } > /dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	       && timeout 300 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 \
+	  || echo "no Chromium, and none could be installed: the tests of the page will be skipped"
 
 lint: $(READY)
 	$(BIN)/ruff check .

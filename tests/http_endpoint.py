@@ -39,15 +39,17 @@ def in_process(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve_run(folder: Path, synthesizer: Path) -> Iterator[str]:
-    """The address of what `serve run` makes of serve/app.py, at a free port, with a Ray of its own."""
+def serve_run(folder: Path, overrides: dict[str, Any]) -> Iterator[str]:
+    """The address of what `serve run` makes of serve/app.py, at a free port, with a Ray of its own.
+
+    overrides: keys of ServeConfig, such as {"limits.max_images": 4}.
+    """
     config = yaml.safe_load((ROOT / "serve/app.py").read_text())
     port = config["http_options"]["port"] = free_port()
-    config["applications"][0]["args"]["synthesizer"] = str(synthesizer)
+    config["applications"][0]["args"] |= overrides
     path = folder / "app.yaml"
     path.write_text(yaml.safe_dump(config))
     log = folder / "serve.log"
-    # Logical CPUs: the deployments fit on two, but a test may run beside others.
     env = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("wb") as output:
         process = subprocess.Popen(

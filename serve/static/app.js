@@ -218,9 +218,11 @@ function tell(error) {
     actions.push(button);
   };
   if (error.reason === "several_faces") action("Choose the face", chooseFace);
-  else if (person && !person.base) action("Take another photo", startAgain);
+  else if (!model) action("Try again", learnModel);
+  else if (person && !person.base && [413, 415, 422].includes(error.status)) action("Take another photo", startAgain);
   else if (person) action("Draw again", draw);
-  $("alert-text").textContent = error instanceof Problem ? error.message : "Something went wrong in this page. Load it again.";
+  $("alert-text").textContent =
+    error.reason === "several_faces" ? "The photo shows several faces." : error instanceof Problem ? error.message : "Something went wrong in this page. Load it again.";
   $("alert-actions").replaceChildren(...actions);
   $("alert").hidden = false;
 }
@@ -302,12 +304,16 @@ function listenToEverything() {
     return file && choose(file);
   }));
   let inside = 0; // dragenter and dragleave come for every element on the way
-  document.addEventListener("dragenter", () => document.body.classList.toggle("dragging", ++inside > 0));
-  document.addEventListener("dragleave", () => document.body.classList.toggle("dragging", --inside > 0));
+  const drag = (step) => (event) => {
+    if (event.dataTransfer.types.includes("Files")) document.body.classList.toggle("dragging", (inside += step) > 0);
+  };
+  document.addEventListener("dragenter", drag(1));
+  document.addEventListener("dragleave", drag(-1));
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", guard((event) => {
     event.preventDefault();
-    document.body.classList.toggle("dragging", (inside = 0) > 0);
+    inside = 0;
+    document.body.classList.remove("dragging");
     return choose(event.dataTransfer.files[0]);
   }));
 }
