@@ -8,19 +8,25 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test browser lint bench clean
+.PHONY: demo serve test browser lint bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The main job on the embedded world: people are rendered, fine-tuned on a local Ray, scored and drawn.
+# The embedded world from end to end: people are rendered, fine-tuned on a local Ray, scored and drawn; then the service
+# makes one more person's LoRA, with the shipped synthesiser, over HTTP.
 demo: $(READY)
 	$(BIN)/python jobs/make_faces.py --people 20000:20040 --views 8 --out demo/people
 	$(BIN)/python jobs/make_faces.py --people 80000:80008 --views 8 --out demo/held_out
 	$(BIN)/python jobs/build_corpus.py people=demo/people output=demo/corpus
+	$(BIN)/python -m serve.demo --photo demo/held_out/person-080000/00.jpg --out demo/personalised
 	@echo "corpus: demo/corpus   contact sheet: demo/corpus/contact_sheet.png"
+
+# http://127.0.0.1:8000 until Ctrl-C
+serve: $(READY)
+	RAY_ADDRESS=local $(BIN)/serve run serve/app.py
 
 test: $(READY)
 	$(BIN)/pytest

@@ -1,0 +1,78 @@
+"""The end of `make demo`: starts the service, makes one person's LoRA and picture through HTTP, says how to go on.
+
+python -m serve.demo --photo demo/held_out/80000/00.jpg --out demo/personalised
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from lora_diffusion.client import Client
+
+ROOT = Path(__file__).resolve().parents[1]
+ADDRESS = "http://127.0.0.1:8000"
+PROMPT = "a photo of sks person, smiling, facing the camera, beach background, wearing a red v-neck top"
+START_SECONDS = 180.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photo", type=Path, required=True, help="a photo with one face")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the LoRA and the picture")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    service = start_service(args.out / "serve.log")
+    try:
+        wait_until_ready(service, args.out / "serve.log")
+        with Client(ADDRESS) as client:
+            print(f"service ready after {time.monotonic() - start:.0f} s: {ADDRESS}")
+            start = time.monotonic()
+            made = client.personalize(args.photo, PROMPT, num_images=1, seed=0, image_seed=1000)
+            print(f"photo -> LoRA and picture in {time.monotonic() - start:.2f} s, the first time")
+            made.images[0].save(args.out / f"picture{made.images[0].suffix}")
+            client.download(made.lora, "diffusers").save(args.out / "lora.safetensors")
+    finally:
+        service.terminate()  # as Ctrl-C does: Serve is shut down, then its Ray
+        service.wait(60)
+    shutil.copy(args.photo, args.out / "photo.jpg")
+    print(f"""
+photo, picture and LoRA: {args.out}
+keep the service running: make serve, then open {ADDRESS} or
+
+curl -F photo=@{args.photo} -F 'prompt={PROMPT}' {ADDRESS}/v1/personalize""")
+
+
+def start_service(log: Path) -> subprocess.Popen[bytes]:
+    """`serve run serve/app.py`, with a Ray of its own."""
+    command = [str(Path(sys.executable).parent / "serve"), "run", "serve/app.py"]
+    with log.open("wb") as output:
+        env = {"RAY_ADDRESS": "local", **os.environ}
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
+
+
+def wait_until_ready(service: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _ready():
+        if service.poll() is not None or time.monotonic() > deadline:
+            sys.exit(f"the service did not start; its last words:\n{log.read_text()[-2000:]}")
+        time.sleep(0.5)
+
+
+def _ready() -> bool:
+    try:
+        return httpx.get(f"{ADDRESS}/readyz", timeout=10).is_success
+    except httpx.TransportError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
