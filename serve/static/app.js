@@ -7,6 +7,7 @@ import { clear, fill, make, place } from "./pictures.js";
 
 const $ = (id) => document.getElementById(id);
 const SUBJECT = "sks person";
+const SLIDERS = 8;
 const IDEAS = {
   "On a beach": "a photo of sks person, smiling, beach background",
   "In a forest": "a photo of sks person, neutral, soft daylight, forest background",
@@ -44,7 +45,7 @@ function showStudio() {
   $("photo").alt = `The photo: ${person.name}`;
   $("name").textContent = person.name;
   $("likeness").hidden = true;
-  for (const input of $("sliders").querySelectorAll("input")) setSlider(input, 0);
+  for (const input of $("change").querySelectorAll("input")) setSlider(input, 0);
   blend.leave();
   ready(false);
   clear($("pictures"));
@@ -245,21 +246,23 @@ const duration = (seconds) => (seconds >= 5400 ? `${Math.round(seconds / 3600)} 
 
 // -- sliders -----------------------------------------------------------------------------------------------------------
 
+/** One for each attribute that the model knows; those beyond the first eight are folded away. */
 function addSliders(attributes) {
   $("change").hidden = attributes.length === 0;
-  $("sliders").replaceChildren(
-    ...attributes.map((attribute, i) => {
-      const row = make("div", { className: "slider" });
-      const input = make("input", { type: "range", id: `slider-${i}`, min: -3, max: 3, step: 0.5, value: 0 });
-      input.dataset.attribute = attribute;
-      const output = make("output", { htmlFor: input.id });
-      row.append(make("label", { htmlFor: input.id, textContent: attribute.replaceAll("_", " ") }), input, output);
-      input.addEventListener("input", () => setSlider(input, Number(input.value)));
-      input.addEventListener("change", guard(draw));
-      setSlider(input, 0);
-      return row;
-    }),
-  );
+  const rows = attributes.map((attribute, i) => {
+    const row = make("div", { className: "slider" });
+    const input = make("input", { type: "range", id: `slider-${i}`, min: -3, max: 3, step: 0.5, value: 0 });
+    input.dataset.attribute = attribute;
+    const output = make("output", { htmlFor: input.id });
+    row.append(make("label", { htmlFor: input.id, textContent: attribute.replaceAll("_", " ") }), input, output);
+    input.addEventListener("input", () => setSlider(input, Number(input.value)));
+    input.addEventListener("change", guard(draw));
+    setSlider(input, 0);
+    return row;
+  });
+  $("sliders").replaceChildren(...rows.slice(0, SLIDERS));
+  $("more-sliders").replaceChildren(...rows.slice(SLIDERS));
+  $("more-sliders").parentElement.hidden = rows.length <= SLIDERS;
 }
 
 function setSlider(input, strength) {
@@ -286,7 +289,7 @@ function listenToEverything() {
   $("prompt").addEventListener("input", () => $("prompt-hint").classList.toggle("wrong", !$("prompt").value.includes(SUBJECT)));
   $("dice").addEventListener("click", guard(() => (($("seed").value = Math.floor(Math.random() * 100_000)), draw())));
   $("reset").addEventListener("click", guard(() => {
-    for (const input of $("sliders").querySelectorAll("input")) setSlider(input, 0);
+    for (const input of $("change").querySelectorAll("input")) setSlider(input, 0);
     return draw();
   }));
   $("forget").addEventListener("click", guard(forget));
