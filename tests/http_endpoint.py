@@ -72,7 +72,7 @@ def serve_run(folder: Path, overrides: dict[str, Any]) -> Iterator[str]:
     finally:
         with contextlib.suppress(psutil.Error):
             family += family[0].children(recursive=True)
-        process.terminate()  # as Ctrl-C does: Serve is shut down, then Ray
+        process.terminate()  # its Ray goes with it
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
         for member in set(family):
