@@ -103,7 +103,7 @@ class Pictures:
         return Response(base64.b64decode(images[0].data), 200, headers, images[0].media_type)
 
     def _drawn(self) -> AsyncIterator[Progress | DrawnImage]:
-        return self._studio.draw(self._task, self._deadline)
+        return self._studio.draw(self._made, self._task, self._deadline)
 
     def _image(self, drawn: DrawnImage) -> schemas.Image:
         return schemas.Image(

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import time
 import traceback
-from collections import OrderedDict
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_diffusion.serving.config import AccessConfig, ServeConfig
+from lora_diffusion.serving.config import LimitsConfig, ServeConfig
+from serve.access import Access
 from serve.metrics import Metrics
 from serve.problems import ApiError, as_problem
 
 log = logging.getLogger("lora_diffusion.serve")
-REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 GRACE_SECONDS = 2.0  # the stages know the deadline and answer for themselves; this is for one that hangs
-MAX_CALLERS = 10_000
+UPLOADS_FOR_EACH = 4  # bodies that may arrive, for each request that may be worked on
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
 
@@ -38,7 +34,7 @@ class Guard:
         self._limits = config.limits
         self._access = Access(config.access)
         self._metrics = metrics
-        self._in_flight = 0
+        self._room = Room(config.limits, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,29 +42,25 @@ class Guard:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.match(given) else secrets.token_hex(8)
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         started = time.perf_counter()
         answer = _Answer(send, request_id)
         seconds = self._seconds(headers)
-        scope.setdefault("state", {}).update(request_id=request_id, deadline=time.time() + seconds)
+        place = _Place(self._room)
+        scope.setdefault("state", {}).update(
+            request_id=request_id, deadline=time.time() + seconds, take_place=place.take
+        )
         work = scope["path"].startswith("/v1/")
         try:
             if work:
                 self._access.check(headers, (scope.get("client") or ("?", 0))[0])
-                if self._in_flight >= self._limits.max_in_flight:
-                    raise ApiError(
-                        "overloaded",
-                        f"{self._in_flight} requests are being worked on already. Try again a little later.",
-                        headers={"Retry-After": f"{max(1, round(self._limits.retry_after_seconds))}"},
-                    )
-            self._in_flight += work
-            self._metrics.in_flight.set(self._in_flight)
+                self._room.arrive()
             try:
                 async with asyncio.timeout(seconds + GRACE_SECONDS):
                     await self._app(scope, receive, answer.send)
             finally:
-                self._in_flight -= work
-                self._metrics.in_flight.set(self._in_flight)
+                place.leave()
+                self._room.present -= work
         except ApiError as refusal:
             await refusal.response(request_id)(scope, receive, answer.send)
         except TimeoutError:
@@ -112,6 +104,59 @@ class Guard:
         return min(asked * 0.95, self._limits.max_seconds)
 
 
+class Room:
+    """How much is let in: requests that are worked on, and, as slow uploads must not keep others out, more that arrive."""
+
+    def __init__(self, limits: LimitsConfig, metrics: Metrics) -> None:
+        self._limits = limits
+        self._metrics = metrics
+        self.present = 0
+        self.at_work = 0
+
+    def arrive(self) -> None:
+        """Raises ApiError if there is no point in reading the body."""
+        if self.at_work >= self._limits.max_in_flight or self.present >= UPLOADS_FOR_EACH * self._limits.max_in_flight:
+            raise self._full()
+        self.present += 1
+
+    def begin(self) -> None:
+        if self.at_work >= self._limits.max_in_flight:
+            raise self._full()
+        self._change(1)
+
+    def end(self) -> None:
+        self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self.at_work += by
+        self._metrics.in_flight.set(self.at_work)
+
+    def _full(self) -> ApiError:
+        return ApiError(
+            "overloaded",
+            f"{self.at_work} requests are being worked on already. Try again a little later.",
+            headers={"Retry-After": f"{max(1, round(self._limits.retry_after_seconds))}"},
+        )
+
+
+class _Place:
+    """One request's place at work, from when its body has been read."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._taken = False
+
+    def take(self) -> None:
+        """Raises ApiError if there is none."""
+        self._room.begin()
+        self._taken = True
+
+    def leave(self) -> None:
+        if self._taken:
+            self._room.end()
+            self._taken = False
+
+
 class _Answer:
     """Sends, and remembers the status."""
 
@@ -128,48 +173,3 @@ class _Answer:
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
         await self._send(message)
-
-
-class Access:
-    """Keys (compared by their hash, in constant time), and a token bucket for each caller."""
-
-    def __init__(self, config: AccessConfig) -> None:
-        keys = [key.strip() for key in os.environ.get(config.api_keys_env, "").split(",")]
-        self._keys = [_hash(key) for key in keys if key]
-        self._rate = config.requests_per_minute / 60
-        self._burst = float(config.burst)
-        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # caller -> tokens, since when
-
-    def check(self, headers: Headers, address: str) -> None:
-        """Raises ApiError for a wrong key, and for a caller that asks too often."""
-        caller = _hash(address)
-        if self._keys:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            caller = _hash(key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
-            if not any(hmac.compare_digest(caller, known) for known in self._keys):
-                raise ApiError(
-                    "unauthorized",
-                    "This server wants an API key: send it as `Authorization: Bearer KEY`.",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        if self._rate:
-            self._take(caller)
-
-    def _take(self, caller: bytes) -> None:
-        now = time.monotonic()
-        tokens, since = self._buckets.pop(caller, (self._burst, now))
-        tokens = min(self._burst, tokens + (now - since) * self._rate)
-        self._buckets[caller] = (max(0.0, tokens - 1) if tokens >= 1 else tokens, now)
-        while len(self._buckets) > MAX_CALLERS:
-            self._buckets.popitem(last=False)
-        if tokens < 1:
-            wait = math.ceil((1 - tokens) / self._rate)
-            raise ApiError(
-                "rate_limited",
-                f"More than {self._rate * 60:g} requests a minute. Try again in {wait} s.",
-                headers={"Retry-After": str(wait)},
-            )
-
-
-def _hash(text: Any) -> bytes:
-    return hashlib.sha256(str(text).encode("utf-8", "replace")).digest()

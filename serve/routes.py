@@ -169,6 +169,7 @@ class Routes:
     async def _read(self, request: Request, schema: type[Schema]) -> Schema:
         asked = await read_request(request, schema, self.config.limits)
         check_limits(asked, self.config.limits)
+        request.state.take_place()
         return asked
 
     async def _samples(self, asked: Any, request: Request, count: int) -> list[Sampled]:

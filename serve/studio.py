@@ -50,6 +50,8 @@ class Made:
 
     decoded: Decoded
     sampled: Sampled | None = None
+    task: DecodeTask | None = None
+    """How to make it again, should the library have lost it."""
 
 
 class Studio:
@@ -113,12 +115,13 @@ class Studio:
         self, samples: Sequence[Sampled], deviation_scale: float, deadline: float, format: str | None = None
     ) -> list[Made]:
         """Codes -> LoRAs in the library. Waits a moment for a decoder that is still loading the code's synthesiser."""
-        answers = await together(
-            self._decode(DecodeTask(sampled.code, deviation_scale, format), deadline) for sampled in samples
-        )
+        tasks = [DecodeTask(sampled.code, deviation_scale, format) for sampled in samples]
+        answers = await together(self._decode(task, deadline) for task in tasks)
         for _, timing in answers:
             self.metrics.stage(timing)
-        return [Made(decoded, sampled) for (decoded, _), sampled in zip(answers, samples, strict=True)]
+        return [
+            Made(decoded, sampled, task) for (decoded, _), sampled, task in zip(answers, samples, tasks, strict=True)
+        ]
 
     async def _decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
         for attempt in range(1, ATTEMPTS + 1):
@@ -133,8 +136,11 @@ class Studio:
                 await asyncio.sleep(PAUSE_SECONDS * attempt)
         raise AssertionError("unreachable")
 
-    async def draw(self, task: DrawTask, deadline: float) -> AsyncIterator[Progress | DrawnImage]:
-        """Progress, and each picture as it is ready. If the renderer dies, another draws what is left."""
+    async def draw(self, made: Made, task: DrawTask, deadline: float) -> AsyncIterator[Progress | DrawnImage]:
+        """Progress, and each picture as it is ready.
+
+        If the renderer dies, another draws what is left; if the library died since `made`, the LoRA is made again.
+        """
         left = dict(enumerate(task.seeds))
         for attempt in range(1, ATTEMPTS + 1):
             order = list(left)
@@ -150,7 +156,13 @@ class Studio:
                     else:
                         yield event
                 return
+            except ServingError as error:
+                if error.reason != "unknown_lora" or made.task is None or attempt == ATTEMPTS:
+                    raise
+                await self._decode(made.task, deadline)
             except ReplicaLost:
+                if not left:
+                    return
                 if attempt == ATTEMPTS:
                     raise ServingError(
                         "overloaded", "The renderer is being restarted. Try again a little later."

@@ -47,11 +47,14 @@ def studio(synthesizer: Path) -> Studio:
     return local_studio(ServeConfig(synthesizer=str(synthesizer), limits=limits))
 
 
+LOOP = asyncio.new_event_loop()  # one for all, as the stages work in it
+
+
 class Client:
-    """Calls the API in one event loop that lives as long as the module."""
+    """Calls the API."""
 
     def __init__(self, studio: Studio) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = LOOP
         self.app = build_api(studio)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
@@ -250,6 +253,36 @@ def test_deleted_lora_is_gone_at_once(api: Client) -> None:
     problem(api("GET", f"/v1/loras/{lora_id}?format=kohya"), 404, "unknown_lora")
     problem(api.json("/v1/images", lora=lora_id, prompt=PROMPT), 404, "unknown_lora")
     problem(api("DELETE", f"/v1/loras/{lora_id}"), 404, "unknown_lora")
+
+
+class Forgetful:
+    """A library that dies, and with it what it held, the first time that somebody asks."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.lost: list[str] = []
+
+    async def get(self, lora_id: str) -> Any:
+        if not self.lost:
+            self.lost.append(lora_id)
+            await self._library.delete(lora_id)
+        return await self._library.get(lora_id)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+
+def test_lora_that_the_library_lost_meanwhile_is_made_again(
+    api: Client, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetful = Forgetful(studio.library)
+    monkeypatch.setattr(studio.renderer, "_library", forgetful)
+    answer = api.form("/v1/personalize", prompt=PROMPT, **FAST)
+    assert answer.status_code == 200, answer.text
+    assert forgetful.lost == [answer.json()["lora"]["id"]]
+    # but one that a client names, and that is gone, is gone
+    forgetful.lost.clear()
+    problem(api.json("/v1/images", lora=answer.json()["lora"]["id"], prompt=PROMPT), 404, "unknown_lora")
 
 
 def test_model_tells_what_a_client_needs_to_know(api: Client) -> None:
@@ -611,6 +644,25 @@ def test_more_work_than_the_gateway_holds_is_refused_at_once(studio: Studio) -> 
     problem(refused[0], 503, "overloaded")
     assert int(refused[0].headers["retry-after"]) >= 1
     assert sum(answer.status_code == 200 for answer in answers) == 2
+
+
+def test_slow_uploads_keep_nobody_out(studio: Studio) -> None:
+    small = variant(studio, limits=replace(studio.config.limits, max_in_flight=2, body_seconds=60.0))
+
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def scenario() -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        slow = [asyncio.create_task(small.client.post("/v1/loras", content=drip(), headers=headers)) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        answer = await small.client.post("/v1/latents", json={"embedding": [1.0] * 512, "latent_inference_steps": 3})
+        for task in slow:
+            task.cancel()
+        return answer
+
+    assert small.loop.run_until_complete(scenario()).status_code == 200
 
 
 async def ask_at_once(client: Client, count: int) -> list[httpx.Response]:

@@ -318,6 +318,17 @@ def test_full_queue_refuses_at_once() -> None:
     assert sum(isinstance(outcome, ServingError) for outcome in outcomes) == 2
 
 
+def test_stages_work_in_a_second_event_loop(base: BaseModel, layout: LoRALayout) -> None:
+    work = Slow()
+    work.go.set()
+    batcher: Batcher[int, int] = Batcher("slow", work)
+    renderer = AsyncRenderer(RenderEngine(base, layout))
+    for _ in range(2):  # as in a script that calls `asyncio.run` twice
+        assert asyncio.run(asyncio.wait_for(batcher(1, later()), 10))[0] == 2
+        events = asyncio.run(asyncio.wait_for(all_events(renderer, mixed(layout)[:1]), SOON))
+        assert any(isinstance(event, Drawn) for event in events)
+
+
 # -- the library ---------------------------------------------------------------------------------------------------------
 
 

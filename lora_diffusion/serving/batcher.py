@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -70,13 +71,13 @@ class Batcher(Generic[Item, Value]):
 
     async def __call__(self, item: Item, deadline: float) -> tuple[Value, Timing]:
         """The answer and where the time went. `deadline` is Unix time. Raises ServingError, or what `work` says."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
+        loop = asyncio.get_running_loop()
+        if self._task is None or self._task.done() or self._task.get_loop() is not loop:  # `asyncio.run` once more
+            self._waiting, self._arrival = deque(), asyncio.Event()
+            self._task = loop.create_task(self._run(), context=Context())  # not the first request's
         if len(self._waiting) >= self._max_waiting:
             raise ServingError("overloaded", f"{self._max_waiting} requests wait for {self.name} already.")
-        entry: _Entry[Item, Value] = _Entry(
-            item, deadline, asyncio.get_running_loop().create_future(), time.perf_counter()
-        )
+        entry: _Entry[Item, Value] = _Entry(item, deadline, loop.create_future(), time.perf_counter())
         self._waiting.append(entry)
         self._arrival.set()
         return await entry.future  # cancelled with its caller, and then skipped

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass, field
 
 from lora_diffusion.serving.batcher import Timing
@@ -64,14 +65,13 @@ class AsyncRenderer:
 
         Raises ServingError ("overloaded", "deadline_exceeded"). Closing the iterator takes the pictures out of the batch.
         """
+        self._start()
         waiting = sum(len(request.pictures) for request in self._waiting)
         if waiting + len(pictures) > self._max_waiting:
             raise ServingError("overloaded", f"{waiting} pictures wait to be drawn already.")
         request = _Request(pictures, deadline)
         self._waiting.append(request)
         self._arrival.set()
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
         try:
             left = len(pictures)
             while left:
@@ -84,6 +84,14 @@ class AsyncRenderer:
             yield Timing("renderer", request.started - request.arrived, ended - request.started, request.busiest)
         finally:
             request.gone = True
+
+    def _start(self) -> None:
+        """The task that draws, in this event loop: it may be another one than at the last request (`asyncio.run` once more)."""
+        loop = asyncio.get_running_loop()
+        if self._task is None or self._task.done() or self._task.get_loop() is not loop:
+            self._waiting, self._running, self._arrival = deque(), [], asyncio.Event()
+            self._engine.drop(list(self._engine.rows))
+            self._task = loop.create_task(self._run(), context=Context())  # not the first request's
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
