@@ -14,7 +14,7 @@ import pytest
 from evaluation_world import ablation_settings, build_corpora, evaluation_settings
 
 from lora_diffusion.config import load_config
-from lora_diffusion.evaluation import EvaluationConfig
+from lora_diffusion.evaluation import EvaluationConfig, Scores
 from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.evaluation.ablation_pipeline import TrainHere, ablate
 from lora_diffusion.evaluation.pipeline import Here, evaluate
@@ -133,11 +133,18 @@ def test_on_ray_the_scores_are_those_of_one_process(
     assert job.main(["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 2  # no such file
     (corpora / "empty.yaml").write_text("")
     assert job.main(["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 0
-    here, there = (json.loads((path / "results.json").read_text())["methods"] for path in (evaluated, output))
-    for name, entry in here.items():
-        np.testing.assert_allclose(
-            there[name]["by"]["tiny"]["similarity"]["mean"], entry["by"]["tiny"]["similarity"]["mean"], atol=1e-3
-        )
+    here, there = (
+        {file.name: Scores.from_bytes(file.read_bytes()) for file in (path / "scores").iterdir()}
+        for path in (evaluated, output)
+    )
+    assert there.keys() == here.keys()  # a name is made of vectors, people and photos
+    shown = []
+    for name, scores in here.items():
+        np.testing.assert_allclose(there[name].cosines_KRTJ, scores.cosines_KRTJ, atol=1e-3)
+        # one level of 255 is rounding: batches are put together otherwise
+        np.testing.assert_allclose(there[name].pictures_KPHWC.astype(int), scores.pictures_KPHWC.astype(int), atol=1)
+        shown.append(scores.pictures_KPHWC[0].astype(int))
+    assert max(np.abs(a - shown[0]).max() for a in shown[1:]) > 1  # the LoRAs do show
 
 
 @pytest.mark.ray
