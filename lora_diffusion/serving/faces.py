@@ -5,6 +5,7 @@ Axes: B photos, C embedding (512), H/W pixels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -26,6 +27,9 @@ class FaceStage:
     """Finds and embeds the faces of each photo: the bytes of a file, or pixels (H, W, 3)."""
 
     def __init__(self, config: ServeConfig) -> None:
+        warnings.filterwarnings(
+            "ignore", category=FutureWarning, module="insightface"
+        )  # one for each face, in the logs
         values = {"threads": config.threads, **config.embedder}
         self._embedder = FaceEmbedder(from_dict(EmbedderConfig, values, "embedder."))
         self._limits = config.limits
