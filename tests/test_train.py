@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "pca": {"num_components": 6},
     "denoiser": {"width": 16, "depth": 1, "condition_width": 16, "generator_width": 4, "rank": 2},
     "vae_training": {**LOOP, "steps": 20, "validate_every": 10, "checkpoint_every": 10},
-    "denoiser_training": {**LOOP, "steps": 300, "validate_every": 50, "checkpoint_every": 25},
+    "denoiser_training": {**LOOP, "steps": 100, "validate_every": 25, "checkpoint_every": 10},
     "workers": {"num_workers": 2, "cpus": 1},
 }
 
@@ -102,7 +102,7 @@ def test_a_killed_driver_on_s3_and_the_same_command_again(
         process.send_signal(signal.SIGKILL)
         process.wait()
     killed_at = steps_saved(store, "denoiser")
-    assert 0 < killed_at < 300, (tmp_path / "first.log").read_text()
+    assert 0 < killed_at < 100, (tmp_path / "first.log").read_text()
     with driver(JOB, words, s3.env, tmp_path / "second.log") as process:
         assert process.wait(timeout=400) == 0, (tmp_path / "second.log").read_text()
     said = (tmp_path / "second.log").read_text()

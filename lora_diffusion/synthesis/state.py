@@ -76,7 +76,7 @@ class TrainingState:
         """All workers call it, since parts of a split tensor are gathered; one of them writes."""
         tensors = with_prefix("model", _whole(self.parameters)) | with_prefix("average", _whole(self.average))
         for name, parameter in self.parameters.items():
-            moments = {key: torch.as_tensor(value) for key, value in self.optimizer.state[parameter].items()}
+            moments = {key: torch.as_tensor(value) for key, value in sorted(self.optimizer.state[parameter].items())}
             tensors |= with_prefix(f"optimizer.{name}", _whole(moments))
         if write:
             progress = {key: getattr(self, key) for key in _PROGRESS}
@@ -109,8 +109,10 @@ class TrainingState:
         for name, parameter in self.parameters.items():
             copy_whole(parameter, tensors[f"model.{name}"])
             copy_whole(self.average[name], tensors[f"average.{name}"])
-            moments = strip_prefix(f"optimizer.{name}", tensors)
-            self.optimizer.state[parameter] = {key: like_parameter(v, parameter) for key, v in moments.items()}
+            # sorted, for safetensors gives names in another order in each process: splitting is done by all workers
+            # together, and one that took the second moment for the first would go on with the wrong numbers
+            moments = sorted(strip_prefix(f"optimizer.{name}", tensors).items())
+            self.optimizer.state[parameter] = {key: like_parameter(value, parameter) for key, value in moments}
         for key in _PROGRESS:
             setattr(self, key, meta[key])
         return self.step
