@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ray
 
+from lora_diffusion.causes import find_cause
 from lora_diffusion.config import load_config, to_yaml
 from lora_diffusion.evaluation.ablation import AblationConfig, Variant, plan, run_name, train_parts, train_run
 from lora_diffusion.evaluation.ablation_pipeline import ablate
@@ -33,7 +34,7 @@ from lora_diffusion.storage import StoreError
 from lora_diffusion.synthesis.dataset import take_snapshot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ray_scoring import OnRay, user_error
+from ray_scoring import USER_ERRORS, OnRay
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "ablate.yaml"
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(AblationConfig, args.config, args.overrides)
         return dry_run(config) if args.dry_run else run(config, args.ray_address)
     except (ValueError, StoreError, ray.exceptions.RayError) as error:
-        cause = user_error(error)
+        cause = find_cause(error, USER_ERRORS, (ray.exceptions.RayError,))
         if cause is None:
             raise
         print(f"ablate: {cause}", file=sys.stderr)

@@ -27,6 +27,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lora_diffusion.causes import find_cause
 from lora_diffusion.config import load_config, to_dict, to_yaml
 from lora_diffusion.corpus import CorpusReader, Manifest, finish_corpus
 from lora_diffusion.factory import (
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(CorpusConfig, args.config, args.overrides)
         return dry_run(config) if args.dry_run else run(config, args.ray_address)
     except (*USER_ERRORS, ray.exceptions.RayError) as error:
-        cause = user_error(error)
+        cause = find_cause(error, USER_ERRORS, (ray.exceptions.RayError,))
         if cause is None:
             raise
         print(f"build_corpus: {cause}", file=sys.stderr)
@@ -127,7 +128,7 @@ def make(
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1  # waiting for a spot GPU is no error
     context.target_max_block_size = None  # never cut a shard in two
-    context.raise_original_map_exception = True  # so that `user_error` finds it
+    context.raise_original_map_exception = True  # so that `find_cause` finds it
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     rows = config.people_per_group * config.groups_per_shard
@@ -252,21 +253,6 @@ def render_people(config: CorpusConfig) -> None:
 
 def draw(writer: Any, numbers: list[int]) -> None:
     writer({"numbers": numbers})
-
-
-def user_error(error: BaseException) -> BaseException | None:
-    """The error of ours inside Ray's wrapping, if there is one."""
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    while queue:
-        item = queue.pop()
-        if item is None or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, USER_ERRORS) and not isinstance(item, ray.exceptions.RayError):
-            return item
-        queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
-    return None
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ray
 
+from lora_diffusion.causes import find_cause
 from lora_diffusion.config import load_config, to_yaml
 from lora_diffusion.evaluation import EvaluationConfig
 from lora_diffusion.evaluation.pipeline import evaluate
 from lora_diffusion.storage import StoreError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from ray_scoring import OnRay, user_error
+from ray_scoring import USER_ERRORS, OnRay
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "evaluate.yaml"
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return run(config, args.ray_address)
     except (ValueError, StoreError, ray.exceptions.RayError) as error:
-        cause = user_error(error)
+        cause = find_cause(error, USER_ERRORS, (ray.exceptions.RayError,))
         if cause is None:
             raise
         print(f"evaluate: {cause}", file=sys.stderr)

@@ -62,7 +62,7 @@ def run(config: EvaluationConfig, tables: list[pa.Table], work: type, arguments:
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1
     context.target_max_block_size = None  # a batch stays whole
-    context.raise_original_map_exception = True  # so that `user_error` finds it
+    context.raise_original_map_exception = True  # so that `find_cause` finds it
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_arrow(tables).map_batches(
         work,
@@ -112,18 +112,3 @@ def workers(config: EvaluationConfig) -> int:
     if config.worker_gpus:
         return max(1, int(resources.get("GPU", 0) / config.worker_gpus + 1e-6))
     return max(1, int(resources.get("CPU", 1) / config.worker_cpus + 1e-6))
-
-
-def user_error(error: BaseException) -> BaseException | None:
-    """The error of ours inside Ray's wrapping, if there is one."""
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    while queue:
-        item = queue.pop()
-        if item is None or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, USER_ERRORS) and not isinstance(item, ray.exceptions.RayError):
-            return item
-        queue += [getattr(item, "cause", None), item.__cause__, item.__context__]
-    return None

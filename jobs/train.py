@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import logging
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -35,7 +34,9 @@ from ray.data import DataContext
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from lora_diffusion.causes import find_cause
 from lora_diffusion.config import from_dict, load_config, to_dict, to_yaml
+from lora_diffusion.provenance import commit
 from lora_diffusion.storage import Store, StoreError, open_store
 from lora_diffusion.synthesis.begin import begin, describe, snapshot_of
 from lora_diffusion.synthesis.dataset import RowCache, read_rows
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return run(config, args.ray_address)
     except (*USER_ERRORS, ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
-        cause = user_error(error)
+        cause = find_cause(error, USER_ERRORS, (ray.exceptions.RayError,))
         if cause is None:
             raise
         print(f"train: {cause}", file=sys.stderr)
@@ -262,30 +263,8 @@ def fill(cache: RowCache, group: Group) -> None:
                 cache.put(table)
             cache.finish()
         except Exception as caught:
-            error = user_error(caught) or caught  # type: ignore[assignment]
+            error = find_cause(caught, USER_ERRORS, (ray.exceptions.RayError,)) or caught  # type: ignore[assignment]
     group.agree(error)
-
-
-def commit() -> str:
-    """Of this code, if it is a git checkout."""
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def user_error(error: BaseException) -> BaseException | None:
-    """The error of ours inside Ray's wrapping, if there is one."""
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    while queue:
-        item = queue.pop()
-        if item is None or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, USER_ERRORS) and not isinstance(item, ray.exceptions.RayError):
-            return item
-        queue += [getattr(item, name, None) for name in ("cause", "_base_exc", "controller_failure")]
-        queue += [item.__cause__, item.__context__, *getattr(item, "worker_failures", {}).values()]
-    return None
 
 
 if __name__ == "__main__":

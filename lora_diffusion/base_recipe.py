@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lora_diffusion import base_parts as parts
 from lora_diffusion import base_training as bt
 from lora_diffusion.storage import open_store
 
@@ -29,7 +30,7 @@ class BaseRecipe:
     work: str = "runs/base"
     out: str = "runs/base/tiny-sd"
     device: str = "cpu"
-    model: bt.BaseModelConfig = field(default_factory=bt.BaseModelConfig)
+    model: parts.BaseModelConfig = field(default_factory=parts.BaseModelConfig)
     autoencoder: bt.TrainingConfig = field(
         default_factory=lambda: bt.TrainingConfig(
             steps=1250, batch_size=16, learning_rate=2e-3, warmup=100, ema_decay=0.998
@@ -142,7 +143,7 @@ def train_base(
     torch.manual_seed(0)
 
     if rank == 0 and not (work / "tokenizer").exists():
-        learned = bt.train_tokenizer((c for variants in faces.captions for c in variants), config)
+        learned = parts.train_tokenizer((c for variants in faces.captions for c in variants), config)
         learned.save_pretrained(work / "tokenizer.tmp")
         (work / "tokenizer.tmp").rename(work / "tokenizer")
     barrier()  # all see the same state of the work folder before anyone changes it again
@@ -150,7 +151,7 @@ def train_base(
 
     vae_folder = work / "vae"
     if not (vae_folder / "config.json").exists():
-        vae = bt.new_autoencoder(config).to(recipe.device)
+        vae = parts.new_autoencoder(config).to(recipe.device)
         features = perceptual_features(recipe.perceptual)
         stage = prepare(bt.AutoencoderStage(vae, faces.images, features))
         trainer = bt.Trainer(stage, len(faces.images), recipe.autoencoder, work / "autoencoder", rank, world)
@@ -173,15 +174,15 @@ def train_base(
     def tokens(indices: np.ndarray) -> torch.Tensor:
         return tokens_MVS[indices, draw.integers(tokens_MVS.shape[1], size=len(indices))]
 
-    unet = bt.new_unet(config).to(recipe.device)
-    text_encoder = bt.new_text_encoder(config, tokenizer).to(recipe.device)
+    unet = parts.new_unet(config).to(recipe.device)
+    text_encoder = parts.new_text_encoder(config, tokenizer).to(recipe.device)
     if recipe.device == "cpu":  # PyTorch's fused attention is slower here: sequences are short (1.45 times in bfloat16)
         unet.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
     if recipe.compile:
         unet.compile()
         text_encoder.compile()
-    scheduler = bt.new_scheduler(config)
+    scheduler = parts.new_scheduler(config)
     means, stds = encode_latents(vae, faces.images)
     scale = vae.config.scaling_factor
     stage = prepare(bt.DenoiserStage(unet, text_encoder, scheduler, means * scale, stds * scale, tokens))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from lora_diffusion import base_parts as parts
 from lora_diffusion import base_training as bt
 from lora_diffusion.checkpoint import load_checkpoint
 
-CONFIG = bt.BaseModelConfig(
+CONFIG = parts.BaseModelConfig(
     latent_channels=4,
     vae_channels=(8, 8, 8),
     unet_channels=(16, 16),
@@ -30,7 +31,7 @@ def training(steps: int) -> bt.TrainingConfig:
 def autoencoder_stage() -> bt.AutoencoderStage:
     torch.manual_seed(0)
     images = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8)
-    return bt.AutoencoderStage(bt.new_autoencoder(CONFIG), images)
+    return bt.AutoencoderStage(parts.new_autoencoder(CONFIG), images)
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_an_epoch_shows_every_picture_once_and_resumes_in_the_middle() -> None:
 
 
 def test_words_of_the_captions_are_single_tokens_and_strange_words_are_not_lost() -> None:
-    tokenizer = bt.train_tokenizer(CAPTIONS * 50, CONFIG)
+    tokenizer = parts.train_tokenizer(CAPTIONS * 50, CONFIG)
     ids = tokenizer("smiling, beach background").input_ids
     assert len(ids) == 2 + 4  # start, smiling, comma, beach, background, end
     strange = tokenizer("xylophone").input_ids
@@ -89,7 +90,7 @@ def test_words_of_the_captions_are_single_tokens_and_strange_words_are_not_lost(
 def test_a_saved_tokenizer_reads_the_same(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    tokenizer = bt.train_tokenizer(CAPTIONS * 50, CONFIG)
+    tokenizer = parts.train_tokenizer(CAPTIONS * 50, CONFIG)
     tokenizer.save_pretrained(tmp_path)
     again = CLIPTokenizer.from_pretrained(tmp_path)
     for caption in CAPTIONS:
@@ -99,8 +100,8 @@ def test_a_saved_tokenizer_reads_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_a_perfect_prediction_has_no_loss(prediction_type: str) -> None:
     """The stage asks for the target of its prediction type: an oracle that knows it scores zero."""
-    config = bt.BaseModelConfig(**{**CONFIG.__dict__, "prediction_type": prediction_type})
-    scheduler = bt.new_scheduler(config)
+    config = parts.BaseModelConfig(**{**CONFIG.__dict__, "prediction_type": prediction_type})
+    scheduler = parts.new_scheduler(config)
     latents = torch.randn(4, 4, 8, 8)
 
     class Oracle(torch.nn.Module):
@@ -134,7 +135,7 @@ def test_one_error_of_x0_weighs_the_same_whatever_is_predicted() -> None:
     timesteps = torch.arange(0, 999)  # at the last there is no signal, and x0 does not follow from epsilon
     weighted = {}
     for kind in ("epsilon", "sample", "v_prediction"):
-        scheduler = bt.new_scheduler(bt.BaseModelConfig(**{**CONFIG.__dict__, "prediction_type": kind}))
+        scheduler = parts.new_scheduler(parts.BaseModelConfig(**{**CONFIG.__dict__, "prediction_type": kind}))
         snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
         size = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1}[kind]
         weighted[kind] = bt.loss_weights(scheduler, timesteps) * size
@@ -144,7 +145,7 @@ def test_one_error_of_x0_weighs_the_same_whatever_is_predicted() -> None:
 
 def test_pure_noise_counts_as_much_as_any_noise() -> None:
     """Sampling starts at zero SNR: the velocity there must be learned (plain min-SNR would give it no weight at all)."""
-    scheduler = bt.new_scheduler(CONFIG)
+    scheduler = parts.new_scheduler(CONFIG)
     weights = bt.loss_weights(scheduler, torch.tensor([999, 700, 500, 0]))
     torch.testing.assert_close(weights[:3], torch.ones(3))
     assert weights[3] < 0.1
@@ -152,7 +153,7 @@ def test_pure_noise_counts_as_much_as_any_noise() -> None:
 
 def test_the_words_reach_the_unet_beside_its_attention_but_not_before_training() -> None:
     torch.manual_seed(0)
-    unet = bt.new_unet(CONFIG).eval()
+    unet = parts.new_unet(CONFIG).eval()
     size = unet.config.sample_size
     x = torch.randn(1, CONFIG.latent_channels, size, size)
     text = torch.randn(2, 1, 8, CONFIG.text_width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import resource
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,7 @@ import psutil
 import pytest
 import yaml
 from conftest import S3Server
+from drivers import driver
 from factory_world import PEOPLE, settings
 from PIL import Image
 from s3_faults import faulty
@@ -329,40 +329,6 @@ def test_an_unwritable_bucket_is_named(
     assert "permission denied" in capsys.readouterr().err
 
 
-@contextlib.contextmanager
-def alone(words: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The job as a user starts it: a process with a Ray of its own, of which nothing is left at the end."""
-    with log.open("wb") as file:
-        driver = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(JOB), *words],
-            env={**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", **env},
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    below: set[psutil.Process] = set()
-    try:
-        process = psutil.Process(driver.pid)
-        stop = threading.Event()
-
-        def watch() -> None:
-            with contextlib.suppress(psutil.Error):
-                while not stop.wait(0.5):
-                    below.update(process.children(recursive=True))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        yield driver
-    finally:
-        stop.set()
-        watcher.join()
-        driver.kill()
-        driver.wait()
-        for process in below:  # Ray's agents survive a driver that was killed
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-
-
 @pytest.mark.s3
 @pytest.mark.timeout(300)
 def test_killed_driver_on_a_busy_store_and_the_same_command_again(
@@ -373,14 +339,14 @@ def test_killed_driver_on_a_busy_store_and_the_same_command_again(
     store = open_store(f"s3://{bucket}/corpus")
     with faulty(s3.endpoint, seed=3, throttled=0.04, refused=0.03, cut=0.03) as proxy:
         env = {**s3.env, "AWS_ENDPOINT_URL": proxy.endpoint}
-        with alone(words, env, tmp_path / "first.log") as driver:
-            while driver.poll() is None and not store.files("shards"):
+        with driver(JOB, words, env, tmp_path / "first.log") as process:
+            while process.poll() is None and not store.files("shards"):
                 time.sleep(0.2)
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         killed_at = len(store.files("shards"))
-        with alone(words, env, tmp_path / "second.log") as driver:
-            assert driver.wait(timeout=200) == 0, (tmp_path / "second.log").read_text()
+        with driver(JOB, words, env, tmp_path / "second.log") as process:
+            assert process.wait(timeout=200) == 0, (tmp_path / "second.log").read_text()
     assert 1 <= killed_at < 5, (tmp_path / "first.log").read_text()
     assert proxy.counts["throttled"] > 0
     assert proxy.counts["refused"] + proxy.counts["cut"] > 0

@@ -22,7 +22,7 @@ from lora_diffusion.evaluation.ablation_results import Record, compared, control
 from lora_diffusion.evaluation.methods import controls_and_baselines, with_scales
 from lora_diffusion.evaluation.page import embedded, page
 from lora_diffusion.evaluation.pipeline import ABLATIONS, Evaluation, Workers
-from lora_diffusion.evaluation.provenance import provenance
+from lora_diffusion.provenance import provenance
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.dataset import take_snapshot
 

@@ -32,13 +32,13 @@ from lora_diffusion.evaluation.methods import (
     synthesised,
     with_scales,
 )
-from lora_diffusion.evaluation.provenance import provenance
 from lora_diffusion.evaluation.report import write_report
 from lora_diffusion.evaluation.results import tabulate
 from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Scores, score_key
 from lora_diffusion.factory import CorpusConfig, PersonRef
 from lora_diffusion.factory.planning import absolute, find, list_people
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.provenance import provenance
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
