@@ -30,7 +30,7 @@ from lora_diffusion.lora.formats import (
 )
 from lora_diffusion.lora.layout import LoRALayout
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "downsamplers.0.conv")
 RANKS_ALPHAS = pytest.mark.parametrize(("rank", "alpha"), [(1, 27.0), (4, 2.5)])
 ALL_FORMATS = pytest.mark.parametrize("format", FORMATS)
 
@@ -133,7 +133,8 @@ def test_kohya_file_merged_by_its_definition_computes_what_the_bank_computes(
         key = f"lora_unet_{name.replace('.', '_')}"
         if f"{key}.lora_down.weight" in tensors:
             down, up = tensors.pop(f"{key}.lora_down.weight"), tensors.pop(f"{key}.lora_up.weight")
-            module.weight += tensors.pop(f"{key}.alpha").item() / down.shape[0] * up @ down
+            update = torch.einsum("or,r...->o...", up.flatten(1), down)
+            module.weight += tensors.pop(f"{key}.alpha").item() / down.shape[0] * update
     assert not tensors
     assert_same_and_not_base(forward_with_bank(layout, vector), forward(unet), forward(tiny_unet()))
 

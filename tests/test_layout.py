@@ -146,9 +146,28 @@ def test_target_matches_whole_path_parts_only(unet: UNet2DConditionModel) -> Non
         LoRALayout.from_unet(unet, target_modules=("o_q",))
 
 
-def test_target_that_is_no_linear_layer_is_refused(unet: UNet2DConditionModel) -> None:
-    with pytest.raises(ValueError, match=r"'conv1' matches .* a Conv2d"):
-        LoRALayout.from_unet(unet, target_modules=("conv1",))
+def test_convolution_is_a_linear_layer_over_patches(unet: UNet2DConditionModel) -> None:
+    layout = LoRALayout.from_unet(unet, rank=2, target_modules=("conv1", "proj_in"))
+    assert LoRALayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+    kernels = {entry.kernel for entry in layout.entries}
+    assert kernels == {(3, 3), (1, 1)}
+    for entry in layout.entries:
+        weight = unet.get_submodule(entry.name).weight
+        assert (entry.out_features, entry.in_features) == weight.flatten(1).shape
+        assert entry.weight_shapes == (weight.shape[1:], (weight.shape[0], 1, 1))
+    flat = LoRALayout.from_shapes(
+        {e.name: (e.in_features, e.out_features) for e in layout.entries},
+        rank=2,
+        alpha=layout.alpha,
+        target_modules=layout.target_modules,
+    )
+    assert flat.size == layout.size
+    assert flat.layout_id != layout.layout_id
+
+
+def test_target_that_can_carry_no_lora_is_refused(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(ValueError, match=r"'norm1' matches .* a LayerNorm"):
+        LoRALayout.from_unet(unet, target_modules=("norm1",))
     with pytest.raises(ValueError, match=r"'to_out' matches .* a ModuleList"):
         LoRALayout.from_unet(unet, target_modules=("to_out",))
 

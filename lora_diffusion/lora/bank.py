@@ -2,19 +2,24 @@
 
 Two users: the corpus job fine-tunes K people at once, the renderer draws K people in one batch. The base layer
 `W x + b` is computed once for the whole batch; a forward hook adds each identity's own low-rank part to its own rows.
+A convolution's A is applied as one product over channels for all places of its kernel, and R small maps are shifted
+and summed: the patches are never laid out.
 Hooks change no class, weight or state dict, and are gone after the `with` block, whatever happened in it.
 
 Axes: B batch, K identities together, N vector length, R rank, I / O features in / out,
-T rows of one identity in one layer (its samples × the positions of each).
+n samples of one identity, T rows of one identity in one linear layer (its samples × the positions of each),
+P kernel places, H / W height and width of a feature map.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_diffusion.lora.layout import LoRAEntry, LoRALayout
+from lora_diffusion.lora.layout import LoRAEntry, LoRALayout, shape_of
 
 
 class LoRABank:
@@ -36,9 +41,7 @@ class LoRABank:
         self.layout = layout
         self._unet: nn.Module = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the model whose layers we adapt
         modules = dict(self._unet.named_modules())
-        self._linears: dict[str, nn.Linear] = {
-            e.name: _linear_of(modules.get(e.name), e, layout) for e in layout.entries
-        }
+        self._layers = {e.name: _layer_of(modules.get(e.name), e, layout) for e in layout.entries}
         self._state: _State | None = None
 
     @contextmanager
@@ -60,10 +63,10 @@ class LoRABank:
         """
         if self._state is not None:
             raise RuntimeError("this bank is active already; leave its `with` block before you enter another")
-        self._state = state = _State(self._linears, self.layout, vectors_KN, samples_per_identity, train_A)
+        self._state = state = _State(self._layers, self.layout, vectors_KN, samples_per_identity, train_A)
         # Layers note that they ran; inside a compiled checkpoint they may not, so there the model notes it for them.
         state.checkpointed = bool(getattr(self._unet, "is_gradient_checkpointing", False))
-        handles = [linear.register_forward_hook(self._hook(name)) for name, linear in self._linears.items()]
+        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
         if state.checkpointed:
             handles.append(self._unet.register_forward_pre_hook(self._note_run))
         try:
@@ -85,7 +88,9 @@ class LoRABank:
             assert state is not None
             if not state.checkpointed:
                 state.ran = True
-            return state.update(name, inputs[0], y)
+            if isinstance(module, nn.Conv2d):
+                return state.update_convolution(name, module, inputs[0], y)
+            return state.update_linear(name, inputs[0], y)
 
         return add_low_rank_update
 
@@ -99,14 +104,14 @@ class _State:
 
     def __init__(
         self,
-        linears: dict[str, nn.Linear],
+        layers: dict[str, nn.Linear | nn.Conv2d],
         layout: LoRALayout,
         vectors_KN: Tensor,
         counts: int | Sequence[int],
         train_A: bool,
     ) -> None:
         layout.check(vectors_KN)
-        weight = next(iter(linears.values())).weight
+        weight = next(iter(layers.values())).weight
         dtype = weight.dtype if weight.dtype.is_floating_point else vectors_KN.dtype
         vectors_KN = vectors_KN.to(weight.device, dtype)
         self.groups, self.batch, vectors_KN = _group(vectors_KN, counts)
@@ -123,16 +128,44 @@ class _State:
             for name, (A_KRI, B_KOR) in layout.split(vectors_KN).items()
         }
 
-    def update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def update_linear(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         A_KIR, B_KRO = self.matrices[name]
+        self._check(name, x)
+        x_KTI = x.reshape(self.groups, -1, x.shape[-1])
+        y_KTO = y.reshape(self.groups, -1, y.shape[-1])
+        return torch.baddbmm(y_KTO, torch.bmm(x_KTI, A_KIR), B_KRO, alpha=self.scale).view(y.shape)
+
+    def update_convolution(self, name: str, layer: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
+        A_KIR, B_KRO = self.matrices[name]
+        self._check(name, x)
+        K, C, P = self.groups, x.shape[1], layer.kernel_size[0] * layer.kernel_size[1]
+        x_KnCS = x.reshape(K, -1, C, x.shape[2] * x.shape[3])
+        A_KPRC = A_KIR.view(K, C, P, -1).permute(0, 2, 3, 1)
+        maps_KnQS = torch.matmul(A_KPRC.reshape(K, 1, -1, C), x_KnCS)  # Q = P * R
+        low_BRS = _shift_and_sum(maps_KnQS.view(x.shape[0], P, -1, *x.shape[2:]), layer).flatten(2)
+        low_KnRS = low_BRS.view(K, -1, *low_BRS.shape[1:])
+        update = torch.matmul(B_KRO.transpose(1, 2)[:, None] * self.scale, low_KnRS)
+        return y + update.view(y.shape)
+
+    def _check(self, name: str, x: Tensor) -> None:
         if x.shape[0] != self.batch:
             raise ValueError(
                 f"{name} got a batch of {x.shape[0]}, but the bank is active for {self.batch} samples "
                 f"in {self.groups} groups; say how many belong to each identity with samples_per_identity"
             )
-        x_KTI = x.reshape(self.groups, -1, x.shape[-1])
-        y_KTO = y.reshape(self.groups, -1, y.shape[-1])
-        return torch.baddbmm(y_KTO, torch.bmm(x_KTI, A_KIR), B_KRO, alpha=self.scale).view(y.shape)
+
+
+def _shift_and_sum(maps_BPRHW: Tensor, layer: nn.Conv2d) -> Tensor:
+    """(B, R, H', W'): map p moved to where place p of the kernel meets it, summed over p, in the strides of `layer`.
+
+    That is a convolution with a filter of zeros and ones.
+    """
+    P, R = maps_BPRHW.shape[1:3]
+    place_PP = torch.eye(P, dtype=maps_BPRHW.dtype, device=maps_BPRHW.device)
+    filter_RQhw = torch.einsum("rs,pk->rpsk", place_PP.new_ones(R).diag(), place_PP).reshape(
+        R, P * R, *layer.kernel_size
+    )
+    return F.conv2d(maps_BPRHW.flatten(1, 2), filter_RQhw, stride=layer.stride, padding=layer.padding)
 
 
 def _group(vectors_KN: Tensor, counts: int | Sequence[int]) -> tuple[int, int, Tensor]:
@@ -153,13 +186,24 @@ def _group(vectors_KN: Tensor, counts: int | Sequence[int]) -> tuple[int, int, T
     return sum(counts_K), sum(counts_K), vectors_BN
 
 
-def _linear_of(module: nn.Module | None, entry: LoRAEntry, layout: LoRALayout) -> nn.Linear:
+def _layer_of(module: nn.Module | None, entry: LoRAEntry, layout: LoRALayout) -> nn.Linear | nn.Conv2d:
     """The layer of `entry`, once it is sure that the layout was made for this model."""
-    found = f"{module.in_features} -> {module.out_features}" if isinstance(module, nn.Linear) else type(module).__name__
-    expected = f"{entry.in_features} -> {entry.out_features}"
-    if not isinstance(module, nn.Linear) or found != expected:
+    found = shape_of(module)
+    expected = (entry.weight_shapes[0][0], entry.out_features, *([entry.kernel] if entry.kernel else []))
+    if found != expected or not isinstance(module, nn.Linear | nn.Conv2d):
         raise ValueError(
-            f"layout {layout.layout_id} was made for another model: it expects {entry.name} to be a linear layer "
-            f"{expected}, found {'no such module' if module is None else found}. Build it with LoRALayout.from_unet"
+            f"layout {layout.layout_id} was made for another model: it expects {entry.name} to be "
+            f"{_describe(expected)}, found {_describe(found) if found else _kind_of(module)}. "
+            "Build it with LoRALayout.from_unet"
         )
     return module
+
+
+def _describe(shape: tuple[Any, ...]) -> str:
+    if len(shape) == 2:
+        return f"a linear layer {shape[0]} -> {shape[1]}"
+    return f"a convolution {shape[0]} -> {shape[1]} of {shape[2][0]} x {shape[2][1]}"
+
+
+def _kind_of(module: nn.Module | None) -> str:
+    return "no such module" if module is None else type(module).__name__

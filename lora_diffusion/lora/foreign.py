@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.layout import LoRAEntry, LoRALayout
 
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"
@@ -48,14 +48,18 @@ Matrices = dict[str, tuple[Tensor, Tensor]]
 def encode(matrices: Matrices, layout: LoRALayout, format: str) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
     """Tensors and metadata of the safetensors file, and for peft the text of `adapter_config.json`."""
     tensors: dict[str, Tensor] = {}
-    for name, (A_RI, B_OR) in matrices.items():
+    for entry in layout.entries:
+        name = entry.name
+        A, B = (
+            matrix.reshape(shape) for matrix, shape in zip(matrices[name], _file_shapes(entry, layout), strict=True)
+        )
         if format == "kohya":
             module = _kohya_name(name)
-            tensors[f"{module}.lora_down.weight"], tensors[f"{module}.lora_up.weight"] = A_RI, B_OR
+            tensors[f"{module}.lora_down.weight"], tensors[f"{module}.lora_up.weight"] = A, B
             tensors[f"{module}.alpha"] = torch.tensor(layout.alpha, dtype=torch.float32)
         else:
             prefix = "base_model.model" if format == "peft" else "unet"
-            tensors[f"{prefix}.{name}.lora_A.weight"], tensors[f"{prefix}.{name}.lora_B.weight"] = A_RI, B_OR
+            tensors[f"{prefix}.{name}.lora_A.weight"], tensors[f"{prefix}.{name}.lora_B.weight"] = A, B
     config = {"r": layout.rank, "lora_alpha": layout.alpha, "target_modules": [entry.name for entry in layout.entries]}
     if format == "peft":
         return tensors, {}, json.dumps({"peft_type": "LORA", **config}, indent=2)
@@ -89,7 +93,7 @@ def decode(
             foreign.append(key)
         named[place] = tensor
     _check_fit(named, foreign, layout, source)
-    matrices = {entry.name: (named[entry.name, "A"], named[entry.name, "B"]) for entry in layout.entries}
+    matrices = {e.name: (named[e.name, "A"].flatten(1), named[e.name, "B"].flatten(1)) for e in layout.entries}
 
     alpha: float = layout.rank
     if any(key.startswith("base_model.model.") for key in tensors):
@@ -107,7 +111,7 @@ def decode(
 def _check_fit(named: Mapping[tuple[str, str], Tensor], foreign: list[str], layout: LoRALayout, source: Path) -> None:
     missing, shaped = [], []
     for entry in layout.entries:
-        shapes = {"A": (layout.rank, entry.in_features), "B": (entry.out_features, layout.rank)}
+        shapes = dict(zip("AB", _file_shapes(entry, layout), strict=True))
         for side, shape in shapes.items():
             tensor = named.get((entry.name, side))
             if tensor is None:
@@ -122,9 +126,14 @@ def _check_fit(named: Mapping[tuple[str, str], Tensor], foreign: list[str], layo
         raise ValueError(
             f"{source} does not fit layout {layout.layout_id} (rank {layout.rank}, {len(layout.entries)} modules, "
             f"target_modules {layout.target_modules}). Tensors {listed}. Build the layout from the UNet that the file "
-            "was trained on, with the file's rank and target_modules; a vector has no place for LoRAs of text "
-            "encoders or convolutions"
+            "was trained on, with the file's rank and target_modules; a vector has no place for LoRAs of text encoders"
         )
+
+
+def _file_shapes(entry: LoRAEntry, layout: LoRALayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B in files: a convolution's A is a filter (R, channels, height, width), its B one of 1 x 1."""
+    inputs, (outputs, *ones) = entry.weight_shapes
+    return (layout.rank, *inputs), (outputs, layout.rank, *ones)
 
 
 def _alpha_of(config: Mapping[str, Any], source: Path) -> float:

@@ -7,15 +7,19 @@ The order is that of weights2weights (arXiv:2406.09413): tensors sorted by their
 (`<module>.lora_A.weight`, `<module>.lora_B.weight`), flattened row by row, concatenated. Keys sort as strings, so
 block 10 comes before block 2, as in their files.
 
+A convolution is a linear layer over patches: its A (R, I) is the (R, channels in, height, width) filter of peft
+flattened, its B (O, R) peft's 1 x 1 convolution.
+
 Axes: K identities together, N vector length, R rank, I / O features in / out.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +29,27 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class LoRAEntry:
-    """One adapted linear layer: A (R, I) starts at `offset_A` of the vector, B (O, R) at `offset_B`."""
+    """One adapted layer: A (R, I) starts at `offset_A` of the vector, B (O, R) at `offset_B`.
+
+    `kernel` is (height, width) of a convolution, and I = channels in * height * width; () is a linear layer.
+    """
 
     name: str
     in_features: int
     out_features: int
     offset_A: int
     offset_B: int
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def weight_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of peft's `lora_A.weight` and `lora_B.weight`, without the rank: (I...), (O...)."""
+        channels = self.in_features // math.prod(self.kernel)
+        return (channels, *self.kernel), (self.out_features, *(1 for _ in self.kernel))
+
+
+LayerShape: TypeAlias = tuple[int, int] | tuple[int, int, tuple[int, int]]
+"""(features in, features out) of a linear layer; (channels in, channels out, (height, width)) of a convolution."""
 
 
 @dataclass(frozen=True)
@@ -55,48 +73,49 @@ class LoRALayout:
         target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
         alpha: float = 1.0,
     ) -> "LoRALayout":
-        """Layout of rank-`rank` LoRAs on every `nn.Linear` of `unet` whose name ends in one of `target_modules`.
+        """Layout of rank-`rank` LoRAs on all linear layers and convolutions whose names end in one of `target_modules`.
 
         A target matches whole path parts, as in peft: "to_q" matches "mid_block.attn1.to_q", not "my_to_q".
         The UNet may lie on the meta device: only names and shapes are read.
 
         Raises:
-            ValueError: a target matches no module, or a module that is not `nn.Linear`.
+            ValueError: a target matches no module, or one that is neither `nn.Linear` nor a plain `nn.Conv2d`.
         """
         targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
         if not targets:
-            raise ValueError(
-                "target_modules is empty: name at least one kind of linear layer, for example ('to_q', 'to_v')"
-            )
-        shapes: dict[str, tuple[int, int]] = {}
+            raise ValueError("target_modules is empty: name at least one kind of layer, for example ('to_q', 'to_v')")
+        shapes: dict[str, LayerShape] = {}
         for target in targets:
             matched = [(name, module) for name, module in unet.named_modules() if _matches(name, target)]
             if not matched:
-                known = sorted({_kind(name) for name, module in unet.named_modules() if isinstance(module, nn.Linear)})
-                raise ValueError(f"target module {target!r} matches no module of the model; its linear layers: {known}")
+                known = sorted({_kind(name) for name, module in unet.named_modules() if shape_of(module)})
+                raise ValueError(f"target module {target!r} matches no module of the model; its layers: {known}")
             for name, module in matched:
-                if not isinstance(module, nn.Linear):
+                shape = shape_of(module)
+                if shape is None:
                     raise ValueError(
-                        f"target module {target!r} matches {name!r}, a {type(module).__name__}; only nn.Linear can "
-                        "carry a LoRA here: name a longer suffix that ends in a linear layer (for example 'to_out.0')"
+                        f"target module {target!r} matches {name!r}, a {type(module).__name__}; only nn.Linear and "
+                        "nn.Conv2d without groups can carry a LoRA here: name a longer suffix that ends in one "
+                        "(for example 'to_out.0')"
                     )
-                shapes[name] = (module.in_features, module.out_features)
+                shapes[name] = shape
         return cls.from_shapes(shapes, rank=rank, alpha=alpha, target_modules=targets)
 
     @classmethod
     def from_shapes(
-        cls, shapes: Mapping[str, tuple[int, int]], *, rank: int, alpha: float, target_modules: Sequence[str]
+        cls, shapes: Mapping[str, LayerShape], *, rank: int, alpha: float, target_modules: Sequence[str]
     ) -> "LoRALayout":
-        """Layout over modules given as name -> (in_features, out_features), in any order."""
+        """Layout over layers given as name -> shape, in any order."""
         if rank < 1:
             raise ValueError(f"rank is {rank}; a LoRA needs a rank of at least 1")
         if not 0 < alpha < float("inf"):
             raise ValueError(f"alpha is {alpha}; it scales the update by alpha / rank and must be positive and finite")
         entries, offset = [], 0
         for name in sorted(shapes, key=lambda name: f"{name}.lora_A.weight"):
-            in_features, out_features = shapes[name]
+            inputs, out_features, *kernel = shapes[name]
+            in_features = inputs * math.prod(kernel[0]) if kernel else inputs
             offset_B = offset + rank * in_features
-            entries.append(LoRAEntry(name, in_features, out_features, offset, offset_B))
+            entries.append(LoRAEntry(name, in_features, out_features, offset, offset_B, *kernel))
             offset = offset_B + rank * out_features
         return cls(tuple(entries), rank, float(alpha), tuple(target_modules))
 
@@ -183,7 +202,10 @@ class LoRALayout:
             "rank": self.rank,
             "alpha": self.alpha,
             "target_modules": list(self.target_modules),
-            "modules": [[entry.name, entry.in_features, entry.out_features] for entry in self.entries],
+            "modules": [
+                [e.name, e.weight_shapes[0][0], e.out_features, *([list(e.kernel)] if e.kernel else [])]
+                for e in self.entries
+            ],
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,7 +223,10 @@ class LoRALayout:
             raise ValueError(
                 f"layout has format version {data.get('format_version')}; this code reads {FORMAT_VERSION}"
             )
-        shapes = {str(name): (int(i), int(o)) for name, i, o in data["modules"]}
+        shapes: dict[str, LayerShape] = {
+            str(name): (int(i), int(o), (int(kernel[0][0]), int(kernel[0][1]))) if kernel else (int(i), int(o))
+            for name, i, o, *kernel in data["modules"]
+        }
         layout = cls.from_shapes(
             shapes, rank=data["rank"], alpha=data["alpha"], target_modules=tuple(data["target_modules"])
         )
@@ -211,6 +236,17 @@ class LoRALayout:
                 "it was edited by hand or cut; read it again from the corpus"
             )
         return layout
+
+
+def shape_of(module: nn.Module | None) -> LayerShape | None:
+    """Shape of a layer that can carry a LoRA: linear, or a convolution over zero padding without groups or dilation."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.dilation != (1, 1):
+        return None
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    return module.in_channels, module.out_channels, (module.kernel_size[0], module.kernel_size[1])
 
 
 def _matches(name: str, target: str) -> bool:
