@@ -152,7 +152,7 @@ def make_ways(base: BaseModel, config: CorpusConfig, steps: int, sizes: Sequence
     tune = dataclasses.replace(
         config.finetune, steps=steps, batch_size=1, prior_batch_size=1, lr_schedule="constant", average_last=0
     )
-    plain = dataclasses.replace(tune, channels_last=False, autocast="off", compile=False)
+    plain = dataclasses.replace(tune, channels_last=False, autocast="off", compile=False, train_A=True)
     class_pixels = random_people(1, base.image_size, seed=1)[0].pixels
     layout = LoRALayout.from_unet(base.unet, config.lora.rank, config.lora.target_modules, config.lora.alpha)
 
@@ -174,7 +174,9 @@ def make_ways(base: BaseModel, config: CorpusConfig, steps: int, sizes: Sequence
     for option, changes in (("channels_last", {"channels_last": True}), ("bfloat16", {"autocast": "bfloat16"})):
         run = finetuner(dataclasses.replace(plain, **changes))
         ways.append(Way(f"bank K={K} {option}", f"bank K={K}", f"{option}, and nothing else", K, run))
-    ways.append(Way("as configured", f"bank K={K}", "all speed options of configs/tiny.yaml", K, finetuner(tune)))
+    ways.append(
+        Way("as configured", f"bank K={K}", "all options of configs/tiny.yaml, A frozen among them", K, finetuner(tune))
+    )
     return ways
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.config import load_config, to_dict
 from lora_diffusion.evaluate import RenderConfig, draw_people, embed_pictures, similarity_report
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
@@ -27,8 +26,8 @@ from lora_diffusion.faces.synthetic import render as photograph
 from lora_diffusion.faces.synthetic import sample_person, sample_view
 from lora_diffusion.faces.synthetic.captions import subject_caption
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.lora.finetune import Finetuner, PersonPhotos
-from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.lora.finetune import PersonPhotos
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
@@ -59,12 +58,11 @@ def main() -> None:
     config = load_config(CorpusConfig, ROOT / "configs/tiny.yaml", args.overrides)
 
     people = [photos_of(args.first + i, args.photos) for i in range(args.people)]
-    base = BaseModel.from_pretrained(config.base)
-    layout = LoRALayout.from_unet(base.unet, config.lora.rank, config.lora.target_modules, config.lora.alpha)
-    finetuner = Finetuner(base, layout, config.finetune)
+    maker = LoRAMaker(config)
+    base, layout, finetuner = maker.base, maker.layout, maker.finetuner
     started = time.perf_counter()
     size = config.people_per_group
-    groups = [finetuner(people[i : i + size]) for i in range(0, len(people), size)]
+    groups = [finetuner(people[i : i + size], maker.start_1N) for i in range(0, len(people), size)]
     vectors_KN = np.concatenate([group.vectors_KN for group in groups])
     seconds = (time.perf_counter() - started) / len(people)
 

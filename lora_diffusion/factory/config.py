@@ -13,11 +13,16 @@ from lora_diffusion.lora.finetune import FinetuneConfig
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which layers carry a LoRA; the arguments of `LoRALayout.from_unet`."""
+    """Which layers carry a LoRA, the arguments of `LoRALayout.from_unet`, and where every fine-tuning starts.
+
+    start: a vector file, or the name of a shipped one (`tiny-start`), as `jobs/learn_start.py` makes it; None starts
+    as peft does, with a random A.
+    """
 
     rank: int = 1
     alpha: float = 1.0
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ class CorpusConfig:
             raise ValueError(f"limit must be at least 1 or null (everybody), not {self.limit}")
         assert self.vector_dtype in VECTOR_DTYPES
 
-    def recipe(self, recogniser: str) -> dict[str, Any]:
-        """Everything of this configuration that decides the bits of a row. `recogniser`: its fingerprint."""
+    def recipe(self, recogniser: str, start: str | None = None) -> dict[str, Any]:
+        """Everything that decides the bits of a row. `recogniser`, `start`: fingerprints of what the names mean."""
         whole = to_dict(self)
         embedder = {key: whole["embedder"][key] for key in ("det_size", "det_thresh", "min_face", "several_faces")}
         return {
@@ -131,5 +136,6 @@ class CorpusConfig:
             "embedder": {"fingerprint": recogniser, **embedder},
             "class_images": self.class_images,
             "finetune": whole["finetune"],
+            **({} if start is None else {"start": start}),
             "score": {key: value for key, value in whole["score"].items() if key != "max_batch"},
         }

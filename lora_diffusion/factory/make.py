@@ -23,6 +23,7 @@ from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, decode_pictures
 from lora_diffusion.lora.finetune import Finetuner, PersonPhotos
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.render import render
 
 _SCORE_SEED, _CLASS_SEED = 1_000, 500_000  # far from each other and from what a user would type
@@ -48,6 +49,7 @@ class LoRAMaker:
         self.base = BaseModel.from_pretrained(config.base, device, getattr(torch, config.dtype))
         lora = config.lora
         self.layout = LoRALayout.from_unet(self.base.unet, lora.rank, lora.target_modules, lora.alpha)
+        self.start_1N = None if lora.start is None else load_start(lora.start, self.layout)[None]
         self.embedder = FaceEmbedder(config.embedder)
 
     @cached_property
@@ -64,7 +66,10 @@ class LoRAMaker:
         return Manifest(
             layout=self.layout.to_dict(),
             base={"name": self.config.base, "fingerprint": self.base.fingerprint},
-            recipe=self.config.recipe(recogniser_fingerprint(self.config.embedder)),
+            recipe=self.config.recipe(
+                recogniser_fingerprint(self.config.embedder),
+                None if self.start_1N is None else hashlib.sha256(self.start_1N.numpy().tobytes()).hexdigest()[:16],
+            ),
             config=to_dict(self.config),
         )
 
@@ -72,7 +77,7 @@ class LoRAMaker:
         """One answer for each of `people`, all usable. Raises what their data makes torch raise; DeviceError otherwise."""
         try:
             photos = [PersonPhotos(p.identity, decode_pictures(p.pictures), p.captions) for p in people]
-            tuned = self.finetuner(photos)
+            tuned = self.finetuner(photos, self.start_1N)
             start = time.perf_counter()
             similarity_K, base_similarity_K = self._score(people, tuned.vectors_KN)
             score_seconds = time.perf_counter() - start

@@ -173,7 +173,7 @@ class Finetuner:
         """
         started, config = time.perf_counter(), self.config
         start_KN = self._start(people, start_vectors)
-        data = _Data(self.base, people, config, self.class_latents)
+        data = PhotoData(self.base, people, config, self.class_latents)
         learned_KM = start_KN if self.learned_M is None else start_KN[:, self.learned_M]
         learned_KM = learned_KM.clone().requires_grad_()
         optimizer = torch.optim.AdamW(
@@ -216,7 +216,7 @@ class Finetuner:
         )
 
     def _backward(
-        self, step: int, data: "_Data", streams: RandomStreams, start_KN: Tensor, learned_KM: Tensor
+        self, step: int, data: "PhotoData", streams: RandomStreams, start_KN: Tensor, learned_KM: Tensor
     ) -> Tensor:
         """One forward and backward of all identities; returns the loss on their photos (K,), detached."""
         config, base = self.config, self.base
@@ -278,7 +278,7 @@ class Finetuner:
         return learned_KM if self.learned_M is None else start_KN.index_copy(1, self.learned_M, learned_KM)
 
 
-class _Data:
+class PhotoData:
     """What does not change between the steps of a batch of people, on the device: latents and prompt embeddings."""
 
     def __init__(
@@ -321,5 +321,12 @@ class _Data:
         if self.has_prior:
             class_n = self.class_start + (step * self.sizes[1] + torch.arange(self.sizes[1])) % self.class_count
             index_Kn = torch.cat([index_Kn, class_n.expand(len(index_Kn), -1)], dim=1)
+        device = self.latents.device
+        return self.latents[index_Kn.to(device)], self.prompts[self.prompt_of_photo[index_Kn].to(device)]
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Like `batch`, but each person's photos are drawn at random, none twice; without class images."""
+        places_K = [torch.randperm(int(P), generator=generator)[: self.sizes[0]] for P in self.photo_counts_K]
+        index_Kn = self.photo_starts_K[:, None] + torch.stack(places_K)
         device = self.latents.device
         return self.latents[index_Kn.to(device)], self.prompts[self.prompt_of_photo[index_Kn].to(device)]

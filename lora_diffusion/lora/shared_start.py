@@ -1,0 +1,115 @@
+"""One start for all fine-tunings, learned from a population before anybody is fine-tuned.
+
+A LoRA's A says what a layer listens to, its B what it answers. A random A listens to anything; which channels tell
+people apart is the same for all people, so it is learned once. P people get LoRAs that share one A, all trained at the
+same time (multi-task learning); A is kept, the B's are thrown away. Fine-tuning from there needs fewer steps, and with
+`train_A: false` the update is linear in the vector and the space of vectors is smooth.
+
+The people must be neither those of the corpus nor held out: they are those that the base model was trained on.
+
+Axes: P people, K people of one step, n photos of each, N vector length, A / B length of its A and B parts.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_diffusion.base import ASSETS, BaseModel
+from lora_diffusion.lora import formats
+from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.lora.finetune import FinetuneConfig, PersonPhotos, PhotoData, initial_vectors
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.objective import NoiseSchedule
+
+EMBEDDED = {"tiny-start": ASSETS / "tiny-start" / "vector.safetensors"}
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """How the start is learned. A person's B is trained in every (P / K)-th step."""
+
+    steps: int = 360
+    people_per_step: int = 32
+    photos_per_person: int = 2
+    learning_rate_A: float = 5e-3
+    learning_rate_B: float = 2e-2
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-2  # of B
+    max_grad_norm: float = 1.0  # of each person's B
+    warmup_steps: int = 10
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rates in step 0, 1, ...: warm-up, and a cosine to 0."""
+        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def learn_start(
+    base: BaseModel,
+    layout: LoRALayout,
+    people: Sequence[PersonPhotos],
+    config: StartConfig | None = None,
+    report: Callable[[int, float], None] | None = None,
+) -> Tensor:
+    """The start vector (N,), float32: A as learned over `people`, B zero, so that it is the base model.
+
+    `report(step, loss)` is called after each step. Same arguments, same bits.
+
+    Raises:
+        ValueError: fewer people than one step takes, or somebody with fewer photos.
+    """
+    config = config or StartConfig()
+    K, n = config.people_per_step, config.photos_per_person
+    if len(people) < K or min(len(person.pixels) for person in people) < n:
+        raise ValueError(f"{len(people)} people: a step takes {K}, with at least {n} photos each")
+    groups = [people[i : i + K] for i in range(0, len(people) - K + 1, K)]
+    data = [PhotoData(base, group, FinetuneConfig(batch_size=n), class_latents=None) for group in groups]
+    schedule, bank = NoiseSchedule.from_scheduler(base.scheduler, base.device), LoRABank(base.unet, layout)
+    generator = torch.Generator().manual_seed(config.seed)
+    is_B = layout.mask_B().to(base.device)
+    start_N = initial_vectors(layout, config.seed)[0].to(base.device)
+    shared_A = start_N[~is_B].requires_grad_()
+    own_KB = [torch.zeros(K, int(is_B.sum()), device=base.device, requires_grad=True) for _ in groups]
+    rates = (config.learning_rate_A, config.learning_rate_B)
+    optimizer = torch.optim.AdamW(
+        [{"params": [shared_A], "weight_decay": 0.0}, {"params": own_KB, "weight_decay": config.weight_decay}],
+        betas=config.betas,
+    )
+    for step in range(config.steps):
+        group = step % len(groups)
+        x0_KnCHW, prompts_KnSD = data[group].draw(generator)
+        timesteps_Kn = torch.randint(len(schedule), (K, n), generator=generator).to(base.device)
+        noise_KnCHW = torch.randn(x0_KnCHW.shape, generator=generator).to(base.device)
+        x_KnCHW, target_KnCHW = schedule.question(x0_KnCHW, noise_KnCHW, timesteps_Kn)
+        vectors_KN = start_N.expand(K, -1).masked_scatter(~is_B, shared_A.expand(K, -1))
+        vectors_KN = vectors_KN.masked_scatter(is_B, own_KB[group])
+        with bank.active(vectors_KN, n):
+            answer = base.unet(
+                x_KnCHW.flatten(0, 1).to(base.dtype),
+                timesteps_Kn.flatten(),
+                encoder_hidden_states=prompts_KnSD.flatten(0, 1),
+                return_dict=False,
+            )[0]
+            loss_K = (answer.float().view_as(target_KnCHW) - target_KnCHW).square().mean((1, 2, 3, 4))
+            loss_K.sum().backward()
+        grad_A, grad_KB = shared_A.grad, own_KB[group].grad
+        assert grad_A is not None
+        assert grad_KB is not None
+        grad_A /= K
+        norm_K1 = torch.linalg.vector_norm(grad_KB, dim=1, keepdim=True)
+        grad_KB *= (config.max_grad_norm / (norm_K1 + 1e-6)).clamp(max=1)
+        for part, rate in zip(optimizer.param_groups, rates, strict=True):
+            part["lr"] = rate * config.rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if report is not None:
+            report(step, float(loss_K.detach().mean()))
+    return start_N.detach().masked_scatter(~is_B, shared_A.detach()).cpu()
+
+
+def load_start(name_or_path: str, layout: LoRALayout) -> Tensor:
+    """A start vector (N,) by its file, or a shipped one by its name (`tiny-start`). Raises `ValueError` if none fits."""
+    return formats.load(EMBEDDED.get(name_or_path, name_or_path), layout)
