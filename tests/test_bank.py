@@ -280,7 +280,9 @@ def test_another_copy_of_the_model_is_refused(unet: UNet2DConditionModel, layout
 
 def test_layout_of_another_model_is_refused(unet: UNet2DConditionModel, layout: LoRALayout) -> None:
     wider = UNet2DConditionModel(**{**TINY, "block_out_channels": (32, 96)})
-    with pytest.raises(ValueError, match=r"made for another model: .* a convolution 32 -> 64 of 3 x 3, found .* 32 -> 96"):
+    with pytest.raises(
+        ValueError, match=r"made for another model: .* a convolution 32 -> 64 of 3 x 3, found .* 32 -> 96"
+    ):
         LoRABank(wider, layout)
     fewer = UNet2DConditionModel(**{**TINY, "down_block_types": ("DownBlock2D", "DownBlock2D")})
     with pytest.raises(ValueError, match="no such module"):

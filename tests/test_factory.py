@@ -221,6 +221,7 @@ def test_what_decides_bits_is_in_the_recipe_and_what_does_not_is_not(config: Cor
     ):
         assert json.dumps(dataclasses.replace(config, **change).recipe("x")) != base, change  # type: ignore[arg-type]
     assert json.dumps(config.recipe("y")) != base
+    assert json.dumps(config.recipe("x", start="0123")) != base
 
 
 def test_a_shard_is_committed_whole_and_one_of_another_base_is_refused(

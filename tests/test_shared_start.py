@@ -11,11 +11,16 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.base import BaseModel
+from lora_diffusion.config import load_config
+from lora_diffusion.faces.synthetic.dataset import FacesConfig, FacesWriter
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, PersonPhotos, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.shared_start import StartConfig, learn_start, load_start
 
+ROOT = Path(__file__).resolve().parents[1]
 QUICK = StartConfig(steps=6, people_per_step=2, photos_per_person=2, warmup_steps=2)
 
 
@@ -89,3 +94,21 @@ def test_start_file_must_fit_the_layout(base: BaseModel, layout: LoRALayout, tmp
         load_start(str(path), other)
     with pytest.raises(ValueError, match="does not exist"):
         load_start("tiny-strat", layout)
+
+
+def test_job_learns_a_start_that_the_corpus_job_takes(tmp_path: Path) -> None:
+    draw = FacesWriter(str(tmp_path / "people"), FacesConfig(views=4))
+    draw({"numbers": [200, 201, 202]})
+    job = [sys.executable, "jobs/learn_start.py", "--config", "configs/tiny.yaml", f"people={tmp_path / 'people'}"]
+    out = tmp_path / "start.safetensors"
+    options = ["--steps", "2", "--people-per-step", "2", "--photos-per-person", "1"]
+    done = subprocess.run([*job, "--out", str(out), *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 people of 3, 193,792 floats a LoRA" in done.stdout
+    config = load_config(CorpusConfig, ROOT / "configs/tiny.yaml", [f"lora.start={out}"])
+    shipped = LoRAMaker(load_config(CorpusConfig, ROOT / "configs/tiny.yaml", []))
+    own = LoRAMaker(config)
+    assert own.manifest().recipe["start"] != shipped.manifest().recipe["start"]
+    refused = subprocess.run([*job, "--out", str(out), "--steps", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("learn_start: 3 people: a step takes 32")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_diffusion.synthesis.pca import PCA, MapReduce, fit_pca, fit_pca_distributed
+from lora_diffusion.synthesis.pca import PCA, MapReduce, fit_pca, fit_pca_distributed, ridge_smoother
 
 PATHS = {  # every way of fitting, on the same small rows
     "rows": {"exact_rows": 1000},
@@ -130,3 +130,30 @@ def test_a_pca_survives_its_state_dict() -> None:
     again.load_state_dict(pca.state_dict())
     x = torch.from_numpy(rows(seed=3))
     assert torch.equal(again.encode(x), pca.encode(x))
+
+
+def test_components_of_what_the_embedding_predicts() -> None:
+    """A faint signal under loud noise: the plain PCA finds the noise, the reduced-rank regression the signal."""
+    rng = np.random.default_rng(0)
+    embeddings, directions = rng.standard_normal((200, 6)), np.linalg.qr(rng.standard_normal((80, 2)))[0].T
+    signal = embeddings[:, :2] @ directions
+    x = (signal + 2 * rng.standard_normal((200, 80)) @ np.diag(np.linspace(0, 1, 80))).astype(np.float32)
+    H = ridge_smoother(embeddings, 1e-2)
+    centred = x - x.mean(0)
+    _, s, Vt = np.linalg.svd(H @ centred, full_matrices=False)
+    pca = fit_pca(lambda: [x[:90], x[90:]], 2, smoother_PP=H)
+    assert np.allclose(pca.explained_variance_K, s[:2] ** 2 / 200, rtol=1e-4)
+    assert np.allclose(np.abs((pca.components_KM.numpy() * Vt[:2]).sum(1)), 1, atol=1e-4)
+    plain = fit_pca(lambda: [x], 2)
+
+    def kept(found: PCA) -> float:
+        return float(np.square(directions @ found.components_KM.numpy().T).sum() / 2)
+
+    assert kept(pca) > 0.6 > 0.1 > kept(plain)
+
+
+def test_a_smoother_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"smoother is \(3, 3\) for 20 rows"):
+        fit_pca(lambda: [rows()[:20]], 2, smoother_PP=np.eye(3))
+    with pytest.raises(ValueError, match="at most 10 rows"):
+        fit_pca(lambda: [rows()[:20]], 2, exact_rows=10, smoother_PP=np.eye(20))

@@ -11,6 +11,9 @@ that a pass can run on many machines; only what is added up meets on one:
    after each: subspace iteration (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, algorithm 4.4), L = K + oversampling.
    The last pass also gives the Rayleigh-Ritz values, `Qᵀ S Q`: the variances along the components, exact for them.
 
+Few rows are mostly the optimiser's noise, which has the larger variance. With a `smoother_PP`, Ŷ = H X, the components are those
+of Ŷ: reduced-rank regression (Izenman 1975), where H is that of a ridge regression from the embeddings.
+
 Variances are those of the population (divided by the count), as in the normaliser, so that the total of normalised
 columns is M.
 
@@ -134,6 +137,7 @@ def fit_pca(
     oversampling: int = 32,
     iterations: int = 6,
     seed: int = 0,
+    smoother_PP: Floats | None = None,
 ) -> PCA:
     """PCA of the rows that `chunks()` yields as arrays (P, M); each call of it must start a new round over all of them.
 
@@ -141,8 +145,11 @@ def fit_pca(
     randomised beyond (memory: three times M × (K + oversampling) floats, and a chunk).
     There are at most as many components as the rank of the centred rows: fewer than asked for, if they are not there.
 
+    smoother_PP: the components are those of `smoother_PP @ rows`, and so are the explained variances; the total stays that
+        of the rows. The centred rows are meant, in the order of the chunks, and no more than `exact_rows` of them.
+
     Raises:
-        ValueError: no rows, chunks of different widths, or values that are not finite.
+        ValueError: no rows, chunks of different widths, values that are not finite, or a smoother that does not fit.
     """
 
     def map_reduce(function: Callable[[Floats], P]) -> P:
@@ -157,6 +164,7 @@ def fit_pca(
         oversampling=oversampling,
         iterations=iterations,
         seed=seed,
+        smoother_PP=smoother_PP,
     )
 
 
@@ -169,6 +177,7 @@ def fit_pca_distributed(
     oversampling: int = 32,
     iterations: int = 6,
     seed: int = 0,
+    smoother_PP: Floats | None = None,
 ) -> PCA:
     """As `fit_pca`, with the passes run by `map_reduce`: `map_reduce(f)` returns the merged `f(chunk)` of all chunks."""
     if num_components < 1:
@@ -186,9 +195,14 @@ def fit_pca_distributed(
         raise ValueError(f"the corpus has {rows} row; at least two are needed to know how they vary")
     if not moments.M2.any():
         raise ValueError(f"all {rows} rows are the same: they do not vary, and have no components")
+    if smoother_PP is not None and (rows > exact_rows or smoother_PP.shape != (rows, rows)):
+        raise ValueError(
+            f"the smoother is {smoother_PP.shape} for {rows:,} rows; it must be square, for at most {exact_rows:,} rows "
+            "(exact_rows)"
+        )
     mean_M, smallest = moments.mean, 1e-12  # of the largest variance; below it lies rounding
     if rows <= exact_rows:
-        variances, components = _from_rows(map_reduce(lambda chunk: Rows((chunk,))), mean_M)
+        variances, components = _from_rows(map_reduce(lambda chunk: Rows((chunk,))), mean_M, smoother_PP)
     elif columns <= exact_columns:
         scatter = map_reduce(functools.partial(Product.of, mean_M=mean_M)).sum
         values, vectors = np.linalg.eigh(scatter / rows)
@@ -208,7 +222,9 @@ def fit_pca_distributed(
     )
 
 
-def _from_rows(rows: Rows, mean_M: Floats, block: int = 4096) -> tuple[Floats, Floats]:
+def _from_rows(
+    rows: Rows, mean_M: Floats, smoother_PP: Floats | None = None, block: int = 4096
+) -> tuple[Floats, Floats]:
     """Exact, from the Gram matrix. Summed in float64 a block of columns at a time: no second copy of all rows."""
     x_PM = np.concatenate([np.asarray(part, np.float32) for part in rows.parts])
     count, columns = x_PM.shape
@@ -216,14 +232,17 @@ def _from_rows(rows: Rows, mean_M: Floats, block: int = 4096) -> tuple[Floats, F
     for start in range(0, columns, block):
         piece = x_PM[:, start : start + block] - mean_M[start : start + block]
         gram_PP += piece @ piece.T
+    if smoother_PP is not None:
+        gram_PP = smoother_PP @ gram_PP @ smoother_PP.T
     values, U = np.linalg.eigh(gram_PP)
     values, U = values[::-1], U[:, ::-1]
     keep = values > max(values[0], 0) * 1e-12
     values, U = values[keep], U[:, keep]
     components = np.empty((len(values), columns), np.float32)
+    U_smooth = U if smoother_PP is None else smoother_PP.T @ U
     for start in range(0, columns, block):
         piece = x_PM[:, start : start + block] - mean_M[start : start + block]
-        components[:, start : start + block] = (U.T @ piece) / np.sqrt(values)[:, None]
+        components[:, start : start + block] = (U_smooth.T @ piece) / np.sqrt(values)[:, None]
     return values / count, components
 
 
@@ -246,3 +265,14 @@ def _fix_signs(components_KM: Floats) -> Floats:
     """The entry of largest magnitude is positive: the same components whatever the chunks and the library."""
     largest = np.abs(components_KM).argmax(1)
     return components_KM * np.sign(components_KM[np.arange(len(components_KM)), largest])[:, None]
+
+
+def ridge_smoother(embeddings_PC: Floats, penalty: float) -> Floats:
+    """(P, P) H with `H X` what a ridge regression from the embeddings predicts for its own centred rows X.
+
+    `penalty`: λ, a share of a unit embedding's squared length, as in `baselines.Ridge`.
+    """
+    e_PC = embeddings_PC.astype(np.float64)
+    e_PC = e_PC - e_PC.mean(0)
+    ridge_CC = e_PC.T @ e_PC + penalty * len(e_PC) * np.eye(e_PC.shape[1])
+    return e_PC @ np.linalg.solve(ridge_CC, e_PC.T)

@@ -30,7 +30,7 @@ from lora_diffusion.synthesis.distributed import Group
 from lora_diffusion.synthesis.loop import Loop, LoopConfig
 from lora_diffusion.synthesis.metrics import RunLog, explained_variance, explained_variance_png, progress_line
 from lora_diffusion.synthesis.normaliser import Normaliser
-from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed
+from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed, ridge_smoother
 from lora_diffusion.synthesis.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.stages import DenoiserStage, VAEStage
 from lora_diffusion.synthesis.state import pack, unpack
@@ -123,7 +123,11 @@ class SynthesizerTraining:
         """Few rows: exact, by worker 0 alone (None on the others). Many: passes that all workers share."""
         c, train = self.config.pca, self.rows.train
         self.say(f"pca: {len(train):,} rows of {self.normaliser.size:,} varying parameters")
-        settings = {"exact_rows": c.exact_rows, "iterations": c.iterations}
+        settings: dict[str, Any] = {"exact_rows": c.exact_rows, "iterations": c.iterations}
+        if c.of == "predicted" and len(train) > c.exact_rows:
+            raise ValueError(f"pca.of=predicted needs exact components: set pca.exact_rows to at least {len(train)}")
+        if c.of == "predicted":
+            settings["smoother_PP"] = ridge_smoother(self.rows.embeddings(train).numpy(), c.penalty)
         if len(train) <= c.exact_rows:
             if not self.leader:
                 return None

@@ -18,9 +18,15 @@ CONDITION_SIZE = 512
 
 @dataclass(frozen=True)
 class PCAConfig:
-    """`exact_rows`: up to so many rows all components are exact; beyond, `iterations` passes approach the first ones."""
+    """`exact_rows`: up to so many rows all components are exact; beyond, `iterations` passes approach the first ones.
+
+    of: the components of the vectors, or of what a ridge regression from the embedding predicts of them: what the face
+        decides, without the optimiser's noise (exact rows only). `penalty`: of that regression.
+    """
 
     num_components: int = 512
+    of: Literal["vectors", "predicted"] = "vectors"
+    penalty: float = 1e-2
     exact_rows: int = 4096
     iterations: int = 6
 
