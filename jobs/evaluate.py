@@ -2,7 +2,7 @@
 """How good a synthesiser is, on people it never saw, against every control and baseline (Ray Data).
 
     ray job submit jobs/evaluate.py                              # configs/evaluate.yaml
-    python jobs/evaluate.py synthesizers.latent=runs/tiny/synthesizer limit=16
+    python jobs/evaluate.py synthesizers.denoiser=runs/tiny/synthesizer limit=16
     python jobs/evaluate.py --config my.yaml output=s3://bucket/evaluation --dry-run
 
 Writes results.json, report.html and contact sheets to `output`. Pictures are drawn once: the same command goes on where a

@@ -51,8 +51,7 @@ step jobs/ablate.py evaluation.corpus="$out/corpus" evaluation.held_out="$out/he
   seeds="$seeds" other_seeds="$seeds" "${quick[@]/#/training.}" "${others[@]}"
 
 step jobs/evaluate.py corpus="$out/corpus" held_out="$out/held_out" output="$out/evaluation" limit="$held_out" \
-  synthesizers.latent="$out/training_latent/synthesizer" \
-  synthesizers.pca="$out/training_pca/synthesizer" \
+  synthesizers.denoiser="$out/training_pca/synthesizer" synthesizers.latent="$out/training_latent/synthesizer" \
   synthesizers.vector="$out/training_vector/synthesizer" \
   ablations="$out/ablations"
 

@@ -251,8 +251,8 @@ class Routes:
         similarity: float | None = whole.lora.similarity
         return similarity
 
-    def _deviation(self, asked: Any) -> float:
-        return float(_given(asked.deviation_scale, self.config.sampling.deviation_scale))
+    def _deviation(self, asked: Any) -> float | None:
+        return _given(asked.deviation_scale, self.config.sampling.deviation_scale)
 
 
 def deadline(request: Request) -> float:

@@ -112,7 +112,7 @@ class Studio:
         return [Sampled(code, seed, embedding_C) for (code, _), seed in zip(answers, seeds, strict=True)]
 
     async def decode(
-        self, samples: Sequence[Sampled], deviation_scale: float, deadline: float, format: str | None = None
+        self, samples: Sequence[Sampled], deviation_scale: float | None, deadline: float, format: str | None = None
     ) -> list[Made]:
         """Codes -> LoRAs in the library. Waits a moment for a decoder that is still loading the code's synthesiser."""
         tasks = [DecodeTask(sampled.code, deviation_scale, format) for sampled in samples]

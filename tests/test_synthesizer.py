@@ -101,6 +101,18 @@ def test_deviation_scale_scales_the_deviation_from_the_mean() -> None:
     assert np.array_equal(plain[0, :CONSTANT], toy().vectors_PN[0, :CONSTANT].numpy())
 
 
+def test_a_face_is_drawn_with_the_deviation_scale_that_the_folder_recommends(tmp_path: Path) -> None:
+    model = untrained()
+    model.deviation_scale = 2.5
+    model.save_pretrained(tmp_path)
+    model, face = Synthesizer.from_pretrained(tmp_path), embeddings(1)
+    recommended = model.from_embedding(face, num_inference_steps=4)
+    assert np.array_equal(recommended, model.from_embedding(face, num_inference_steps=4, deviation_scale=2.5))
+    assert not np.allclose(recommended, model.from_embedding(face, num_inference_steps=4, deviation_scale=1.0))
+    codes = model.denoise(face, [0], 1.0, 4)
+    assert np.array_equal(model.decode(codes), model.from_embedding(face, num_inference_steps=4, deviation_scale=1.0))
+
+
 def test_people_without_a_face_differ_by_their_seed() -> None:
     model = untrained()
     people = model.sample(3, seed=10, num_inference_steps=4)

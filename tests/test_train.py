@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -197,5 +196,4 @@ def test_it_is_a_program_that_ray_job_submit_can_start() -> None:
 @pytest.mark.parametrize("name", ["train_tiny", "train_sd15"])
 def test_the_shipped_configurations_are_valid(name: str) -> None:
     config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
-    assert json.dumps(config.code_space) == '"latent"'
-    assert config.stages == ("pca", "vae", "denoiser")
+    assert config.stages == {"train_tiny": ("pca", "denoiser"), "train_sd15": ("pca", "vae", "denoiser")}[name]

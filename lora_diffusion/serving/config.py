@@ -45,7 +45,7 @@ class SamplingConfig:
 
     latent_guidance_scale: float = 1.0
     latent_inference_steps: int = 20
-    deviation_scale: float = 1.0
+    deviation_scale: float | None = None  # None: what the synthesiser's folder recommends
     guidance_scale: float = 2.0
     num_inference_steps: int = 20
     negative_prompt: str = ""

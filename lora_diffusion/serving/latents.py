@@ -144,7 +144,7 @@ class VectorStage:
 
     @torch.no_grad()
     def __call__(self, tasks: Sequence[DecodeTask]) -> list[Floats | Exception]:
-        groups: dict[tuple[str, float], list[int]] = defaultdict(list)
+        groups: dict[tuple[str, float | None], list[int]] = defaultdict(list)
         for i, task in enumerate(tasks):
             groups[task.code.model_id, task.deviation_scale].append(i)
         answers: list[Floats | Exception] = [ServingError("diverged", "")] * len(tasks)
@@ -152,7 +152,9 @@ class VectorStage:
             try:
                 model = self.models[model_id]
                 codes_BZ = np.stack([_of_size(tasks[i].code, model.code_size) for i in members])
-                vectors_BN = model.decode(codes_BZ, deviation_scale)
+                vectors_BN = model.decode(
+                    codes_BZ, model.deviation_scale if deviation_scale is None else deviation_scale
+                )
             except ServingError as error:
                 for i in members:
                     answers[i] = error

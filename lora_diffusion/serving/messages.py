@@ -64,7 +64,8 @@ class Code:
 @dataclass(frozen=True)
 class DecodeTask:
     code: Code
-    deviation_scale: float
+    deviation_scale: float | None
+    """None: what the synthesiser's folder recommends."""
     format: str | None = None
     """Also give the LoRA file in this format."""
 

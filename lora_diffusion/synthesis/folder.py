@@ -67,6 +67,7 @@ class Parts(NamedTuple):
     provenance: Provenance
     directions: AttributeDirections | None
     neighbours: Neighbours | None
+    deviation_scale: float
 
 
 def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.float32) -> None:
@@ -91,6 +92,7 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
         "denoiser": to_dict(parts.denoiser.config),
         "diffusion": to_dict(parts.diffusion.config),
         "attributes": [] if parts.directions is None else list(parts.directions.names),
+        "deviation_scale": parts.deviation_scale,
         "provenance": to_dict(parts.provenance),
         "files": sorted(files),
     }
@@ -140,6 +142,7 @@ def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) ->
         from_dict(Provenance, config["provenance"]),
         AttributeDirections(tuple(config["attributes"]), **files["edits"]) if "edits" in files else None,
         Neighbours(**files["neighbours"]) if "neighbours" in files else None,
+        float(config.get("deviation_scale", 1.0)),
     )
 
 

@@ -252,7 +252,9 @@ class SynthesizerTraining:
         )
         neighbours = Neighbours(rows.embeddings(rows.train), codes(rows.train)) if config.keep_neighbours else None
         layout = LoRALayout.from_dict(snapshot.layout)
-        synthesizer = Synthesizer(layout, space, denoiser, diffusion, provenance, neighbours=neighbours)
+        synthesizer = Synthesizer(
+            layout, space, denoiser, diffusion, provenance, None, neighbours, config.deviation_scale
+        )
         synthesizer.save_pretrained(f"{self.store.uri}/synthesizer")
         self.store.write_json("results.json", self.figures)
         self.say(f"synthesiser: {self.store.uri}/synthesizer")

@@ -51,6 +51,7 @@ class Synthesizer:
         provenance: Provenance | None = None,
         directions: AttributeDirections | None = None,
         neighbours: Neighbours | None = None,
+        deviation_scale: float = 1.0,
     ) -> None:
         if codes.normaliser.vector_size != layout.size or codes.size != denoiser.code_size:
             raise ValueError(
@@ -60,6 +61,7 @@ class Synthesizer:
         self.layout, self.codes, self.denoiser, self.diffusion = layout, codes, denoiser, diffusion
         self.provenance = provenance or Provenance()
         self.directions, self.neighbours = directions, neighbours
+        self.deviation_scale = deviation_scale
         for part in (codes, denoiser, diffusion):
             part.eval().requires_grad_(False)
         self._embedder: FaceEmbedder | None = None
@@ -108,12 +110,13 @@ class Synthesizer:
         guidance_scale: float = 1.0,
         num_inference_steps: int = 25,
         seed: int = 0,
-        deviation_scale: float = 1.0,
+        deviation_scale: float | None = None,
         best_of: int = 1,
     ) -> Floats:
         """LoRA vectors (B * num_samples, N) of embeddings (B, C) or (C,); a face's samples stand together.
 
         Sample i of every face starts from the noise of seed + i, so what comes out for a face does not depend on the others.
+        `deviation_scale`: see `decode`; None: what the synthesiser's folder recommends.
         `best_of`: draw so many times num_samples and keep those that agree best with the face, best first (`score`).
         """
         conditions_BC = self.check_embeddings(embeddings)
@@ -127,7 +130,7 @@ class Synthesizer:
             scores = self.score(codes_BZ, drawn_BC).reshape(-1, draws)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :num_samples]
             codes_BZ = codes_BZ[(best + draws * np.arange(len(scores))[:, None]).ravel()]
-        return self.decode(codes_BZ, deviation_scale)
+        return self.decode(codes_BZ, self.deviation_scale if deviation_scale is None else deviation_scale)
 
     def denoise(
         self, embeddings_BC: Array, seeds_B: Sequence[int], guidance_scale: float = 1.0, num_inference_steps: int = 25
@@ -256,6 +259,7 @@ class Synthesizer:
             self.provenance,
             self.directions,
             self.neighbours,
+            self.deviation_scale,
         )
         write_folder(path, parts, dtype)
 

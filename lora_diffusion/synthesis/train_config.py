@@ -59,7 +59,8 @@ class TrainConfig:
     code_space: what the denoiser works in; `vector` and `pca` need no VAE.
     layout_id: refuse a corpus of another one; None: whatever the corpus has.
     standardise: `each` code number to unit variance, or all `together`, by one factor.
-    condition_noise: see `DenoiserStage`. keep_neighbours: put the people's embeddings and codes into the folder, too.
+    condition_noise: see `DenoiserStage`. deviation_scale: what the folder recommends to draw with; jobs/evaluate.py measures it.
+    keep_neighbours: put the people's embeddings and codes into the folder, too.
     """
 
     corpus: str = "runs/tiny/corpus"
@@ -78,6 +79,7 @@ class TrainConfig:
     denoiser_training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5000))
     standardise: Literal["each", "together"] = "each"
     condition_noise: float = 0.0
+    deviation_scale: float = 1.0
     keep_neighbours: bool = True
     tensorboard: bool = True
     workers: WorkersConfig = field(default_factory=WorkersConfig)
