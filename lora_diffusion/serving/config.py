@@ -43,7 +43,7 @@ class LibraryConfig:
 class SamplingConfig:
     """Defaults of a request that leaves them out."""
 
-    latent_guidance_scale: float = 1.0
+    latent_guidance_scale: float = 2.0
     latent_inference_steps: int = 20
     deviation_scale: float | None = None  # None: what the synthesiser's folder recommends
     guidance_scale: float = 2.0
