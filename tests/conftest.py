@@ -29,6 +29,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets wo
 
 import pytest
 
+pytest_plugins = ["serve_client"]  # the HTTP API in this process: `api`, `studio`, `synthesizer`
+
 
 def free_port() -> int:
     """A TCP port of loopback that is free together with port + 10000, where SeaweedFS puts its gRPC."""

@@ -1,0 +1,178 @@
+"""Laws of the HTTP API: deadlines, keys, rates, queues, other sites, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from serve_client import FAST, PROMPT, Client, pixels, problem
+
+from lora_diffusion.serving.config import AccessConfig
+from serve.studio import Studio
+
+
+def test_slow_body_is_given_up(api: Client) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(20)
+        yield b"}"
+
+    problem(api("POST", "/v1/loras", content=drip(), headers={"content-type": "application/json"}), 408, "slow_body")
+
+
+def test_deadline_of_the_caller_ends_the_work(api: Client) -> None:
+    response = api.json(
+        "/v1/images",
+        prompt=PROMPT,
+        embedding=[1.0] * 512,
+        num_images=4,
+        num_inference_steps=100,
+        headers={"X-Request-Timeout-Seconds": "0.5"},
+    )
+    problem(response, 504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "x", "0"])
+def test_senseless_deadline_is_passed_over(api: Client, value: str) -> None:
+    assert api("GET", "/v1/model", headers={"X-Request-Timeout-Seconds": value}).status_code == 200
+
+
+def test_request_id_is_echoed_only_if_it_is_one(api: Client) -> None:
+    assert api("GET", "/healthz", headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    forged = api("GET", "/healthz", headers={"X-Request-Id": 'x" } {"event": "forged'})
+    assert "forged" not in forged.headers["x-request-id"]
+
+
+def test_logs_hold_request_ids_and_nothing_of_a_person(api: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lora_diffusion.serve"):
+        api.form("/v1/images", prompt="a secret wish of sks person", headers={"X-Request-Id": "trace-7"}, **FAST)
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "lora_diffusion.serve"]
+    line = next(line for line in lines if line["request_id"] == "trace-7")
+    assert (line["route"], line["status"]) == ("/v1/images", 200)
+    assert "secret" not in caplog.text
+
+
+def variant(studio: Studio, denoiser: Any = None, **changes: Any) -> Client:
+    """The same stages behind another configuration."""
+    changed = Studio(
+        replace(studio.config, **changes),
+        studio.metrics,
+        embedder=studio.embedder,
+        denoiser=denoiser or studio.denoiser,
+        decoder=studio.decoder,
+        renderer=studio.renderer,
+        library=studio.library,
+    )
+    return Client(changed)
+
+
+class Broken:
+    async def describe(self) -> None:
+        raise RuntimeError("a secret wish")
+
+
+def test_error_of_ours_is_noted_and_answered_without_its_words(
+    studio: Studio, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "lora_diffusion.serve"):
+        answer = variant(studio, denoiser=Broken())("GET", "/v1/model", headers={"X-Request-Id": "trace-8"})
+    problem(answer, 500, "internal_error")
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "lora_diffusion.serve"]
+    (error,) = [line for line in lines if line["event"] == "error"]
+    assert (error["request_id"], error["error"]) == ("trace-8", "RuntimeError")
+    assert any("describe" in frame for frame in error["frames"])
+    assert "secret" not in answer.text + caplog.text
+
+
+def test_key_is_wanted_where_keys_are_set(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_DIFFUSION_API_KEYS", "first, second")
+    guarded = variant(studio)
+    assert guarded("GET", "/healthz").status_code == 200
+    told = guarded("GET", "/v1/model")
+    problem(told, 401, "unauthorized")
+    assert told.headers["www-authenticate"] == "Bearer"
+    problem(guarded("GET", "/v1/model", headers={"Authorization": "Bearer third"}), 401, "unauthorized")
+    for headers in ({"Authorization": "Bearer second"}, {"X-API-Key": "first"}):
+        assert guarded("GET", f"/v1/loras/{'0' * 32}", headers=headers).json()["reason"] == "unknown_lora"
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(studio: Studio) -> None:
+    limited = variant(studio, access=AccessConfig(requests_per_minute=6, burst=2))
+    statuses = [limited("GET", f"/v1/loras/{'0' * 32}").status_code for _ in range(3)]
+    assert statuses == [404, 404, 429]
+    told = limited("GET", "/v1/model")
+    problem(told, 429, "rate_limited")
+    assert 1 <= int(told.headers["retry-after"]) <= 10
+
+
+def test_more_work_than_the_gateway_holds_is_refused_at_once(studio: Studio) -> None:
+    small = variant(studio, limits=replace(studio.config.limits, max_in_flight=2))
+    answers = small.loop.run_until_complete(ask_at_once(small, 6))
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert len(refused) == 4
+    problem(refused[0], 503, "overloaded")
+    assert int(refused[0].headers["retry-after"]) >= 1
+    assert sum(answer.status_code == 200 for answer in answers) == 2
+
+
+def test_slow_uploads_keep_nobody_out(studio: Studio) -> None:
+    small = variant(studio, limits=replace(studio.config.limits, max_in_flight=2, body_seconds=60.0))
+
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def scenario() -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        slow = [asyncio.create_task(small.client.post("/v1/loras", content=drip(), headers=headers)) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        answer = await small.client.post("/v1/latents", json={"embedding": [1.0] * 512, "latent_inference_steps": 3})
+        for task in slow:
+            task.cancel()
+        return answer
+
+    assert small.loop.run_until_complete(scenario()).status_code == 200
+
+
+async def ask_at_once(client: Client, count: int) -> list[httpx.Response]:
+    body = {"prompt": PROMPT, "embedding": [1.0] * 512, **FAST}
+    return await asyncio.gather(*(client.client.post("/v1/images", json=body) for _ in range(count)))
+
+
+def test_other_sites_are_let_in_only_by_name(studio: Studio, api: Client) -> None:
+    headers = {"Origin": "https://shop.example"}
+    assert "access-control-allow-origin" not in api("GET", "/healthz", headers=headers).headers
+    opened = variant(studio, access=AccessConfig(cors_origins=("https://shop.example",)))
+    allowed = opened("GET", "/healthz", headers=headers).headers["access-control-allow-origin"]
+    assert allowed == "https://shop.example"
+
+
+def test_people_drawn_together_are_drawn_as_alone(api: Client) -> None:
+    """Through HTTP: four people in one running batch, each with its own prompt, seed, guidance and steps."""
+    rng = np.random.default_rng(1)
+    requests = [
+        {
+            "prompt": f"a photo of sks person, {word}",
+            "embedding": rng.standard_normal(512).tolist(),
+            "seed": i,
+            "image_seed": 50 + i,
+            "guidance_scale": 1.0 + i,
+            "num_inference_steps": 3 + i,
+            "latent_inference_steps": 3,
+        }
+        for i, word in enumerate(("smiling", "neutral", "forest background", "studio light"))
+    ]
+
+    async def at_once() -> list[httpx.Response]:
+        return await asyncio.gather(*(api.client.post("/v1/images", json=body) for body in requests))
+
+    for body, answer in zip(requests, api.loop.run_until_complete(at_once()), strict=True):
+        alone = api.json("/v1/images", **body).json()["images"][0]["data"]
+        together = answer.json()["images"][0]["data"]
+        assert np.abs(pixels(alone).astype(int) - pixels(together).astype(int)).max() <= 1
