@@ -112,4 +112,10 @@ def learn_start(
 
 def load_start(name_or_path: str, layout: LoRALayout) -> Tensor:
     """A start vector (N,) by its file, or a shipped one by its name (`tiny-start`). Raises `ValueError` if none fits."""
-    return formats.load(EMBEDDED.get(name_or_path, name_or_path), layout)
+    try:
+        return formats.load(EMBEDDED.get(name_or_path, name_or_path), layout)
+    except ValueError as error:
+        raise ValueError(
+            f"lora.start is {name_or_path}: {error}. Learn one for these layers with jobs/learn_start.py, or set "
+            "lora.start=null for a random start"
+        ) from error

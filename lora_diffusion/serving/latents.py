@@ -152,9 +152,7 @@ class VectorStage:
             try:
                 model = self.models[model_id]
                 codes_BZ = np.stack([_of_size(tasks[i].code, model.code_size) for i in members])
-                vectors_BN = model.decode(
-                    codes_BZ, model.deviation_scale if deviation_scale is None else deviation_scale
-                )
+                vectors_BN = model.decode(codes_BZ, deviation_scale)
             except ServingError as error:
                 for i in members:
                     answers[i] = error

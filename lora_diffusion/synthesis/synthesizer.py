@@ -116,7 +116,7 @@ class Synthesizer:
         """LoRA vectors (B * num_samples, N) of embeddings (B, C) or (C,); a face's samples stand together.
 
         Sample i of every face starts from the noise of seed + i, so what comes out for a face does not depend on the others.
-        `deviation_scale`: see `decode`; None: what the synthesiser's folder recommends.
+        `deviation_scale`: see `decode`.
         `best_of`: draw so many times num_samples and keep those that agree best with the face, best first (`score`).
         """
         conditions_BC = self.check_embeddings(embeddings)
@@ -130,7 +130,7 @@ class Synthesizer:
             scores = self.score(codes_BZ, drawn_BC).reshape(-1, draws)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :num_samples]
             codes_BZ = codes_BZ[(best + draws * np.arange(len(scores))[:, None]).ravel()]
-        return self.decode(codes_BZ, self.deviation_scale if deviation_scale is None else deviation_scale)
+        return self.decode(codes_BZ, deviation_scale)
 
     def denoise(
         self, embeddings_BC: Array, seeds_B: Sequence[int], guidance_scale: float = 1.0, num_inference_steps: int = 25
@@ -148,9 +148,13 @@ class Synthesizer:
         return _numpy(score_codes(self.denoiser, self._tensor(codes_BZ), condition_BC, diffusion=self.diffusion))
 
     @torch.no_grad()
-    def decode(self, codes_BZ: Array, deviation_scale: float = 1.0) -> Floats:
-        """LoRA vectors (B, N) of codes; their deviation from the corpus' mean is multiplied by `deviation_scale`."""
+    def decode(self, codes_BZ: Array, deviation_scale: float | None = 1.0) -> Floats:
+        """LoRA vectors (B, N) of codes; their deviation from the corpus' mean is multiplied by `deviation_scale`.
+
+        1 is the inverse of `encode`; None is what the synthesiser's folder recommends to draw with.
+        """
         vectors_BN = self.codes.decode(self._tensor(codes_BZ))
+        deviation_scale = self.deviation_scale if deviation_scale is None else deviation_scale
         if deviation_scale != 1:
             mean_N = self.codes.normaliser.mean_N
             vectors_BN = mean_N + deviation_scale * (vectors_BN - mean_N)
