@@ -142,7 +142,7 @@ def bare(settings: list[str], repeats: int = 200) -> dict[str, float]:
         begin = time.perf_counter()
         found: Any = faces([photos[number % len(photos)]])[0]
         embedding_C = found.faces[0].embedding_C
-        task = LatentTask(embedding_C, number, sampling.latent_guidance_scale, sampling.latent_inference_steps)
+        task = LatentTask(embedding_C, number)
         code: Any = latents([task])[0]
         vector_N: Any = vectors([DecodeTask(code, sampling.deviation_scale)])[0]
         formats.to_bytes(vector_N, vectors.layout, "diffusers")

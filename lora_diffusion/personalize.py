@@ -113,6 +113,7 @@ class Personalizer:
             guidance_scale=defaults.latent_guidance_scale,
             num_inference_steps=defaults.latent_inference_steps,
             seed=seed,
+            temperature=defaults.temperature,
             deviation_scale=defaults.deviation_scale,
         )
         height, width = self.base.image_size, self.base.image_size

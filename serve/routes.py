@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Path, Request, Response
 
-from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask
+from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask
 from serve import answers, schemas
 from serve.body import read_request
 from serve.checks import check_limits, unit_embedding
@@ -184,13 +185,15 @@ class Routes:
             embedding_C = unit_embedding(asked.embedding, self._embedding_size)
         sampling = self.config.sampling
         first = new_seed() if asked.seed is None else asked.seed
-        return await self.studio.sample(
+        task = LatentTask(
             embedding_C,
-            [(first + i) % (schemas.MAX_SEED + 1) for i in range(count)],
+            first,
             _given(asked.latent_guidance_scale, sampling.latent_guidance_scale),
             _given(asked.latent_inference_steps, sampling.latent_inference_steps),
-            deadline(request),
+            _given(asked.temperature, sampling.temperature),
         )
+        seeds = [(first + i) % (schemas.MAX_SEED + 1) for i in range(count)]
+        return await self.studio.sample([replace(task, seed=seed) for seed in seeds], deadline(request))
 
     async def _make(self, asked: Any, request: Request, count: int, format: str | None = None) -> list[Made]:
         """The LoRAs of a request, whatever it gives to make them of."""

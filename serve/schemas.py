@@ -78,6 +78,7 @@ class LatentSampling(Request):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="left out: a random one, told in the answer")
     latent_guidance_scale: Number | None = Field(None, ge=0, le=20)
     latent_inference_steps: int | None = Field(None, ge=1, le=1000)
+    temperature: Number | None = Field(None, ge=0, le=2, description="how much samples of one person differ")
     deviation_scale: Number | None = Field(None, ge=0, le=4, description="how far from the mean LoRA; 1 is as learned")
 
 

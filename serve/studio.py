@@ -101,15 +101,11 @@ class Studio:
         mean_C = np.mean(vectors, axis=0)
         return np.asarray(mean_C / max(1e-9, float(np.linalg.norm(mean_C))), np.float32)
 
-    async def sample(
-        self, embedding_C: Floats, seeds: Sequence[int], guidance_scale: float, steps: int, deadline: float
-    ) -> list[Sampled]:
-        answers = await together(
-            self.denoiser.sample(LatentTask(embedding_C, seed, guidance_scale, steps), deadline) for seed in seeds
-        )
+    async def sample(self, tasks: Sequence[LatentTask], deadline: float) -> list[Sampled]:
+        answers = await together(self.denoiser.sample(task, deadline) for task in tasks)
         for _, timing in answers:
             self.metrics.stage(timing)
-        return [Sampled(code, seed, embedding_C) for (code, _), seed in zip(answers, seeds, strict=True)]
+        return [Sampled(code, task.seed, task.embedding_C) for (code, _), task in zip(answers, tasks, strict=True)]
 
     async def decode(
         self, samples: Sequence[Sampled], deviation_scale: float | None, deadline: float, format: str | None = None

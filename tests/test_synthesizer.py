@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from synthesis_world import CONSTANT, LAYOUT, toy, untrained
 
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.edits import AttributeDirections
-from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance
+from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance, Sampling
 
 FACES = Path(__file__).parent / "data" / "faces"
 
@@ -101,16 +102,22 @@ def test_deviation_scale_scales_the_deviation_from_the_mean() -> None:
     assert np.array_equal(plain[0, :CONSTANT], toy().vectors_PN[0, :CONSTANT].numpy())
 
 
-def test_a_face_is_drawn_with_the_deviation_scale_that_the_folder_recommends(tmp_path: Path) -> None:
+def test_a_face_is_drawn_as_the_folder_recommends(tmp_path: Path) -> None:
     model = untrained()
-    model.deviation_scale = 2.5
+    model.sampling = Sampling(guidance_scale=1.5, num_inference_steps=4, temperature=0.5, deviation_scale=2.5)
     model.save_pretrained(tmp_path)
     model, face = Synthesizer.from_pretrained(tmp_path), embeddings(1)
-    recommended = model.from_embedding(face, num_inference_steps=4)
-    assert np.array_equal(recommended, model.from_embedding(face, num_inference_steps=4, deviation_scale=2.5))
-    assert not np.allclose(recommended, model.from_embedding(face, num_inference_steps=4, deviation_scale=1.0))
-    codes = model.denoise(face, [0], 1.0, 4)
-    assert np.array_equal(model.decode(codes), model.from_embedding(face, num_inference_steps=4, deviation_scale=1.0))
+    recommended = model.from_embedding(face)
+    assert np.array_equal(recommended, model.from_embedding(face, **asdict(model.sampling)))
+    for name, other in {
+        "guidance_scale": 1.0,
+        "num_inference_steps": 5,
+        "temperature": 1.0,
+        "deviation_scale": 1.0,
+    }.items():
+        assert not np.allclose(recommended, model.from_embedding(face, **{name: other})), name
+    codes = model.denoise(face, [0], 1.5, 4, 0.5)
+    assert np.array_equal(model.decode(codes), model.from_embedding(face, deviation_scale=1.0))
 
 
 def test_people_without_a_face_differ_by_their_seed() -> None:

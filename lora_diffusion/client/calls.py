@@ -29,6 +29,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int
     latent_guidance_scale: float
     latent_inference_steps: int
+    temperature: float
     deviation_scale: float
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_diffusion.evaluation.ablation import AblationConfig, Variant, values_of
 from lora_diffusion.evaluation.held_out import Floats, HeldOut
-from lora_diffusion.evaluation.methods import Method
+from lora_diffusion.evaluation.methods import Method, drawing
 from lora_diffusion.evaluation.results import compare, cross_fitted, interval, method_figures, similarities
 from lora_diffusion.evaluation.scoring import Scores
 from lora_diffusion.synthesis import Synthesizer
@@ -29,9 +29,7 @@ def run_method(config: AblationConfig, record: Mapping[str, Any], held: HeldOut)
     """The LoRAs that a trained run makes for the held-out people, and the mean (N,) of what it learned from."""
     model = Synthesizer.from_pretrained(f"{config.output}/runs/{record['name']}/synthesizer")
     c = config.evaluation
-    vectors_KN = model.from_embedding(
-        held.conditions_KC, guidance_scale=c.guidance_scale, num_inference_steps=c.num_inference_steps, seed=c.seed
-    )
+    vectors_KN = model.from_embedding(held.conditions_KC, seed=c.seed, deviation_scale=1.0, **drawing(c))
     return Method.of(record["name"], vectors_KN), model.codes.normaliser.mean_N.numpy()
 
 

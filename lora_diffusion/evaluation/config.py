@@ -20,6 +20,7 @@ class EvaluationConfig:
     limit: the first so many held-out people; null: all.
     condition_photos: so many photos of a person are the input; the others are what renders are compared with.
     scales: factors of the deviation from the corpus' mean that every method is drawn with.
+    guidance_scale, num_inference_steps, temperature: of the denoiser; null: what its folder recommends.
     diversity_people, diversity_samples: so many LoRAs are drawn for each of so many people.
     reference: the synthesiser that the others are compared with; empty: the first.
     data: which rows of the corpus the baselines learn from, and how they are split.
@@ -39,8 +40,9 @@ class EvaluationConfig:
     limit: int | None = 48
     condition_photos: int = 1
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
-    guidance_scale: float = 1.0
-    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    temperature: float | None = None
     seed: int = 0
     diversity_people: int = 12
     diversity_samples: int = 4

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lora_diffusion.config import to_dict
 from lora_diffusion.corpus import CorpusReader, Statistics
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import Floats, HeldOut
@@ -129,11 +130,8 @@ def synthesised(
 ) -> tuple[list[Method], dict[str, Any]]:
     """What one synthesiser gives: one LoRA each, several each of a few people, and the fine-tuned ones through its code
     space and back."""
-    settings: dict[str, Any] = {
-        "guidance_scale": config.guidance_scale,
-        "num_inference_steps": config.num_inference_steps,
-    }
-    vectors_KN = model.from_embedding(held.conditions_KC, seed=config.seed, **settings)
+    settings = drawing(config)
+    vectors_KN = model.from_embedding(held.conditions_KC, seed=config.seed, deviation_scale=1.0, **settings)
     few = min(config.diversity_people, len(held))
     methods = [
         Method.of(f"{SYNTHESISED}:{name}", vectors_KN),
@@ -151,11 +149,17 @@ def synthesised(
         "code_size": model.code_size,
         "conditioning": model.denoiser.config.conditioning,
         "prediction_type": model.diffusion.config.prediction_type,
+        "sampling": to_dict(model.sampling),
         "parameters": sum(p.numel() for p in model.denoiser.parameters()),
         "reconstruction": found.to_dict(),
         "figures": model.provenance.figures,
     }
     return methods, facts
+
+
+def drawing(config: EvaluationConfig) -> dict[str, Any]:
+    """How every synthesiser is drawn from, as arguments of `from_embedding`."""
+    return {name: getattr(config, name) for name in ("guidance_scale", "num_inference_steps", "temperature")}
 
 
 def check_fit(models: Mapping[str, Synthesizer], reader: CorpusReader) -> None:

@@ -41,11 +41,12 @@ class LibraryConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Defaults of a request that leaves them out."""
+    """Defaults of a request that leaves them out. None: what the synthesiser's folder recommends."""
 
-    latent_guidance_scale: float = 2.0
-    latent_inference_steps: int = 20
-    deviation_scale: float | None = None  # None: what the synthesiser's folder recommends
+    latent_guidance_scale: float | None = None
+    latent_inference_steps: int | None = None
+    temperature: float | None = None
+    deviation_scale: float | None = None
     guidance_scale: float = 2.0
     num_inference_steps: int = 20
     negative_prompt: str = ""

@@ -89,7 +89,7 @@ class Models:
 
 
 class LatentStage:
-    """Embeddings -> codes, each with its own seed; those with the same guidance and steps run together."""
+    """Embeddings -> codes, each with its own seed; those with the same settings run together."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.models = Models(config.synthesizer, config.device)
@@ -97,15 +97,15 @@ class LatentStage:
     @torch.no_grad()
     def __call__(self, tasks: Sequence[LatentTask]) -> list[Code | Exception]:
         model_id, model = self.models.current_id, self.models.current
-        groups: dict[tuple[float, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[float | None, int | None, float | None], list[int]] = defaultdict(list)
         for i, task in enumerate(tasks):
-            groups[task.guidance_scale, task.num_inference_steps].append(i)
+            groups[task.guidance_scale, task.num_inference_steps, task.temperature].append(i)
         embeddings_BC = np.stack([task.embedding_C for task in tasks])
         nearest_B = nearest_similarity(model, embeddings_BC)
         answers: list[Code | Exception] = [ServingError("diverged", "")] * len(tasks)
-        for (guidance_scale, steps), members in groups.items():
+        for (guidance_scale, steps, temperature), members in groups.items():
             seeds = [tasks[i].seed for i in members]
-            codes_BZ = model.denoise(embeddings_BC[members], seeds, guidance_scale, steps)
+            codes_BZ = model.denoise(embeddings_BC[members], seeds, guidance_scale, steps, temperature)
             for i, code_Z in zip(members, codes_BZ, strict=True):
                 answers[i] = _finite(Code(code_Z, model_id, None if nearest_B is None else float(nearest_B[i])))
         return answers

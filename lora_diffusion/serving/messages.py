@@ -43,12 +43,13 @@ class FoundFaces:
 
 @dataclass(frozen=True)
 class LatentTask:
-    """One code of the person with embedding_C."""
+    """One code of the person with embedding_C. None: what the synthesiser's folder recommends."""
 
     embedding_C: Floats
     seed: int
-    guidance_scale: float
-    num_inference_steps: int
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from lora_diffusion.synthesis.linear_guess import LinearGuess
+
 
 @dataclass(frozen=True)
 class DenoiserConfig:
@@ -41,6 +43,7 @@ class DenoiserConfig:
     input_skip: adds a(t) times the noisy code to the answer, a(t) learned and 0 at the start: a network narrower than
         the code cannot pass noise on by itself.
     dropout: within the blocks, against learning a small corpus by heart.
+    linear_guess: the network adds to a linear regression from the face instead of starting from nothing (`linear_guess.py`).
     """
 
     width: int = 512
@@ -52,6 +55,7 @@ class DenoiserConfig:
     generator_width: int = 32
     dropout: float = 0.0
     input_skip: bool = True
+    linear_guess: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "expansion", "condition_width", "rank", "generator_width"):
@@ -117,8 +121,12 @@ class ADALoRABlock(nn.Module):
 class Denoiser(nn.Module):
     """Predicts noise, code or velocity (as trained) from a noisy code, the timestep and the identity embedding."""
 
-    def __init__(self, code_size: int, condition_size: int, config: DenoiserConfig) -> None:
+    def __init__(
+        self, code_size: int, condition_size: int, config: DenoiserConfig, guess: LinearGuess | None = None
+    ) -> None:
+        """`guess`: what the network adds to; `Diffusion.denoiser` makes it where the configuration asks for one."""
         super().__init__()
+        self.guess = guess
         self.code_size, self.condition_size, self.config = code_size, condition_size, config
         D, W = config.width, config.condition_width
         self.embed_time = nn.Sequential(nn.Linear(W, W), nn.SiLU(), nn.Linear(W, W))
@@ -165,6 +173,8 @@ class Denoiser(nn.Module):
             answer_BZ = self.last(F.silu((1 + scale_BD) * self.norm(h_BD) + shift_BD))
         if self.input_skip is not None:
             answer_BZ = answer_BZ + self.input_skip(c_BW) * noisy_BZ
+        if self.guess is not None:
+            answer_BZ = answer_BZ + self.guess(noisy_BZ, timesteps_B, condition_BC, drop_B)
         return answer_BZ
 
     def _embed_time(self, timesteps_B: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from lora_diffusion.lora.objective import NoiseSchedule
-from lora_diffusion.synthesis.denoiser import Denoiser
+from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
+from lora_diffusion.synthesis.linear_guess import LinearGuess
 
 LARGEST_PRIOR = 4096
 
@@ -72,6 +73,17 @@ class Diffusion(nn.Module):
     def noise(self, white_BZ: Tensor) -> Tensor:
         """Noise of the prior from N(0, I)."""
         return white_BZ if self.factor_ZZ is None else white_BZ @ self.factor_ZZ.T
+
+    def denoiser(self, code_size: int, condition_size: int, config: DenoiserConfig) -> Denoiser:
+        """A new network for this process."""
+        guess = None
+        if config.linear_guess:
+            noise_Z = torch.ones(code_size) if self.factor_ZZ is None else self.factor_ZZ.square().sum(1)
+            schedule = self.schedule
+            guess = LinearGuess(
+                condition_size, self.config.prediction_type, schedule.signal, schedule.sigma, noise_Z.cpu()
+            )
+        return Denoiser(code_size, condition_size, config, guess)
 
     def sampler(self) -> Any:
         """A new scheduler for one call of `sample_codes`: DPM-Solver keeps state from step to step."""
@@ -140,6 +152,7 @@ def sample_codes(
     seeds_B: Sequence[int],
     guidance_scale: float = 1.0,
     num_inference_steps: int = 25,
+    temperature: float = 1.0,
     *,
     diffusion: Diffusion,
 ) -> Tensor:
@@ -151,6 +164,7 @@ def sample_codes(
     Args:
         condition_BC: unit embeddings, or None to sample without a face.
         guidance_scale: g in `nobody + g (somebody - nobody)`; 1 is the conditional prediction alone, and costs half.
+        temperature: factor of the starting noise. Below 1, samples are alike and nearer to what is typical of the face.
 
     Raises:
         ValueError: another number of conditions than seeds, or steps out of range.
@@ -161,12 +175,14 @@ def sample_codes(
         raise ValueError(
             f"num_inference_steps is {num_inference_steps}; it must lie in 1 .. {diffusion.config.num_train_timesteps}"
         )
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must not be negative")
     device = denoiser.no_face_W.device
     if not len(seeds_B):
         return torch.zeros(0, denoiser.code_size, device=device)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds_B]
     white_BZ = torch.stack([torch.randn(denoiser.code_size, generator=generator) for generator in generators])
-    x_BZ = diffusion.noise(white_BZ.to(device))
+    x_BZ = temperature * diffusion.noise(white_BZ.to(device))
     scheduler = diffusion.sampler()
     scheduler.set_timesteps(num_inference_steps)
     batch = len(x_BZ)

@@ -48,6 +48,20 @@ class Provenance:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw from a synthesiser; its folder holds what was found to be best. See `sample_codes`.
+
+    deviation_scale: factor of the LoRA's deviation from the corpus' mean: regression averages a person's features away,
+        more than 1 brings them back.
+    """
+
+    guidance_scale: float = 1.0
+    num_inference_steps: int = 25
+    temperature: float = 1.0
+    deviation_scale: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Neighbours:
     """Corpus people: unit embeddings (P, C) and codes (P, Z). Embeddings are biometric data: leave them out of what
@@ -67,7 +81,7 @@ class Parts(NamedTuple):
     provenance: Provenance
     directions: AttributeDirections | None
     neighbours: Neighbours | None
-    deviation_scale: float
+    sampling: Sampling
 
 
 def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.float32) -> None:
@@ -92,7 +106,7 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
         "denoiser": to_dict(parts.denoiser.config),
         "diffusion": to_dict(parts.diffusion.config),
         "attributes": [] if parts.directions is None else list(parts.directions.names),
-        "deviation_scale": parts.deviation_scale,
+        "sampling": to_dict(parts.sampling),
         "provenance": to_dict(parts.provenance),
         "files": sorted(files),
     }
@@ -131,18 +145,21 @@ def read_folder(path: str | Path) -> Parts:
 
 
 def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) -> Parts:
-    denoiser = Denoiser(config["code_size"], config["condition_size"], from_dict(DenoiserConfig, config["denoiser"]))
-    denoiser.load_state_dict(strip_prefix("denoiser", files["denoiser"]))
     prior = strip_prefix("diffusion", files["denoiser"])
+    diffusion = Diffusion(from_dict(DiffusionConfig, config["diffusion"]), prior.get("factor_ZZ"))
+    denoiser = diffusion.denoiser(
+        config["code_size"], config["condition_size"], from_dict(DenoiserConfig, config["denoiser"])
+    )
+    denoiser.load_state_dict(strip_prefix("denoiser", files["denoiser"]))
     return Parts(
         LoRALayout.from_dict(config["layout"]),
         build_codes(config["codes"], files["codes"]),
         denoiser,
-        Diffusion(from_dict(DiffusionConfig, config["diffusion"]), prior.get("factor_ZZ")),
+        diffusion,
         from_dict(Provenance, config["provenance"]),
         AttributeDirections(tuple(config["attributes"]), **files["edits"]) if "edits" in files else None,
         Neighbours(**files["neighbours"]) if "neighbours" in files else None,
-        float(config.get("deviation_scale", 1.0)),
+        from_dict(Sampling, config["sampling"]),
     )
 
 

@@ -22,6 +22,7 @@ from lora_diffusion.config import to_dict
 from lora_diffusion.corpus import Statistics
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store
+from lora_diffusion.synthesis.baselines import Pairs
 from lora_diffusion.synthesis.codes import CodeSpace, LatentCodes, PCACodes, VectorCodes, reconstruction
 from lora_diffusion.synthesis.dataset import CorpusRows
 from lora_diffusion.synthesis.denoiser import Denoiser
@@ -182,18 +183,27 @@ class SynthesizerTraining:
         if config.diffusion.prior == "corpus":
             factor = prior_factor(codes(rows.train))
         torch.manual_seed(config.denoiser_training.seed)
-        denoiser = Denoiser(space.size, CONDITION_SIZE, config.denoiser)
         diffusion = Diffusion(config.diffusion, factor)
+        denoiser = diffusion.denoiser(space.size, CONDITION_SIZE, config.denoiser)
+        if denoiser.guess is not None:
+            cosine = denoiser.guess.fit(self._pairs(rows.train, codes), self._pairs(rows.validation, codes))
+            self.figures["linear_guess_cosine"] = cosine
+            self.say(f"linear guess: cosine {cosine:.4f} with the codes of {len(rows.validation)} validation people")
         stage = DenoiserStage(denoiser, diffusion, rows, codes, config.condition_noise)
         names = ("denoiser", "diffusion", "code_space", "standardise", "condition_noise")
         identity = {name: to_dict(config)[name] for name in names} | {"data": self._identity()}
         loop = self._loop("denoiser", stage, config.denoiser_training, identity)
         self._train(loop)
         if self.leader:
-            denoiser = Denoiser(space.size, CONDITION_SIZE, config.denoiser)
-            denoiser.load_state_dict(strip_prefix("denoiser", loop.best_weights()))
-            self._save(space.cpu(), denoiser, diffusion.cpu(), codes, loop)
+            guess = None if denoiser.guess is None else copy.deepcopy(denoiser.guess).cpu()
+            whole = Denoiser(space.size, CONDITION_SIZE, config.denoiser, guess)  # where FSDP split it
+            whole.load_state_dict(strip_prefix("denoiser", loop.best_weights()), strict=guess is None)
+            self._save(space.cpu(), whole, diffusion.cpu(), codes, loop)
         self.group.barrier()
+
+    def _pairs(self, slots: Slots, codes: Callable[[Slots], Tensor]) -> Pairs:
+        parts = [slots[start : start + 256] for start in range(0, len(slots), 256)]
+        return lambda: ((self.rows.embeddings(part), codes(part)) for part in parts)
 
     def _code_space(self) -> CodeSpace:
         if self.config.code_space == "vector":
@@ -252,9 +262,7 @@ class SynthesizerTraining:
         )
         neighbours = Neighbours(rows.embeddings(rows.train), codes(rows.train)) if config.keep_neighbours else None
         layout = LoRALayout.from_dict(snapshot.layout)
-        synthesizer = Synthesizer(
-            layout, space, denoiser, diffusion, provenance, None, neighbours, config.deviation_scale
-        )
+        synthesizer = Synthesizer(layout, space, denoiser, diffusion, provenance, None, neighbours, config.sampling)
         synthesizer.save_pretrained(f"{self.store.uri}/synthesizer")
         self.store.write_json("results.json", self.figures)
         self.say(f"synthesiser: {self.store.uri}/synthesizer")

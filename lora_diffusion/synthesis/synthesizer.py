@@ -10,6 +10,7 @@ Arrays go in, arrays come out (numpy, float32). Axes: B faces or samples, K peop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from lora_diffusion.synthesis.codes import CodeSpace
 from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import Diffusion, sample_codes, score_codes
 from lora_diffusion.synthesis.edits import AttributeDirections, slerp
-from lora_diffusion.synthesis.folder import Neighbours, Parts, Provenance, read_folder, write_folder
+from lora_diffusion.synthesis.folder import Neighbours, Parts, Provenance, Sampling, read_folder, write_folder
 from lora_diffusion.synthesis.inversion import InversionConfig, InversionResult, invert, refine
 
-__all__ = ["EMBEDDED", "Neighbours", "Provenance", "Synthesizer"]
+__all__ = ["EMBEDDED", "Neighbours", "Provenance", "Sampling", "Synthesizer"]
 
 EMBEDDED = {"tiny": ASSETS / "synthesizer"}
 
@@ -51,7 +52,7 @@ class Synthesizer:
         provenance: Provenance | None = None,
         directions: AttributeDirections | None = None,
         neighbours: Neighbours | None = None,
-        deviation_scale: float = 1.0,
+        sampling: Sampling | None = None,
     ) -> None:
         if codes.normaliser.vector_size != layout.size or codes.size != denoiser.code_size:
             raise ValueError(
@@ -61,7 +62,7 @@ class Synthesizer:
         self.layout, self.codes, self.denoiser, self.diffusion = layout, codes, denoiser, diffusion
         self.provenance = provenance or Provenance()
         self.directions, self.neighbours = directions, neighbours
-        self.deviation_scale = deviation_scale
+        self.sampling = sampling or Sampling()
         for part in (codes, denoiser, diffusion):
             part.eval().requires_grad_(False)
         self._embedder: FaceEmbedder | None = None
@@ -107,16 +108,17 @@ class Synthesizer:
         self,
         embeddings: Array,
         num_samples: int = 1,
-        guidance_scale: float = 1.0,
-        num_inference_steps: int = 25,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         seed: int = 0,
+        temperature: float | None = None,
         deviation_scale: float | None = None,
         best_of: int = 1,
     ) -> Floats:
         """LoRA vectors (B * num_samples, N) of embeddings (B, C) or (C,); a face's samples stand together.
 
         Sample i of every face starts from the noise of seed + i, so what comes out for a face does not depend on the others.
-        `deviation_scale`: see `decode`.
+        What is left out of `Sampling`'s settings is as the synthesiser's folder recommends.
         `best_of`: draw so many times num_samples and keep those that agree best with the face, best first (`score`).
         """
         conditions_BC = self.check_embeddings(embeddings)
@@ -125,7 +127,7 @@ class Synthesizer:
         draws = num_samples * best_of
         seeds = [seed + i for _ in range(len(conditions_BC)) for i in range(draws)]
         drawn_BC = np.repeat(conditions_BC, draws, axis=0)
-        codes_BZ = self.denoise(drawn_BC, seeds, guidance_scale, num_inference_steps)
+        codes_BZ = self.denoise(drawn_BC, seeds, guidance_scale, num_inference_steps, temperature)
         if best_of > 1:
             scores = self.score(codes_BZ, drawn_BC).reshape(-1, draws)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :num_samples]
@@ -133,12 +135,29 @@ class Synthesizer:
         return self.decode(codes_BZ, deviation_scale)
 
     def denoise(
-        self, embeddings_BC: Array, seeds_B: Sequence[int], guidance_scale: float = 1.0, num_inference_steps: int = 25
+        self,
+        embeddings_BC: Array,
+        seeds_B: Sequence[int],
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        temperature: float | None = None,
     ) -> Floats:
         """Codes (B, Z), one for each embedding and seed."""
+        given = {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            "temperature": temperature,
+        }
+        how = replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
         condition = torch.from_numpy(self.check_embeddings(embeddings_BC)).to(self.device)
         codes = sample_codes(
-            self.denoiser, condition, seeds_B, guidance_scale, num_inference_steps, diffusion=self.diffusion
+            self.denoiser,
+            condition,
+            seeds_B,
+            how.guidance_scale,
+            how.num_inference_steps,
+            how.temperature,
+            diffusion=self.diffusion,
         )
         return _numpy(codes)
 
@@ -154,7 +173,7 @@ class Synthesizer:
         1 is the inverse of `encode`; None is what the synthesiser's folder recommends to draw with.
         """
         vectors_BN = self.codes.decode(self._tensor(codes_BZ))
-        deviation_scale = self.deviation_scale if deviation_scale is None else deviation_scale
+        deviation_scale = self.sampling.deviation_scale if deviation_scale is None else deviation_scale
         if deviation_scale != 1:
             mean_N = self.codes.normaliser.mean_N
             vectors_BN = mean_N + deviation_scale * (vectors_BN - mean_N)
@@ -263,7 +282,7 @@ class Synthesizer:
             self.provenance,
             self.directions,
             self.neighbours,
-            self.deviation_scale,
+            self.sampling,
         )
         write_folder(path, parts, dtype)
 
