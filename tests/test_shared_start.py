@@ -96,6 +96,16 @@ def test_start_file_must_fit_the_layout(base: BaseModel, layout: LoRALayout, tmp
         load_start("tiny-strat", layout)
 
 
+def test_start_of_another_base_is_refused(base: BaseModel, layout: LoRALayout, tmp_path: Path) -> None:
+    vector_N = initial_vectors(layout, 0)[0]
+    path = formats.save(vector_N, layout, tmp_path / "s.safetensors", "vector", metadata={"base": base.fingerprint})
+    assert torch.equal(load_start(str(path), layout, base.fingerprint), vector_N)
+    with pytest.raises(
+        ValueError, match=rf"learned with base model {base.fingerprint}, this one is 0123.*learn_start.py"
+    ):
+        load_start(str(path), layout, "0123456789abcdef")
+
+
 def test_job_learns_a_start_that_the_corpus_job_takes(tmp_path: Path) -> None:
     draw = FacesWriter(str(tmp_path / "people"), FacesConfig(views=4))
     draw({"numbers": [200, 201, 202]})

@@ -127,7 +127,7 @@ def sections(results: Mapping[str, Any], image: Mapping[str, str]) -> list[str]:
     if not rows:
         return []
     captions = {
-        "ablations": "One factor changed at a time. Orange: the reference. Bars: 95 % interval over people of the mean over "
+        "ablations": "One factor changed at a time. Orange: the reference. Bars: 95 % interval over people and "
         "seeds; small dots: single seeds; lines: base model (dotted), nearest neighbour (dash-dotted), fine-tuned (dashed).",
         "spaces": "Loss against steps, and what counts: similarity of renders. Losses of different spaces are not comparable "
         "in height: each is a mean over its own unit-variance numbers.",

@@ -2,7 +2,7 @@
 
 A run's similarity is reported as it is and at the best scale of the deviation from the mean (cross-fitted, see
 `results.py`): settings differ in how far from the mean they dare to go, and that one number is easily tuned.
-Seeds are averaged for each person before people are resampled, so an interval is over people; the seeds are shown beside.
+Intervals are over people and seeds, both resampled; the seeds' own means are shown beside.
 
 Axes: K people, R recognisers.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from lora_diffusion.evaluation.ablation import AblationConfig, Variant, values_of
 from lora_diffusion.evaluation.held_out import Floats, HeldOut
 from lora_diffusion.evaluation.methods import Method, drawing
-from lora_diffusion.evaluation.results import compare, cross_fitted, interval, method_figures, similarities
+from lora_diffusion.evaluation.results import cross_fitted, interval, interval_of_runs, method_figures, similarities
 from lora_diffusion.evaluation.scoring import Scores
 from lora_diffusion.synthesis import Synthesizer
 
@@ -53,7 +53,7 @@ def scored(record: Record, methods: Sequence[Method], scores: Mapping[str, Score
 
 def compared(config: AblationConfig, records: Sequence[Record], available: int) -> list[dict[str, Any]]:
     """One row for each value of each factor: means over its seeds, and the difference from the reference's runs of the
-    same seeds, person by person."""
+    same seeds and people."""
     by_variant = {_variant(record): record for record in records if record.get("variant")}
     rows = []
     for factor in config.factors:
@@ -87,14 +87,14 @@ def compared(config: AblationConfig, records: Sequence[Record], available: int) 
 
 
 def _summary(key: str, mine: Sequence[Record], reference: Sequence[Record] | None) -> dict[str, Any]:
-    """By recogniser: the interval over people, each seed's mean, and the difference from the reference."""
+    """By recogniser: the interval over people and seeds, each seed's mean, and the difference from the reference."""
     found = {}
     for r, name in enumerate(mine[0]["recognisers"]):
         own_SK = np.array([_values(record, key)[r] for record in mine])
-        entry: dict[str, Any] = {**interval(own_SK.mean(0)), "seeds": [round(float(x), 5) for x in own_SK.mean(1)]}
+        entry: dict[str, Any] = {**interval_of_runs(own_SK), "seeds": [round(float(x), 5) for x in own_SK.mean(1)]}
         if reference is not None:
             their_SK = np.array([_values(record, key)[r] for record in reference])
-            entry["minus_reference"] = compare(own_SK.mean(0), their_SK.mean(0))
+            entry["minus_reference"] = interval_of_runs(own_SK, their_SK)
         found[name] = entry
     return found
 

@@ -49,7 +49,7 @@ class LoRAMaker:
         self.base = BaseModel.from_pretrained(config.base, device, getattr(torch, config.dtype))
         lora = config.lora
         self.layout = LoRALayout.from_unet(self.base.unet, lora.rank, lora.target_modules, lora.alpha)
-        self.start_1N = None if lora.start is None else load_start(lora.start, self.layout)[None]
+        self.start_1N = None if lora.start is None else load_start(lora.start, self.layout, self.base.fingerprint)[None]
         self.embedder = FaceEmbedder(config.embedder)
 
     @cached_property

@@ -149,6 +149,11 @@ def read_layout(path: str | os.PathLike[str]) -> LoRALayout:
     return _layout_in(_read(source)[1], source)
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What the header of a LoRA file says beside the tensors. Raises `ValueError` if there is no such file."""
+    return _read(_find(Path(path)))[1]
+
+
 def from_weights2weights(row_N: Tensor, layout: LoRALayout, *, rescale: bool = False) -> Tensor:
     """Vector (N,), float32, of one row of weights2weights' corpus (arXiv:2406.09413): our order, alpha 27.
 

@@ -110,10 +110,17 @@ def learn_start(
     return start_N.detach().masked_scatter(~is_B, shared_A.detach()).cpu()
 
 
-def load_start(name_or_path: str, layout: LoRALayout) -> Tensor:
-    """A start vector (N,) by its file, or a shipped one by its name (`tiny-start`). Raises `ValueError` if none fits."""
+def load_start(name_or_path: str, layout: LoRALayout, base_fingerprint: str | None = None) -> Tensor:
+    """A start vector (N,) by its file, or a shipped one by its name (`tiny-start`).
+
+    Raises `ValueError` if it does not fit the layout, or says that it was learned with another base model.
+    """
+    path = EMBEDDED.get(name_or_path, name_or_path)
     try:
-        return formats.load(EMBEDDED.get(name_or_path, name_or_path), layout)
+        learned_with = formats.read_metadata(path).get("base")
+        if base_fingerprint and learned_with and learned_with != base_fingerprint:
+            raise ValueError(f"it was learned with base model {learned_with}, this one is {base_fingerprint}")
+        return formats.load(path, layout)
     except ValueError as error:
         raise ValueError(
             f"lora.start is {name_or_path}: {error}. Learn one for these layers with jobs/learn_start.py, or set "

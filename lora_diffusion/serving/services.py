@@ -113,7 +113,8 @@ class Decoder:
     async def decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
         vector_N, timing = await self._batcher(task, deadline)
         record = LoRARecord(vector_N, task.code.values_Z, task.code.model_id)
-        return Decoded(await self._keep(record), self._file(record, task.format)), timing
+        lora_id, file = await asyncio.gather(self._keep(record), asyncio.to_thread(self._file, record, task.format))
+        return Decoded(lora_id, file), timing
 
     async def accept(self, data: bytes, format: str | None = None) -> Decoded:
         """An uploaded LoRA file, checked against the layout. Raises ServingError "bad_lora"."""
