@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import mimetypes
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 
 from lora_diffusion import __version__
@@ -33,10 +35,11 @@ DESCRIPTION = (
 
 def build_api(studio: Studio) -> FastAPI:
     """The application with all its routes."""
-    app = FastAPI(title="LoRA Diffusion", version=__version__)
+    app = FastAPI(title="LoRA Diffusion", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(Routes(studio).router)
     _add_operations(app, studio)
     _add_page(app)
+    _add_docs(app)
     _add_problems(app, studio)
     describe(app, DESCRIPTION)
     app.add_middleware(Guard, config=studio.config, metrics=studio.metrics)
@@ -85,6 +88,23 @@ def _add_page(app: FastAPI) -> None:
             headers = {"Cache-Control": "no-cache", "Content-Security-Policy": CSP}
             for url in ("/", "/index.html") if name == "index.html" else (f"/{name}",):
                 app.get(url, include_in_schema=False)(_constant(path.read_bytes(), media_type, headers))
+
+
+def _add_docs(app: FastAPI) -> None:
+    """`GET /docs`: FastAPI's own, with Swagger UI from the package `fastapi_offline` instead of a CDN."""
+    files = resources.files("fastapi_offline") / "static"
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        page = _constant((files / name).read_bytes(), media_type, {"Cache-Control": "max-age=86400"})
+        app.get(f"/docs/{name}", include_in_schema=False)(page)
+    html = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=app.title,
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url="data:,",
+    )
+    app.get("/docs", include_in_schema=False)(_constant(bytes(html.body), "text/html", {"Cache-Control": "no-cache"}))
 
 
 def _constant(content: bytes, media_type: str, headers: dict[str, str]) -> Any:

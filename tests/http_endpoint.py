@@ -16,7 +16,7 @@ import httpx
 import psutil
 import uvicorn
 import yaml
-from conftest import free_port
+from s3_server import free_port
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 240.0  # on a busy machine

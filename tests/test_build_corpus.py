@@ -20,11 +20,11 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import S3Server
 from drivers import driver
 from factory_world import PEOPLE, settings
 from PIL import Image
 from s3_faults import faulty
+from s3_server import S3Server
 
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.storage import open_store

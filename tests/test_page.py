@@ -71,6 +71,16 @@ def opened(browser: Any, address: str, **settings: Any) -> Iterator[Any]:
     context.close()
 
 
+def test_docs_need_no_internet(browser: Any, address: str) -> None:
+    page = browser.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}/docs")
+    page.wait_for_selector('.opblock:has-text("/v1/personalize")', timeout=SOON)
+    assert all(url.startswith((address, "data:")) for url in asked), asked
+    page.close()
+
+
 def ready(page: Any, pictures: int) -> None:
     page.wait_for_selector('#status:has-text("ready")')
     assert page.locator("#pictures img").count() == pictures

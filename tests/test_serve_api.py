@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,12 @@ def test_operations_answer(api: Client) -> None:
         assert f'lora_diffusion_stage_batch_size_count{{stage="{stage}"}}' in text
     assert 'lora_diffusion_requests_total{route="/v1/personalize",status="200"}' in text
     assert "lora_diffusion_library_loras " in text
+
+
+def test_docs_load_nothing_from_elsewhere(api: Client) -> None:
+    page = api("GET", "/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(sources) == 3
+    for source in sources:
+        assert source.startswith("data:") or api("GET", f"/{source}").status_code == 200

@@ -12,8 +12,8 @@ import httpx
 import pytest
 import schemathesis
 import uvicorn
-from conftest import free_port
 from hypothesis import HealthCheck, given, settings
+from s3_server import free_port
 from schemathesis import GenerationMode
 from serve_world import save_synthesizer
 

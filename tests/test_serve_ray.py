@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from conftest import free_port
+from s3_server import free_port
 from serve_world import save_synthesizer
 
 ROOT = Path(__file__).parents[1]

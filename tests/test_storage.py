@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import S3Server
 from s3_faults import faulty
+from s3_server import S3Server
 
 from lora_diffusion.storage import Store, StoreError, open_store
 

@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import S3Server
 from drivers import driver
 from low_rank_corpus import LAYOUT, write_corpus
+from s3_server import S3Server
 
 from lora_diffusion.config import load_config
 from lora_diffusion.storage import Store, open_store

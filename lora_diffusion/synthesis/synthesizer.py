@@ -143,7 +143,7 @@ class Synthesizer:
         temperature: float | None = None,
     ) -> Floats:
         """Codes (B, Z), one for each embedding and seed."""
-        given = {
+        given: dict[str, Any] = {
             "guidance_scale": guidance_scale,
             "num_inference_steps": num_inference_steps,
             "temperature": temperature,
