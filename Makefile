@@ -15,14 +15,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The embedded world from end to end: people are rendered, fine-tuned on a local Ray, scored and drawn; then the service
-# makes one more person's LoRA, with the shipped synthesiser, over HTTP.
+# The embedded world from end to end. People are rendered and fine-tuned on a local Ray; a small VAE and a denoiser learn from
+# these LoRAs, to show that they do; the shipped synthesiser makes LoRAs of held-out people, who are drawn and scored beside
+# their fine-tuned ones; then the service makes one more over HTTP.
 demo: $(READY)
 	$(BIN)/python jobs/make_faces.py --people 20000:20040 --views 8 --out demo/people
 	$(BIN)/python jobs/make_faces.py --people 80000:80008 --views 8 --out demo/held_out
 	$(BIN)/python jobs/build_corpus.py people=demo/people output=demo/corpus
+	$(BIN)/python jobs/build_corpus.py people=demo/held_out output=demo/held_out_corpus
+	$(BIN)/python jobs/train.py corpus=demo/corpus output=demo/training code_space=latent pca.of=vectors vae.latent_size=16 \
+	  vae.hidden=[32] vae_training.steps=60 denoiser_training.steps=150
+	$(BIN)/python jobs/evaluate.py corpus=demo/corpus held_out=demo/held_out_corpus output=demo/evaluation scales=[1.0] \
+	  synthesizers.denoiser=tiny synthesizers.demo=demo/training/synthesizer limit=8 diversity_people=0
 	$(BIN)/python -m serve.demo --photo demo/held_out/person-080000/00.jpg --out demo/personalised
-	@echo "corpus: demo/corpus   contact sheet: demo/corpus/contact_sheet.png"
+	@echo "corpus: demo/corpus, contact sheet demo/corpus/contact_sheet.png"
+	@echo "synthesised LoRAs of held-out people: demo/evaluation/contact_sheet.png, report demo/evaluation/report.html"
 
 # http://127.0.0.1:8000 until Ctrl-C
 serve: $(READY)

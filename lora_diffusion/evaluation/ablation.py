@@ -36,7 +36,7 @@ from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.recipe import SynthesizerTraining, TrainConfig
 from lora_diffusion.synthesis.state import unpack
 
-FACTORS = ("conditioning", "code_space", "people", "prediction_type", "prior", "canonical", "corpus")
+FACTORS = ("conditioning", "code_space", "people", "prediction_type", "prior", "linear_guess", "canonical", "corpus")
 MAIN = "main"  # the corpus of the evaluation
 
 
@@ -49,6 +49,7 @@ class Variant:
     people: int | None = None
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
     prior: Literal["gaussian", "corpus"] = "gaussian"
+    linear_guess: bool = False
     canonical: bool = False
     corpus: str = MAIN
     seed: int = 0
@@ -107,6 +108,7 @@ def values_of(config: AblationConfig, factor: str, available: int) -> list[Any]:
         "people": [count for count in sorted(config.people) if count < available] + [None],
         "prediction_type": ["epsilon", "sample", "v_prediction"],
         "prior": ["gaussian", "corpus"],
+        "linear_guess": [False, True],
         "canonical": [False, True],
         "corpus": [MAIN, *config.corpora],
     }
@@ -130,7 +132,7 @@ def plan(config: AblationConfig, available: int) -> list[Variant]:
 def run_name(config: AblationConfig, variant: Variant) -> str:
     """What a run's folder is called: readable, and with 8 hex digits over all that decides its weights."""
     values = asdict(variant)
-    changed = [f"{values[name]}" if name != "canonical" else "canonical" for name in FACTORS
+    changed = [name if isinstance(values[name], bool) else f"{values[name]}" for name in FACTORS
                if values[name] != getattr(config.reference, name)]  # fmt: skip
     content = {
         "variant": values,
@@ -189,7 +191,7 @@ def train_run(config: AblationConfig, variant: Variant) -> dict[str, Any]:
 def training_of(config: AblationConfig, variant: Variant, size: int) -> TrainConfig:
     """The training of one run, for codes of `size` numbers."""
     base = config.training
-    denoiser = replace(base.denoiser, conditioning="adanorm")
+    denoiser = replace(base.denoiser, conditioning="adanorm", linear_guess=variant.linear_guess)
     return replace(
         base,
         stage="denoiser",

@@ -17,6 +17,7 @@ TITLES = {
     "people": "size of the corpus",
     "prediction_type": "what the denoiser predicts",
     "prior": "noise of the start",
+    "linear_guess": "where the network begins",
     "canonical": "form of the vectors",
     "corpus": "recipe of the corpus",
 }

@@ -112,6 +112,8 @@ def _name(factor: str, value: Any, available: int) -> str:
         return f"{available if value is None else value:,} people"
     if factor == "canonical":
         return "canonical SVD form" if value else "as fine-tuned"
+    if factor == "linear_guess":
+        return "from a linear guess" if value else "from nothing"
     names = {"adalora": "ADALoRA", "adanorm": "AdaNorm", "latent": "VAE latents", "pca": "PCA coefficients",
              "vector": "raw vectors", "sample": "x0", "v_prediction": "v", "gaussian": "Gaussian prior",
              "corpus": "corpus' own prior"}  # fmt: skip
