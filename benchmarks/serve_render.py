@@ -28,10 +28,10 @@ from common import write_result
 
 from lora_diffusion.base import BaseModel, resolve_model
 from lora_diffusion.lora import formats
-from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.render import initial_noise, make_scheduler, render
 from lora_diffusion.serving.engine import Picture, RenderEngine
 from lora_diffusion.serving.library import LoRALibrary, LoRARecord
+from lora_diffusion.synthesis import Synthesizer
 
 GUIDANCE = 2.0
 PROMPT = "a photo of sks person, studio light, grey studio background"
@@ -50,14 +50,16 @@ def load_pipeline(name: str) -> StableDiffusionPipeline:
 class Contest:
     """The four ways, over the same people. Each gives pictures (K, H, W, 3) uint8."""
 
-    def __init__(self, name: str, people: int, steps: int, folder: Path) -> None:
+    def __init__(self, name: str, synthesizer: str, people: int, steps: int, folder: Path) -> None:
         self.steps = steps
         self.seeds = list(range(people))
         self.pipe = load_pipeline(name)
         self.base = BaseModel.from_pipeline(load_pipeline(name), name=name)
-        self.layout = LoRALayout.from_unet(self.base.unet)
-        rng = np.random.default_rng(0)
-        self.vectors_KN = (0.05 * rng.standard_normal((people, self.layout.size))).astype(np.float32)
+        model = Synthesizer.from_pretrained(synthesizer)
+        model.check_base(self.base)
+        self.layout = model.layout
+        faces_KC = np.random.default_rng(0).standard_normal((people, model.condition_size))
+        self.vectors_KN = model.from_embedding(faces_KC)
         self.engine = RenderEngine(self.base, self.layout)
         self.files = [
             formats.save(vector, self.layout, folder / f"{k}.safetensors") for k, vector in enumerate(self.vectors_KN)
@@ -167,6 +169,7 @@ def memory_of_a_library(counts: Sequence[int]) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="tiny-sd")
+    parser.add_argument("--synthesizer", default="tiny", help="whose layout and LoRAs are drawn")
     parser.add_argument("--people", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
@@ -176,7 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        contest = Contest(args.base, args.people, args.steps, Path(folder))
+        contest = Contest(args.base, args.synthesizer, args.people, args.steps, Path(folder))
         pictures = {"bank": contest.bank(), "one_by_one": contest.one_by_one(), "peft": contest.peft()}
         agreement = {name: differing(pictures["bank"], pictures[name]) for name in ("one_by_one", "peft")}
         ways = {

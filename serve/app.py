@@ -5,5 +5,5 @@
 # mypy: ignore-errors
 # fmt: off
 http_options: {"host": "127.0.0.1", "port": 8000}
-applications: [{"name": "lora-diffusion", "route_prefix": "/", "import_path": "serve.graph:build", "args": {"config": "configs/serve_tiny.yaml"}}]
+applications: [{"name": "lora-diffusion", "route_prefix": "/", "import_path": "serve.graph:build", "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}, "args": {"config": "configs/serve_tiny.yaml"}}]
 app: object = __import__("serve.graph", fromlist=["build"]).build
