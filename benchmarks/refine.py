@@ -47,6 +47,8 @@ def main() -> None:
     config = load_config(CorpusConfig, ROOT / "configs/tiny.yaml")
     maker, synthesizer = LoRAMaker(config), Synthesizer.from_pretrained(args.synthesizer)
     synthesizer.check_base(maker.base)
+    if synthesizer.layout.layout_id != maker.layout.layout_id:
+        raise SystemExit("the synthesiser makes LoRAs of another layout than configs/tiny.yaml")
     people = [photos_of(args.first + i, args.photos) for i in range(args.people)]
     embedders = {
         name: FaceEmbedder(EmbedderConfig(model, several_faces="largest", threads=args.threads))

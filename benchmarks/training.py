@@ -3,14 +3,16 @@
     python benchmarks/training.py                              # 2,000 LoRAs of 99,648 numbers in a local S3, four minutes
     python benchmarks/training.py --rows 200 --columns 20000
 
-A made-up corpus is written into SeaweedFS; `jobs/train.py stage=vae` streams it from there, on one worker, with the VAE of
-configs/train_sd15.yaml made narrower (--hidden), since two cores would take a minute for a step of the whole one: its
-steps are much shorter than a GPU job's relative to what they read, so waiting would show. Writes results/training.json.
+A made-up corpus is written into SeaweedFS; `jobs/train.py stage=vae` streams it from there into its cache on the local disk,
+once, and reads batches from that. One worker, with the VAE of configs/train_sd15.yaml made narrower (--hidden), since two
+cores would take a minute for a step of the whole one. `waiting_for_data` is the share of the steps' time after the cache was
+filled; `seconds_to_fill` is what came before the first step: Ray's start, and the stream. Writes results/training.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -79,10 +81,12 @@ def main() -> None:
             seconds = time.perf_counter() - began
             lines = [line for line in read_metrics(open_store(output)) if "waiting_for_data" in line]
     last = lines[-1]
+    steps_seconds = args.steps * min(args.batch_size, args.rows) / last["rows_per_second"]
     result = {
         **{name: getattr(args, name) for name in ("rows", "columns", "hidden", "batch_size", "steps")},
         "float16_gb": round(args.rows * args.columns * 2 / 1e9, 3),
         "seconds_in_all": round(seconds, 1),
+        "seconds_to_fill": round(seconds - steps_seconds, 1),
         "rows_per_second": last["rows_per_second"],
         "waiting_for_data": last["waiting_for_data"],
         "worker_peak_private_gb": round(worker_gb, 3),
@@ -98,13 +102,12 @@ def watched(command: list[str]) -> tuple[float, float]:
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     worker = driver = 0.0
     while process.poll() is None:
-        try:
+        with contextlib.suppress(psutil.Error):
             driver = max(driver, psutil.Process(process.pid).memory_full_info().uss / 1e9)
             for child in psutil.Process(process.pid).children(recursive=True):
-                if "RayTrainWorker" in " ".join(child.cmdline()):
-                    worker = max(worker, child.memory_full_info().uss / 1e9)
-        except psutil.Error:
-            pass
+                with contextlib.suppress(psutil.Error):
+                    if "RayTrainWorker" in " ".join(child.cmdline()):
+                        worker = max(worker, child.memory_full_info().uss / 1e9)
         time.sleep(0.3)
     if process.returncode:
         raise SystemExit(f"the training ended with {process.returncode}")

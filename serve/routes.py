@@ -17,6 +17,8 @@ from serve.problems import ApiError
 from serve.studio import Made, Sampled, Studio, new_seed, together
 
 Schema = TypeVar("Schema", bound=schemas.Request)
+# the API says it of latents where pictures have the same setting
+LATENT_NAMES = {"guidance_scale": "latent_guidance_scale", "num_inference_steps": "latent_inference_steps"}
 
 
 class Routes:
@@ -153,6 +155,10 @@ class Routes:
         """What this server serves, and what it allows."""
         about, base = await together([self.studio.denoiser.describe(), self.studio.renderer.describe()])
         limits, sampling = self.config.limits, self.config.sampling
+        defaults = {name: getattr(sampling, name) for name in sampling.__dataclass_fields__}
+        for name, recommended in about["synthesizer"]["latent_sampling"].items():
+            ours = LATENT_NAMES.get(name, name)
+            defaults[ours] = recommended if defaults[ours] is None else defaults[ours]
         return schemas.ModelResponse(
             base={"name": self.config.base, **base},
             layout=about["layout"],
@@ -160,7 +166,7 @@ class Routes:
             recogniser=str(self.config.embedder.get("model", "tiny")),
             formats=list(FILE_NAMES),
             limits={name: getattr(limits, name) for name in limits.__dataclass_fields__},
-            defaults={name: getattr(sampling, name) for name in sampling.__dataclass_fields__},
+            defaults=defaults,
             versions=about["versions"],
             licence=self.config.licence,
         )

@@ -73,7 +73,7 @@ class PhotoSource(Request):
 
 
 class LatentSampling(Request):
-    """How the synthesiser draws a person's code. Left out: the server's defaults."""
+    """How the synthesiser draws a person's code. Left out: the server's defaults, else what its synthesiser recommends."""
 
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="left out: a random one, told in the answer")
     latent_guidance_scale: Number | None = Field(None, ge=0, le=20)
@@ -246,7 +246,9 @@ class ModelResponse(BaseModel):
 
     base: dict[str, Any] = Field(description="name, fingerprint, image_size (px)")
     layout: dict[str, Any] = Field(description="layout_id, rank, alpha, size (floats of a LoRA), target_modules")
-    synthesizer: dict[str, Any] = Field(description="id, latent_size, embedding_size, attributes (for edits)")
+    synthesizer: dict[str, Any] = Field(
+        description="id, latent_size, embedding_size, attributes (for edits), latent_sampling (recommended)"
+    )
     recogniser: str
     formats: list[str]
     limits: dict[str, Any]

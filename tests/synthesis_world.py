@@ -12,7 +12,6 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.synthesis import (
     PCA,
     CodeSpace,
-    Denoiser,
     DenoiserConfig,
     Diffusion,
     DiffusionConfig,
@@ -85,7 +84,11 @@ def untrained(kind: str = "pca", prior: str = "gaussian", config: DenoiserConfig
     space = space_of(kind, data)
     factor = prior_factor(space.encode(data.vectors_PN)) if prior == "corpus" else None
     torch.manual_seed(1)
-    denoiser = Denoiser(space.size, 512, config)
+    diffusion = Diffusion(DiffusionConfig(prior=prior), factor)  # type: ignore[arg-type]
+    denoiser = diffusion.denoiser(space.size, 512, config)
+    if denoiser.guess is not None:
+        pairs = [(data.embeddings_PC, space.encode(data.vectors_PN))]
+        denoiser.guess.fit(lambda: pairs, lambda: pairs)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return Synthesizer(LAYOUT, space, denoiser, Diffusion(DiffusionConfig(prior=prior), factor))  # type: ignore[arg-type]
+    return Synthesizer(LAYOUT, space, denoiser, diffusion)

@@ -106,7 +106,7 @@ def record(variant: Variant, similarity: float, seed_noise: float = 0.0) -> dict
     }
 
 
-def test_differences_are_of_the_same_people_and_seeds() -> None:
+def test_differences_are_of_the_same_people_and_of_any_seeds() -> None:
     config = AblationConfig(factors=("conditioning",), seeds=2)
     records = [
         record(Variant(conditioning=kind, seed=seed), level, 0.02 * seed)  # type: ignore[arg-type]

@@ -62,6 +62,8 @@ def test_samples_of_a_person_differ_and_sample_i_has_seed_plus_i(api: Client) ->
     assert [lora["seed"] for lora in loras] == [10, 11, 12]
     vectors = [vector_of(api("GET", lora["files"]["vector"])) for lora in loras]
     assert np.abs(vectors[0] - vectors[1]).max() > 1e-4
+    cold = [vector_of(api.form("/v1/loras", seed=i, format="vector", temperature=0)) for i in (1, 2)]
+    assert np.array_equal(*cold)
     # to float error, so its id, a hash of the bits, may be another: what ran in its batch is not the same
     alone = vector_of(api.form("/v1/loras", seed=11, format="vector", latent_inference_steps=3))
     np.testing.assert_allclose(alone, vectors[1], atol=1e-5)
@@ -212,6 +214,13 @@ def test_model_tells_what_a_client_needs_to_know(api: Client) -> None:
     assert model["layout"]["layout_id"] == LoRALayout.from_unet(base.unet).layout_id
     assert model["synthesizer"]["attributes"] == ["smile", "age"]
     assert model["limits"]["max_images"] == 4
+    recommended = {
+        "latent_guidance_scale": 1.0,
+        "latent_inference_steps": 25,
+        "temperature": 1.0,
+        "deviation_scale": 1.0,
+    }
+    assert recommended.items() <= model["defaults"].items()
     assert latent_of(api)["model"] == model["synthesizer"]["id"]
 
 

@@ -42,7 +42,7 @@ def process(**values: Any) -> Diffusion:
 def test_what_the_face_leaves_open_is_measured() -> None:
     guess = fitted(process()).guess
     assert guess is not None
-    torch.testing.assert_close(guess.left_Z, torch.tensor([0.01, 0.25, 1.0]), rtol=0.15, atol=0.002)
+    torch.testing.assert_close(guess.left_Z, torch.tensor([0.01, 0.25, 1.0]), rtol=0.15, atol=0.005)
     torch.testing.assert_close(guess.all_Z, world(20_000)[1].square().mean(0))
 
 
@@ -52,7 +52,9 @@ def test_an_untrained_network_predicts_as_well_as_can_be(prediction_type: str) -
     diffusion = process(prediction_type=prediction_type)
     model = fitted(diffusion)
     faces_PC, codes_PZ, means_PZ = world(1000, seed=2)
-    noise_PZ, timesteps_P = torch.randn(1000, Z), torch.randint(50, 1000, (1000,))
+    generator = torch.Generator().manual_seed(0)
+    noise_PZ = torch.randn(1000, Z, generator=generator)
+    timesteps_P = torch.randint(50, 1000, (1000,), generator=generator)
     noisy_PZ, target_PZ = question(codes_PZ, noise_PZ, timesteps_P, diffusion)
     signal, sigma = (table[timesteps_P][:, None] for table in (diffusion.schedule.signal, diffusion.schedule.sigma))
     variance_Z = torch.tensor([0.01, 0.25, 1.0])
@@ -102,7 +104,8 @@ def test_the_network_learns_what_is_not_linear() -> None:
     diffusion = process(prediction_type="sample")
     model = fitted(diffusion)
     faces_PC, codes_PZ, _ = world(2000)
-    codes_PZ = codes_PZ + 3 * faces_PC[:, :1].abs()
+    bend_P1 = 12 * faces_PC[:, :1].abs()
+    codes_PZ = codes_PZ + bend_P1 - bend_P1.mean()  # no constant would help
     noise_PZ, timesteps_P = torch.randn(2000, Z), torch.randint(0, 1000, (2000,))
 
     def loss() -> Tensor:
@@ -116,6 +119,21 @@ def test_the_network_learns_what_is_not_linear() -> None:
         value.backward()
         optimizer.step()
     assert float(value.detach()) < 0.8 * before
+
+
+def test_few_validation_rows_do_not_turn_the_prediction_round() -> None:
+    for seed in range(8):
+        guess = process().denoiser(Z, C, CONFIG).guess
+        assert guess is not None
+        train, validation = world(36, seed=seed), world(4, seed=100 + seed)
+        noise = torch.Generator().manual_seed(seed)
+        weak = [
+            (faces, 0.3 * codes + torch.randn(codes.shape, generator=noise)) for faces, codes, _ in (train, validation)
+        ]
+        guess.fit(lambda w=weak: [w[0]], lambda w=weak: [w[1]])  # type: ignore[misc]
+        true_CZ = torch.linalg.lstsq(*world(5000)[:2]).solution
+        assert float((guess.weight_CZ * true_CZ).sum()) >= 0
+        assert float(guess.left_Z.max() / guess.left_Z.min()) < 6
 
 
 def test_without_validation_rows_there_is_no_guess() -> None:

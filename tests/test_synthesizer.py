@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from synthesis_world import CONSTANT, LAYOUT, toy, untrained
+from synthesis_world import CONSTANT, LAYOUT, SMALL, toy, untrained
 
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.edits import AttributeDirections
-from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance, Sampling
+from lora_diffusion.synthesis.synthesizer import LatentSampling, Neighbours, Provenance
 
 FACES = Path(__file__).parent / "data" / "faces"
 
@@ -23,9 +23,9 @@ def embeddings(count: int, seed: int = 0) -> np.ndarray:
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 
 
-def complete(kind: str = "pca", prior: str = "gaussian") -> Synthesizer:
+def complete(kind: str = "pca", prior: str = "gaussian", linear_guess: bool = False) -> Synthesizer:
     """With directions, neighbours and provenance."""
-    model, data = untrained(kind, prior), toy()
+    model, data = untrained(kind, prior, replace(SMALL, linear_guess=linear_guess)), toy()
     codes = torch.from_numpy(model.encode(data.vectors_PN))
     model.directions = AttributeDirections.fit(codes, {"first": data.traits_PT[:, 0].numpy()})
     model.neighbours = Neighbours(data.embeddings_PC, codes)
@@ -33,9 +33,10 @@ def complete(kind: str = "pca", prior: str = "gaussian") -> Synthesizer:
     return model
 
 
+@pytest.mark.parametrize("linear_guess", [False, True])
 @pytest.mark.parametrize(("kind", "prior"), [("latent", "gaussian"), ("pca", "corpus"), ("vector", "gaussian")])
-def test_a_loaded_folder_gives_the_same_bits(tmp_path: Path, kind: str, prior: str) -> None:
-    model = complete(kind, prior)
+def test_a_loaded_folder_gives_the_same_bits(tmp_path: Path, kind: str, prior: str, linear_guess: bool) -> None:
+    model = complete(kind, prior, linear_guess)
     model.save_pretrained(tmp_path)
     again = Synthesizer.from_pretrained(tmp_path)
     faces = embeddings(2)
@@ -51,8 +52,9 @@ def test_a_loaded_folder_gives_the_same_bits(tmp_path: Path, kind: str, prior: s
     assert again.layout == model.layout
 
 
-def test_a_folder_in_half_precision_is_smaller_and_nearly_the_same(tmp_path: Path) -> None:
-    model = complete("latent")
+@pytest.mark.parametrize("linear_guess", [False, True])
+def test_a_folder_in_half_precision_is_smaller_and_nearly_the_same(tmp_path: Path, linear_guess: bool) -> None:
+    model = complete("latent", linear_guess=linear_guess)
     model.save_pretrained(tmp_path / "full")
     model.save_pretrained(tmp_path / "half", dtype=torch.float16)
     size = {n: sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("full", "half")}
@@ -104,11 +106,13 @@ def test_deviation_scale_scales_the_deviation_from_the_mean() -> None:
 
 def test_a_face_is_drawn_as_the_folder_recommends(tmp_path: Path) -> None:
     model = untrained()
-    model.sampling = Sampling(guidance_scale=1.5, num_inference_steps=4, temperature=0.5, deviation_scale=2.5)
+    model.latent_sampling = LatentSampling(
+        guidance_scale=1.5, num_inference_steps=4, temperature=0.5, deviation_scale=2.5
+    )
     model.save_pretrained(tmp_path)
     model, face = Synthesizer.from_pretrained(tmp_path), embeddings(1)
     recommended = model.from_embedding(face)
-    assert np.array_equal(recommended, model.from_embedding(face, **asdict(model.sampling)))
+    assert np.array_equal(recommended, model.from_embedding(face, **asdict(model.latent_sampling)))
     for name, other in {
         "guidance_scale": 1.0,
         "num_inference_steps": 5,

@@ -37,7 +37,7 @@ LOOP = {"batch_size": 8, "warmup": 2, "log_every": 5}
 SETTINGS: dict[str, Any] = {
     "vae": {"latent_size": 6, "hidden": [12], "dropout": 0.0},
     "pca": {"num_components": 6},
-    "denoiser": {"width": 16, "depth": 1, "condition_width": 16, "generator_width": 4, "rank": 2},
+    "denoiser": {"width": 16, "depth": 1, "condition_width": 16, "generator_width": 4, "rank": 2, "linear_guess": True},
     "vae_training": {**LOOP, "steps": 20, "validate_every": 10, "checkpoint_every": 10},
     "denoiser_training": {**LOOP, "steps": 100, "validate_every": 25, "checkpoint_every": 10},
     "workers": {"num_workers": 2, "cpus": 1},

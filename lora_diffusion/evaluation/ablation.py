@@ -132,7 +132,7 @@ def plan(config: AblationConfig, available: int) -> list[Variant]:
 def run_name(config: AblationConfig, variant: Variant) -> str:
     """What a run's folder is called: readable, and with 8 hex digits over all that decides its weights."""
     values = asdict(variant)
-    changed = [name if isinstance(values[name], bool) else f"{values[name]}" for name in FACTORS
+    changed = [("" if values[name] else "no_") + name if isinstance(values[name], bool) else f"{values[name]}" for name in FACTORS
                if values[name] != getattr(config.reference, name)]  # fmt: skip
     content = {
         "variant": values,

@@ -29,7 +29,7 @@ def run_method(config: AblationConfig, record: Mapping[str, Any], held: HeldOut)
     """The LoRAs that a trained run makes for the held-out people, and the mean (N,) of what it learned from."""
     model = Synthesizer.from_pretrained(f"{config.output}/runs/{record['name']}/synthesizer")
     c = config.evaluation
-    vectors_KN = model.from_embedding(held.conditions_KC, seed=c.seed, deviation_scale=1.0, **drawing(c))
+    vectors_KN = model.from_embedding(held.conditions_KC, seed=c.seed, **drawing(c))
     return Method.of(record["name"], vectors_KN), model.codes.normaliser.mean_N.numpy()
 
 
@@ -52,8 +52,8 @@ def scored(record: Record, methods: Sequence[Method], scores: Mapping[str, Score
 
 
 def compared(config: AblationConfig, records: Sequence[Record], available: int) -> list[dict[str, Any]]:
-    """One row for each value of each factor: means over its seeds, and the difference from the reference's runs of the
-    same seeds and people."""
+    """One row for each value of each factor: means over its seeds, and the difference from the reference's runs with as
+    many seeds, of the same people."""
     by_variant = {_variant(record): record for record in records if record.get("variant")}
     rows = []
     for factor in config.factors:

@@ -19,7 +19,7 @@ class EvaluationConfig:
     second_recogniser: one that conditioned nothing; null: none.
     limit: the first so many held-out people; null: all.
     condition_photos: so many photos of a person are the input; the others are what renders are compared with.
-    scales: factors of the deviation from the corpus' mean that every method is drawn with.
+    scales: factors of the deviation from the corpus' mean; 1 is the method as it is, a synthesiser as its folder recommends.
     guidance_scale, num_inference_steps, temperature: of the denoiser; null: what its folder recommends.
     diversity_people, diversity_samples: so many LoRAs are drawn for each of so many people.
     reference: the synthesiser that the others are compared with; empty: the first.

@@ -39,7 +39,7 @@ UNSCALED = ("base", "other", "mean")  # methods whose distance from the mean say
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """`scale`: factor of the deviation from the corpus' mean that is in the vectors already. `people_K`: whose they are."""
+    """`scale`: factor of the deviation from the corpus' mean, 1 for the method as it is. `people_K`: whose they are."""
 
     name: str
     vectors_KSN: Floats
@@ -131,7 +131,7 @@ def synthesised(
     """What one synthesiser gives: one LoRA each, several each of a few people, and the fine-tuned ones through its code
     space and back."""
     settings = drawing(config)
-    vectors_KN = model.from_embedding(held.conditions_KC, seed=config.seed, deviation_scale=1.0, **settings)
+    vectors_KN = model.from_embedding(held.conditions_KC, seed=config.seed, **settings)
     few = min(config.diversity_people, len(held))
     methods = [
         Method.of(f"{SYNTHESISED}:{name}", vectors_KN),
@@ -149,7 +149,7 @@ def synthesised(
         "code_size": model.code_size,
         "conditioning": model.denoiser.config.conditioning,
         "prediction_type": model.diffusion.config.prediction_type,
-        "sampling": to_dict(model.sampling),
+        "latent_sampling": to_dict(model.latent_sampling) | {k: v for k, v in settings.items() if v is not None},
         "parameters": sum(p.numel() for p in model.denoiser.parameters()),
         "reconstruction": found.to_dict(),
         "figures": model.provenance.figures,

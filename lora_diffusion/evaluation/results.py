@@ -57,7 +57,8 @@ def interval_of_runs(values_SK: Floats, others_SK: Floats | None = None, samples
     """Mean of several runs (seeds) of the same people, or its difference from other runs', with a 95 % interval.
 
     The bootstrap draws seeds as well as people, the seeds of the two sides apart: a difference that another seed could
-    have made is not taken for one of the settings. With three seeds it is a rough estimate, and rather too narrow.
+    have made is not taken for one of the settings. With three seeds it is a rough estimate, and rather too narrow; with
+    one, the seeds' part is unknown and left out.
     """
     rng = np.random.default_rng(0)
     people = rng.integers(values_SK.shape[1], size=(samples, 1, values_SK.shape[1]))

@@ -11,6 +11,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -77,6 +78,7 @@ class Denoiser:
                 "latent_size": model.code_size,
                 "embedding_size": model.condition_size,
                 "attributes": attributes_of(model),
+                "latent_sampling": asdict(model.latent_sampling),
             },
             "layout": {
                 "layout_id": layout.layout_id,

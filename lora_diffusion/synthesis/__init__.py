@@ -5,7 +5,7 @@ from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
 from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig, diffusion_loss, sample_codes
 from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed
-from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.synthesizer import LatentSampling, Synthesizer
 from lora_diffusion.synthesis.vae import LoRAVAE, VAEConfig
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Diffusion",
     "DiffusionConfig",
     "LatentCodes",
+    "LatentSampling",
     "LoRAVAE",
     "Normaliser",
     "PCACodes",

@@ -49,7 +49,7 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class LatentSampling:
     """How to draw from a synthesiser; its folder holds what was found to be best. See `sample_codes`.
 
     deviation_scale: factor of the LoRA's deviation from the corpus' mean: regression averages a person's features away,
@@ -60,6 +60,10 @@ class Sampling:
     num_inference_steps: int = 25
     temperature: float = 1.0
     deviation_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1 or min(self.guidance_scale, self.temperature, self.deviation_scale) < 0:
+            raise ValueError(f"num_inference_steps must be at least 1, and nothing negative: {self}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +85,7 @@ class Parts(NamedTuple):
     provenance: Provenance
     directions: AttributeDirections | None
     neighbours: Neighbours | None
-    sampling: Sampling
+    latent_sampling: LatentSampling
 
 
 def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.float32) -> None:
@@ -106,7 +110,7 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
         "denoiser": to_dict(parts.denoiser.config),
         "diffusion": to_dict(parts.diffusion.config),
         "attributes": [] if parts.directions is None else list(parts.directions.names),
-        "sampling": to_dict(parts.sampling),
+        "latent_sampling": to_dict(parts.latent_sampling),
         "provenance": to_dict(parts.provenance),
         "files": sorted(files),
     }
@@ -159,7 +163,7 @@ def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) ->
         from_dict(Provenance, config["provenance"]),
         AttributeDirections(tuple(config["attributes"]), **files["edits"]) if "edits" in files else None,
         Neighbours(**files["neighbours"]) if "neighbours" in files else None,
-        from_dict(Sampling, config["sampling"]),
+        from_dict(LatentSampling, config.get("latent_sampling", {})),
     )
 
 

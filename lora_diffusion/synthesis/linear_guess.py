@@ -1,4 +1,4 @@
-"""The best denoiser if codes were linear in the face plus Gaussian noise: where the network begins.
+"""The best denoiser if every code number were linear in the face plus Gaussian noise of its own: where the network begins.
 
     p(x0 | face) = N((e - mean_e) W, left)      W by ridge regression; left (Z,): the variance that the face leaves open
     p(x0)        = N(0, all)                    codes are standardised: mean 0
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_diffusion.synthesis.baselines import Pairs, deviation_cosine, fit_ridge
 
 SMALLEST_VARIANCE = 1e-3
+POOLED_ROWS = 16  # a variance of few validation rows is drawn towards what all code numbers have in common
 
 
 class LinearGuess(nn.Module):
@@ -66,7 +67,7 @@ class LinearGuess(nn.Module):
         least = float("inf")
         for ridge in fit_ridge(train()):
             plain_BZ = (faces_BC - ridge.embedding_mean_C) @ ridge.weight_CM
-            factor = float((plain_BZ * codes_BZ).sum() / plain_BZ.square().sum().clamp(min=1e-12))
+            factor = max(0.0, float((plain_BZ * codes_BZ).sum() / plain_BZ.square().sum().clamp(min=1e-12)))
             error = float((factor * plain_BZ - codes_BZ).square().sum())
             if error < least:
                 least, predicted_BZ = error, factor * plain_BZ
@@ -76,13 +77,22 @@ class LinearGuess(nn.Module):
         for _, some_BZ in train():
             count, square_Z = count + len(some_BZ), square_Z + some_BZ.square().sum(0)
         self.all_Z.copy_((square_Z / count).clamp(min=SMALLEST_VARIANCE))
-        self.left_Z.copy_((codes_BZ - predicted_BZ).square().mean(0).clamp(min=SMALLEST_VARIANCE))
+        error_BZ, rows_B = (codes_BZ - predicted_BZ).square(), len(codes_BZ)
+        pooled_Z = self.all_Z * (error_BZ.mean() / codes_BZ.square().mean().clamp(min=1e-12))
+        left_Z = (error_BZ.sum(0) + POOLED_ROWS * pooled_Z) / (rows_B + POOLED_ROWS)
+        self.left_Z.copy_(left_Z.clamp(min=SMALLEST_VARIANCE))
         return deviation_cosine(predicted_BZ, codes_BZ, torch.zeros_like(self.all_Z))
 
     def forward(
         self, noisy_BZ: Tensor, timesteps_B: Tensor, condition_BC: Tensor | None, drop_B: Tensor | None
     ) -> Tensor:
-        """(B, Z), as `Denoiser.forward`."""
+        """(B, Z), as `Denoiser.forward`; in float32 under autocast, too."""
+        with torch.autocast(noisy_BZ.device.type, enabled=False):
+            return self._answer(noisy_BZ, timesteps_B, condition_BC, drop_B)
+
+    def _answer(
+        self, noisy_BZ: Tensor, timesteps_B: Tensor, condition_BC: Tensor | None, drop_B: Tensor | None
+    ) -> Tensor:
         if condition_BC is None:
             mean_BZ, variance_BZ = torch.zeros_like(noisy_BZ), self.all_Z
         else:

@@ -38,7 +38,7 @@ Report = Callable[[dict[str, Any]], None]
 class LoopConfig:
     """AdamW, linear warm-up, cosine decay to 0. `batch_size` is global: all workers together.
 
-    Validation is of the averaged weights, every `validate_every` steps, and the best of them are the result.
+    Validation is of the averaged weights, before the first step and every `validate_every`; the best of them are the result.
     `patience`: so many validations without a better one end the training; 0: never.
     """
 
@@ -138,6 +138,8 @@ class Loop:
         loss is no longer finite.
         """
         state, config = self.state, self.config
+        if state.step == 0:
+            self._validate()  # what training begins with may be the best there is
         watch = Watch(state.step)
         batches = epoch_batches(self.stage.train_slots, config.batch_size, config.seed, state.step)
         with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is computed

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_diffusion.checkpoint import strip_prefix
+from lora_diffusion.checkpoint import strip_prefix, with_prefix
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus import Statistics
 from lora_diffusion.lora.layout import LoRALayout
@@ -28,6 +28,7 @@ from lora_diffusion.synthesis.dataset import CorpusRows
 from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import Diffusion, prior_factor
 from lora_diffusion.synthesis.distributed import Group
+from lora_diffusion.synthesis.linear_guess import LinearGuess
 from lora_diffusion.synthesis.loop import Loop, LoopConfig
 from lora_diffusion.synthesis.metrics import RunLog, explained_variance, explained_variance_png, progress_line
 from lora_diffusion.synthesis.normaliser import Normaliser
@@ -186,20 +187,41 @@ class SynthesizerTraining:
         diffusion = Diffusion(config.diffusion, factor)
         denoiser = diffusion.denoiser(space.size, CONDITION_SIZE, config.denoiser)
         if denoiser.guess is not None:
-            cosine = denoiser.guess.fit(self._pairs(rows.train, codes), self._pairs(rows.validation, codes))
-            self.figures["linear_guess_cosine"] = cosine
-            self.say(f"linear guess: cosine {cosine:.4f} with the codes of {len(rows.validation)} validation people")
+            self._guess(denoiser.guess, codes)
         stage = DenoiserStage(denoiser, diffusion, rows, codes, config.condition_noise)
         names = ("denoiser", "diffusion", "code_space", "standardise", "condition_noise")
         identity = {name: to_dict(config)[name] for name in names} | {"data": self._identity()}
         loop = self._loop("denoiser", stage, config.denoiser_training, identity)
         self._train(loop)
         if self.leader:
-            guess = None if denoiser.guess is None else copy.deepcopy(denoiser.guess).cpu()
-            whole = Denoiser(space.size, CONDITION_SIZE, config.denoiser, guess)  # where FSDP split it
-            whole.load_state_dict(strip_prefix("denoiser", loop.best_weights()), strict=guess is None)
-            self._save(space.cpu(), whole, diffusion.cpu(), codes, loop)
+            fixed = {} if denoiser.guess is None else with_prefix("guess", dict(denoiser.guess.state_dict()))
+            diffusion = diffusion.cpu()
+            whole = diffusion.denoiser(space.size, CONDITION_SIZE, config.denoiser)  # where FSDP split it
+            whole.load_state_dict(strip_prefix("denoiser", loop.best_weights()) | fixed)
+            self._save(space.cpu(), whole, diffusion, codes, loop)
         self.group.barrier()
+
+    def _guess(self, guess: LinearGuess, codes: Callable[[Slots], Tensor]) -> None:
+        """Fitted once, by worker 0, and kept: the weights of a resumed training belong to this one."""
+        name, rows = "linear_guess.safetensors", self.rows
+        wanted = {"data": self._identity(), **{key: getattr(self.config, key) for key in ("code_space", "standardise")}}
+        saved = unpack(self.store, name) if self._there(name) else None
+        if saved is None:
+            if self.leader:
+                cosine = guess.fit(self._pairs(rows.train, codes), self._pairs(rows.validation, codes))
+                self.store.write(name, pack(dict(guess.state_dict()), {**wanted, "cosine": cosine}))
+            self.group.barrier()
+            saved = unpack(self.store, name)
+            assert saved is not None
+        tensors, meta = saved
+        cosine = meta.pop("cosine")
+        if meta != wanted:
+            raise ValueError(
+                f"{self.store.uri}/{name} was made with {meta}, asked for now: {wanted}. Delete it, or choose another output"
+            )
+        guess.load_state_dict(tensors)
+        self.figures["linear_guess_cosine"] = cosine
+        self.say(f"linear guess: cosine {cosine:.4f} with the codes of {len(rows.validation)} validation people")
 
     def _pairs(self, slots: Slots, codes: Callable[[Slots], Tensor]) -> Pairs:
         parts = [slots[start : start + 256] for start in range(0, len(slots), 256)]
@@ -262,7 +284,9 @@ class SynthesizerTraining:
         )
         neighbours = Neighbours(rows.embeddings(rows.train), codes(rows.train)) if config.keep_neighbours else None
         layout = LoRALayout.from_dict(snapshot.layout)
-        synthesizer = Synthesizer(layout, space, denoiser, diffusion, provenance, None, neighbours, config.sampling)
+        synthesizer = Synthesizer(
+            layout, space, denoiser, diffusion, provenance, None, neighbours, config.latent_sampling
+        )
         synthesizer.save_pretrained(f"{self.store.uri}/synthesizer")
         self.store.write_json("results.json", self.figures)
         self.say(f"synthesiser: {self.store.uri}/synthesizer")

@@ -29,10 +29,10 @@ from lora_diffusion.synthesis.codes import CodeSpace
 from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import Diffusion, sample_codes, score_codes
 from lora_diffusion.synthesis.edits import AttributeDirections, slerp
-from lora_diffusion.synthesis.folder import Neighbours, Parts, Provenance, Sampling, read_folder, write_folder
+from lora_diffusion.synthesis.folder import LatentSampling, Neighbours, Parts, Provenance, read_folder, write_folder
 from lora_diffusion.synthesis.inversion import InversionConfig, InversionResult, invert, refine
 
-__all__ = ["EMBEDDED", "Neighbours", "Provenance", "Sampling", "Synthesizer"]
+__all__ = ["EMBEDDED", "LatentSampling", "Neighbours", "Provenance", "Synthesizer"]
 
 EMBEDDED = {"tiny": ASSETS / "synthesizer"}
 
@@ -52,7 +52,7 @@ class Synthesizer:
         provenance: Provenance | None = None,
         directions: AttributeDirections | None = None,
         neighbours: Neighbours | None = None,
-        sampling: Sampling | None = None,
+        latent_sampling: LatentSampling | None = None,
     ) -> None:
         if codes.normaliser.vector_size != layout.size or codes.size != denoiser.code_size:
             raise ValueError(
@@ -62,7 +62,7 @@ class Synthesizer:
         self.layout, self.codes, self.denoiser, self.diffusion = layout, codes, denoiser, diffusion
         self.provenance = provenance or Provenance()
         self.directions, self.neighbours = directions, neighbours
-        self.sampling = sampling or Sampling()
+        self.latent_sampling = latent_sampling or LatentSampling()
         for part in (codes, denoiser, diffusion):
             part.eval().requires_grad_(False)
         self._embedder: FaceEmbedder | None = None
@@ -118,7 +118,7 @@ class Synthesizer:
         """LoRA vectors (B * num_samples, N) of embeddings (B, C) or (C,); a face's samples stand together.
 
         Sample i of every face starts from the noise of seed + i, so what comes out for a face does not depend on the others.
-        What is left out of `Sampling`'s settings is as the synthesiser's folder recommends.
+        What is left out of `LatentSampling`'s settings is as the synthesiser's folder recommends.
         `best_of`: draw so many times num_samples and keep those that agree best with the face, best first (`score`).
         """
         conditions_BC = self.check_embeddings(embeddings)
@@ -143,13 +143,8 @@ class Synthesizer:
         temperature: float | None = None,
     ) -> Floats:
         """Codes (B, Z), one for each embedding and seed."""
-        given: dict[str, Any] = {
-            "guidance_scale": guidance_scale,
-            "num_inference_steps": num_inference_steps,
-            "temperature": temperature,
-        }
-        how = replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
         condition = torch.from_numpy(self.check_embeddings(embeddings_BC)).to(self.device)
+        how = self._how(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, temperature=temperature)
         codes = sample_codes(
             self.denoiser,
             condition,
@@ -160,6 +155,10 @@ class Synthesizer:
             diffusion=self.diffusion,
         )
         return _numpy(codes)
+
+    def _how(self, **given: Any) -> LatentSampling:
+        """What the folder recommends, but for what is given."""
+        return replace(self.latent_sampling, **{name: value for name, value in given.items() if value is not None})
 
     def score(self, codes_BZ: Array, embeddings_BC: Array) -> Floats:
         """(B,) how well codes agree with faces, without a render: see `diffusion.score_codes`. Higher is better."""
@@ -173,7 +172,7 @@ class Synthesizer:
         1 is the inverse of `encode`; None is what the synthesiser's folder recommends to draw with.
         """
         vectors_BN = self.codes.decode(self._tensor(codes_BZ))
-        deviation_scale = self.sampling.deviation_scale if deviation_scale is None else deviation_scale
+        deviation_scale = self.latent_sampling.deviation_scale if deviation_scale is None else deviation_scale
         if deviation_scale != 1:
             mean_N = self.codes.normaliser.mean_N
             vectors_BN = mean_N + deviation_scale * (vectors_BN - mean_N)
@@ -205,10 +204,20 @@ class Synthesizer:
         self.layout.check(vectors)
         return _numpy(self.codes.encode(vectors))
 
-    def sample(self, count: int, seed: int = 0, num_inference_steps: int = 25, deviation_scale: float = 1.0) -> Floats:
-        """LoRA vectors (count, N) of nobody in particular: no face, seeds seed, seed + 1, ..."""
+    def sample(
+        self,
+        count: int,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        temperature: float | None = None,
+        deviation_scale: float | None = None,
+    ) -> Floats:
+        """LoRA vectors (count, N) of nobody in particular: no face, seeds seed, seed + 1, ...; see `from_embedding`."""
         seeds = range(seed, seed + count)
-        codes = sample_codes(self.denoiser, None, seeds, 1.0, num_inference_steps, diffusion=self.diffusion)
+        how = self._how(num_inference_steps=num_inference_steps, temperature=temperature)
+        codes = sample_codes(
+            self.denoiser, None, seeds, 1.0, how.num_inference_steps, how.temperature, diffusion=self.diffusion
+        )
         return self.decode(_numpy(codes), deviation_scale)
 
     def interpolate(self, a: Array, b: Array, t: float) -> Floats:
@@ -282,7 +291,7 @@ class Synthesizer:
             self.provenance,
             self.directions,
             self.neighbours,
-            self.sampling,
+            self.latent_sampling,
         )
         write_folder(path, parts, dtype)
 

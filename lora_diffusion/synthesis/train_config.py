@@ -9,7 +9,7 @@ from lora_diffusion.synthesis.dataset import DataConfig
 from lora_diffusion.synthesis.denoiser import DenoiserConfig
 from lora_diffusion.synthesis.diffusion import DiffusionConfig
 from lora_diffusion.synthesis.distributed import Parallel
-from lora_diffusion.synthesis.folder import Sampling
+from lora_diffusion.synthesis.folder import LatentSampling
 from lora_diffusion.synthesis.loop import LoopConfig
 from lora_diffusion.synthesis.vae import VAEConfig
 
@@ -60,7 +60,7 @@ class TrainConfig:
     code_space: what the denoiser works in; `vector` and `pca` need no VAE.
     layout_id: refuse a corpus of another one; None: whatever the corpus has.
     standardise: `each` code number to unit variance, or all `together`, by one factor.
-    condition_noise: see `DenoiserStage`. sampling: what the folder recommends to draw with; jobs/evaluate.py measures it.
+    condition_noise: see `DenoiserStage`. latent_sampling: what the folder recommends to draw with.
     keep_neighbours: put the people's embeddings and codes into the folder, too.
     """
 
@@ -80,7 +80,7 @@ class TrainConfig:
     denoiser_training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5000))
     standardise: Literal["each", "together"] = "each"
     condition_noise: float = 0.0
-    sampling: Sampling = field(default_factory=Sampling)
+    latent_sampling: LatentSampling = field(default_factory=LatentSampling)
     keep_neighbours: bool = True
     tensorboard: bool = True
     workers: WorkersConfig = field(default_factory=WorkersConfig)
