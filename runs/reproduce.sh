@@ -2,7 +2,7 @@
 # Everything behind the results, from nothing: people, two corpora, synthesisers, ablations, evaluation.
 #
 #   runs/reproduce.sh small       40 people: shows that it works; the figures mean little
-#   runs/reproduce.sh medium   1,000 people, 48 held out, 3 seeds: the table of the paper's claims
+#   runs/reproduce.sh medium   2,000 people, 48 held out, 3 seeds: the table of the paper's claims
 #   runs/reproduce.sh large    5,000 people, 64 held out
 #
 # Every step goes on where a killed run stopped, so the same command is also how to resume. Output: runs/<size>/.
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 size=${1:-small}
 case $size in
   small) people=40 held_out=8 sizes='[20]' seeds=1 ;;
-  medium) people=1000 held_out=48 sizes='[250, 500]' seeds=3 ;;
+  medium) people=2000 held_out=48 sizes='[500, 1000]' seeds=3 ;;
   large) people=5000 held_out=64 sizes='[250, 500, 1000, 2000]' seeds=3 ;;
   *) echo "usage: runs/reproduce.sh small|medium|large" >&2; exit 2 ;;
 esac
