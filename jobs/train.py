@@ -230,6 +230,11 @@ def worker(values: dict[str, Any]) -> None:
     def say(line: str) -> None:
         board.say.remote(line)
 
+    def report(values: dict[str, Any]) -> None:
+        """Ends of stages only: Ray's controller takes a report every two seconds, and a worker waits for it."""
+        if values["done"]:
+            ray.train.report(values)
+
     try:
         cache = RowCache(snapshot, config.data.cache)
         fill(cache, group)
@@ -244,7 +249,7 @@ def worker(values: dict[str, Any]) -> None:
             open_store(config.output),
             group,
             say=say,
-            report=ray.train.report,
+            report=report,
             commit=values["commit"],
         )
         training.run()
