@@ -39,9 +39,10 @@ from lora_diffusion.config import load_config, to_dict
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.factory.make import LoRAMaker
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, PersonPhotos, initial_vectors
+from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler
+from lora_diffusion.lora.photo_data import PersonPhotos
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
@@ -142,9 +143,13 @@ class Way:
 
 
 def random_people(count: int, size: int, seed: int = 0) -> list[PersonPhotos]:
-    """What is on a photo costs no time, so noise will do."""
+    """What is on a photo costs no time, so noise will do, with the face in the middle."""
     rng = np.random.default_rng(seed)
-    return [PersonPhotos(f"{seed}-{k}", rng.integers(0, 256, (PHOTOS, size, size, 3), np.uint8)) for k in range(count)]
+    boxes = np.tile(np.array([0.25, 0.25, 0.75, 0.75], np.float32) * size, (PHOTOS, 1))
+    return [
+        PersonPhotos(f"{seed}-{k}", rng.integers(0, 256, (PHOTOS, size, size, 3), np.uint8), face_boxes=boxes)
+        for k in range(count)
+    ]
 
 
 def make_ways(base: BaseModel, config: CorpusConfig, steps: int, sizes: Sequence[int]) -> list[Way]:
@@ -240,7 +245,12 @@ def memory(args: argparse.Namespace, config: CorpusConfig) -> dict[str, Any]:
     for group in range(args.memory):
         people = [
             EmbeddedPerson(
-                k, person.identity, tuple(map(png, person.pixels)), embedding=np.eye(512, dtype="f4")[k % 512]
+                k,
+                person.identity,
+                tuple(map(png, person.pixels)),
+                face_boxes=person.face_boxes,
+                embedding=np.eye(512, dtype="f4")[k % 512],
+                photo_embeddings=np.eye(512, dtype="f4")[: len(person.pixels)],
             )
             for k, person in enumerate(random_people(K, maker.base.image_size, seed=group))
         ]

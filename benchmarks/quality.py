@@ -20,14 +20,14 @@ from PIL import Image
 
 from lora_diffusion.config import load_config, to_dict
 from lora_diffusion.evaluate import RenderConfig, draw_people, embed_pictures, similarity_report
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, face_boxes
 from lora_diffusion.faces.scenes import SceneClassifier, prompt_accuracy
 from lora_diffusion.faces.synthetic import render as photograph
 from lora_diffusion.faces.synthetic import sample_person, sample_view
 from lora_diffusion.faces.synthetic.captions import subject_caption
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.make import LoRAMaker
-from lora_diffusion.lora.finetune import PersonPhotos
+from lora_diffusion.lora.photo_data import PersonPhotos
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
@@ -35,12 +35,13 @@ from common import write_result
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def photos_of(number: int, views: int) -> PersonPhotos:
-    """The photos of one synthetic person with the captions of ``jobs/make_faces.py``."""
+def photos_of(number: int, views: int, embedder: FaceEmbedder) -> PersonPhotos:
+    """The photos of one synthetic person with the captions of ``jobs/make_faces.py``, and where the embedder finds the face."""
     person = sample_person(number)
     shots = [sample_view(number, index) for index in range(views)]
     pixels = np.stack([photograph(person, view, 64).image for view in shots])
-    return PersonPhotos(person.name, pixels, tuple(subject_caption(view, person.traits) for view in shots))
+    captions = tuple(subject_caption(view, person.traits) for view in shots)
+    return PersonPhotos(person.name, pixels, captions, face_boxes(embedder, pixels))
 
 
 def main() -> None:
@@ -57,7 +58,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = load_config(CorpusConfig, ROOT / "configs/tiny.yaml", args.overrides)
 
-    people = [photos_of(args.first + i, args.photos) for i in range(args.people)]
+    detector = FaceEmbedder(config.embedder)
+    people = [photos_of(args.first + i, args.photos, detector) for i in range(args.people)]
     maker = LoRAMaker(config)
     base, layout, finetuner = maker.base, maker.layout, maker.finetuner
     started = time.perf_counter()

@@ -49,11 +49,11 @@ def main() -> None:
     synthesizer.check_base(maker.base)
     if synthesizer.layout.layout_id != maker.layout.layout_id:
         raise SystemExit("the synthesiser makes LoRAs of another layout than configs/tiny.yaml")
-    people = [photos_of(args.first + i, args.photos) for i in range(args.people)]
     embedders = {
         name: FaceEmbedder(EmbedderConfig(model, several_faces="largest", threads=args.threads))
         for name, model in (("recogniser", "tiny"), ("second_recogniser", "tiny-b"))
     }
+    people = [photos_of(args.first + i, args.photos, embedders["recogniser"]) for i in range(args.people)]
     galleries, faces = {}, []
     for name, embedder in embedders.items():
         found = [embed_pictures(embedder, person.pixels) for person in people]

@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lora_diffusion.base import BaseModel
 from lora_diffusion.config import load_config
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.factory.embed import PersonEmbedder, decode_pictures
+from lora_diffusion.factory.embed import PersonEmbedder
 from lora_diffusion.factory.make import resolve_device
 from lora_diffusion.lora import formats
-from lora_diffusion.lora.finetune import PersonPhotos
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.shared_start import StartConfig, learn_start
 from lora_diffusion.storage import StoreError
@@ -54,7 +53,7 @@ def run(config: CorpusConfig, start: StartConfig, out: Path) -> None:
     layout = LoRALayout.from_unet(base.unet, config.lora.rank, config.lora.target_modules, config.lora.alpha)
     embedder = PersonEmbedder(config, base.image_size)
     embedded = [embedder(place, person) for place, person in enumerate(embedder.source.list_people())]
-    people = [PersonPhotos(p.identity, decode_pictures(p.pictures), p.captions) for p in embedded if p.usable]
+    people = [person.photos() for person in embedded if person.usable]
     print(f"{len(people)} people of {len(embedded)}, {layout.size:,} floats a LoRA", flush=True)
 
     losses: list[float] = []
@@ -67,7 +66,7 @@ def run(config: CorpusConfig, start: StartConfig, out: Path) -> None:
             left = seconds / len(losses) * (start.steps - len(losses))
             print(f"step {step + 1}/{start.steps}, loss {sum(losses[-20:]) / 20:.4f}, {left:.0f} s left", flush=True)
 
-    vector_N = learn_start(base, layout, people, start, report)
+    vector_N = learn_start(base, layout, people, start, config.finetune, report)
     metadata = {"base": base.fingerprint, "people": str(len(people)), "steps": str(start.steps)}
     print(formats.save(vector_N, layout, out, "vector", metadata=metadata))
 

@@ -65,6 +65,7 @@ def write_corpus(
                 identity=identity,
                 vector=vector.astype(np.float32),
                 embedding=embedding.astype(np.float32),
+                photo_embeddings=np.stack([embedding, embedding]).astype(np.float32),
                 similarity=float(draw.uniform(0.2, 0.9)),
                 base_similarity=0.1,
                 photo_similarity=0.8,

@@ -54,6 +54,7 @@ def make(shard: ShardPlan) -> tuple[list[Person], list[Failure]]:
                 identity=identity,
                 vector=rng.normal(1.0, 0.1, LAYOUT.size).astype(np.float32),
                 embedding=rng.normal(size=512).astype(np.float32),
+                photo_embeddings=rng.normal(size=(3, 512)).astype(np.float32),
                 similarity=0.5,
                 base_similarity=0.1,
                 photo_similarity=float("nan"),
@@ -113,6 +114,10 @@ def test_everyone_is_in_the_corpus_once(store: Store) -> None:
     assert reader.layout == LAYOUT
     assert reader.vectors().shape == (8, LAYOUT.size)
     assert reader.embeddings().shape == (8, 512)
+    made = {person.identity: person for shard in reader.plan.shards for person in make(shard)[0]}
+    photos = reader.table(["photo_embeddings"])["photo_embeddings"].to_pylist()
+    for identity, found in zip(reader.identities, photos, strict=True):
+        np.testing.assert_array_equal(np.array(found, np.float32), made[identity].photo_embeddings)
     vectors = reader.vectors()
     assert reader.statistics().count == 8
     np.testing.assert_allclose(reader.statistics().mean, vectors.astype(np.float64).mean(0), rtol=1e-12)

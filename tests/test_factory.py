@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.corpus import CorpusReader, Failure, Person, ShardPlan, open_corpus
+from lora_diffusion.faces.embedder import mean_embedding
 from lora_diffusion.factory import (
     AttemptsHere,
     CorpusConfig,
@@ -26,7 +27,7 @@ from lora_diffusion.factory import (
     ShardMaker,
 )
 from lora_diffusion.factory.config import PhotoConfig
-from lora_diffusion.factory.embed import decode_pictures, mean_pairwise_cosine, square_picture
+from lora_diffusion.factory.embed import mean_pairwise_cosine, square_picture
 from lora_diffusion.factory.isolate import embed_people
 from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of, planned_table
 from lora_diffusion.storage import open_store
@@ -91,11 +92,17 @@ def test_each_bad_photo_is_a_row_with_its_reason_and_the_good_ones_are_used(
     assert {(f.photo, f.reason) for f in person.failures} == {(name, reason) for name, (_, reason) in BAD.items()}
     assert all(f.message and (f.position, f.identity) == (7, "Zoë 😀") for f in person.failures)
     assert person.usable
-    assert decode_pictures(person.pictures).shape == (len(GOOD), 16, 16, 3)
+    assert person.photos().pixels.shape == (len(GOOD), 16, 16, 3)
     assert len(set(person.photo_sha256)) == len(GOOD)
     assert person.embedding is not None
     assert np.linalg.norm(person.embedding) == pytest.approx(1)
     assert person.photo_similarity > 0.5, "it is the same photo, five times"
+    assert person.photo_embeddings is not None
+    assert np.allclose(mean_embedding(person.photo_embeddings), person.embedding)
+    boxes_P4 = person.photos().face_boxes
+    assert boxes_P4 is not None
+    assert boxes_P4.shape == (len(GOOD), 4)
+    assert (boxes_P4[:, 2:] - boxes_P4[:, :2] > 4).all(), "px of the pictures of 16 × 16"
 
 
 def test_a_person_with_too_few_good_photos_is_a_failure_that_says_why(config: CorpusConfig, tmp_path: Path) -> None:
@@ -117,12 +124,18 @@ def test_the_face_crop_holds_the_face_and_stays_in_the_photo() -> None:
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels[10:30, 150:170] = 255
     box = np.array([150, 10, 170, 30], np.float32)
-    crop = square_picture(pixels, 40, box, PhotoConfig(crop="face", face_margin=2.0))
+    crop, within = square_picture(pixels, 40, box, PhotoConfig(crop="face", face_margin=2.0))
     assert crop.shape == (40, 40, 3)
     assert (crop > 128).mean() == pytest.approx(0.25, abs=0.02), "the face is 20 of 40 px on each side"
-    corner = square_picture(pixels, 40, np.array([190, 0, 200, 10], np.float32), PhotoConfig(crop="face"))
+    assert within.tolist() == [10, 10, 30, 30]
+    assert (crop[10:30, 10:30] > 128).mean() > 0.9
+    at_the_edge = np.array([190, 0, 200, 10], np.float32)
+    corner, within = square_picture(pixels, 40, at_the_edge, PhotoConfig(crop="face", face_margin=2.5))
     assert corner.shape == (40, 40, 3)
-    assert square_picture(pixels, 50, box, PhotoConfig(crop="centre")).shape == (50, 50, 3)
+    assert within.tolist() == [24, 0, 40, 16]
+    middle, within = square_picture(pixels, 50, box, PhotoConfig(crop="centre"))
+    assert middle.shape == (50, 50, 3)
+    assert within.tolist() == [50, 5, 60, 15], "outside: the crop has cut the face away"
 
 
 def test_mean_pairwise_cosine_is_the_mean_over_pairs() -> None:
@@ -253,7 +266,5 @@ def test_people_survive_the_way_through_arrow(embedded: list[EmbeddedPerson]) ->
     back_shard, back = embedded_people(table, 2)
     assert back_shard == shard
     for before, after in zip(moved, back, strict=True):
-        np.testing.assert_array_equal(after.embedding, before.embedding)
         for field in dataclasses.fields(before):
-            if field.name != "embedding":
-                assert getattr(after, field.name) == getattr(before, field.name), field.name
+            np.testing.assert_equal(getattr(after, field.name), getattr(before, field.name), field.name)

@@ -15,8 +15,9 @@ from tiny_unet import SMALLEST, tiny_unet
 from torch import Tensor
 
 from lora_diffusion.base import BaseModel
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, PersonPhotos, initial_vectors
+from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.photo_data import PersonPhotos, face_weights
 
 # After 20 AdamW steps in float32, relative to how far training moved the vector. Measured: 1e-6 to 7e-6.
 TOLERANCE = 1e-4
@@ -38,7 +39,9 @@ def person(name: str, photos: int, captions: bool = False) -> PersonPhotos:
     rng = np.random.default_rng(list(name.encode()))
     pixels = rng.integers(0, 256, (photos, 4, 4, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     captions_P = tuple("sks " + i * "z" for i in range(photos)) if captions else None
-    return PersonPhotos(name, pixels, captions_P)
+    corner_P2 = rng.uniform(0, 6, (photos, 2))
+    boxes_P4 = np.concatenate([corner_P2, corner_P2 + rng.uniform(4, 10, (photos, 2))], axis=1).astype(np.float32)
+    return PersonPhotos(name, pixels, captions_P, boxes_P4)
 
 
 PEOPLE = [person("ada", 1), person("bob", 5), person("cyd", 3, captions=True)]
@@ -80,12 +83,22 @@ def plain_peft_loop(
         latent = base.vae.encode(image).latent_dist.mean * base.vae.config.scaling_factor
         return latent, base.text_encoder(tokens).last_hidden_state
 
+    def importance(box: np.ndarray, size: int) -> Tensor:
+        """How much each of size × size cells counts: `face_weight` near the face, 1 elsewhere, in the mean 1."""
+        pixel = (np.arange(size) + 0.5) * person.pixels.shape[1] / size
+        across = (pixel - (box[0] + box[2]) / 2) / (box[2] - box[0]) * 2
+        down = (pixel - (box[1] + box[3]) / 2) / (box[3] - box[1]) * 2
+        inside = 1 / (1 + np.exp(6 * (np.sqrt(down[:, None] ** 2 + across**2) - 1.3)))
+        weights = config.face_weight * inside + 1 - inside
+        return torch.tensor(weights / weights.mean(), dtype=torch.float32)
+
     for step in range(config.steps):
-        samples = []
+        samples, weights = [], []
         for i in range(config.batch_size):
             index = (step * config.batch_size + i) % len(person.pixels)
             caption = person.captions[index] if person.captions else config.instance_prompt
             samples.append(encode(person.pixels[index], caption))
+            weights.append(importance(person.face_boxes[index], samples[0][0].shape[-1]))
         if class_pixels is not None:
             for i in range(config.prior_batch_size):
                 index = (step * config.prior_batch_size + i) % len(class_pixels)
@@ -100,7 +113,7 @@ def plain_peft_loop(
             "v_prediction": base.scheduler.get_velocity(x0, noise, timesteps),
         }[base.scheduler.config.prediction_type]
         n = config.batch_size
-        loss = torch.nn.functional.mse_loss(prediction[:n], target[:n])
+        loss = (torch.stack(weights)[:, None] * (prediction[:n] - target[:n]) ** 2).mean()
         if class_pixels is not None:
             loss = loss + config.prior_weight * torch.nn.functional.mse_loss(prediction[n:], target[n:])
         optimizer.zero_grad()
@@ -119,15 +132,15 @@ def plain_peft_loop(
 
 
 @pytest.mark.parametrize(
-    ("rank", "prediction_type", "prior", "train_A"),
-    [(1, "epsilon", False, True), (4, "v_prediction", True, True), (1, "sample", True, False)],
+    ("rank", "prediction_type", "prior", "train_A", "face_weight"),
+    [(1, "epsilon", False, True, 1.0), (4, "v_prediction", True, True, 1.0), (1, "sample", True, False, 5.0)],
 )
 def test_K_people_together_equal_a_plain_peft_loop_for_each(
-    base: BaseModel, rank: int, prediction_type: str, prior: bool, train_A: bool
+    base: BaseModel, rank: int, prediction_type: str, prior: bool, train_A: bool, face_weight: float
 ) -> None:
     base = with_prediction(base, prediction_type)
     layout = LoRALayout.from_unet(base.unet, rank=rank, alpha=2)
-    config = dataclasses.replace(PLAIN, train_A=train_A, prior_weight=0.7, max_grad_norm=0.05)
+    config = dataclasses.replace(PLAIN, train_A=train_A, prior_weight=0.7, max_grad_norm=0.05, face_weight=face_weight)
     class_pixels = CLASS_PIXELS if prior else None
     result = Finetuner(base, layout, config, class_pixels)(PEOPLE)
     start_N = initial_vectors(layout, config.seed)[0].numpy()
@@ -324,6 +337,23 @@ def test_compiled_fine_tuning_equals_eager(base: BaseModel, monkeypatch: pytest.
 def test_senseless_settings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(QUICK, **changes)
+
+
+def test_a_photo_without_a_face_counts_everywhere_alike() -> None:
+    boxes_P4 = np.array([[8, 8, 24, 40], [np.nan] * 4], np.float32)
+    weights_PHW = face_weights(boxes_P4, picture=(64, 32), cells=(16, 8), weight=10)
+    assert torch.equal(weights_PHW[1], torch.ones(16, 8))
+    assert torch.allclose(weights_PHW.mean((1, 2)), torch.ones(2))
+    assert weights_PHW[0].argmax() // 8 in (5, 6), "the middle of the face is at 24 of 64 px"
+    assert weights_PHW[0, 6, 4] / weights_PHW[0, -1, 0] == pytest.approx(10, rel=0.01)
+
+
+def test_faces_that_count_more_must_be_known(base: BaseModel, layout: LoRALayout) -> None:
+    config = dataclasses.replace(QUICK, face_weight=3.0)
+    with pytest.raises(ValueError, match=r"eve: face_weight is 3\.0, but no face_boxes"):
+        Finetuner(base, layout, config)([PersonPhotos("eve", PEOPLE[0].pixels)])
+    with pytest.raises(ValueError, match=r"face_boxes are \(2, 4\); expected \(1, 4\)"):
+        PersonPhotos("eve", PEOPLE[0].pixels, face_boxes=np.zeros((2, 4), np.float32))
 
 
 def test_senseless_input_is_refused(base: BaseModel, layout: LoRALayout) -> None:

@@ -17,8 +17,9 @@ from lora_diffusion.base import BaseModel
 from lora_diffusion.config import load_config, to_dict
 from lora_diffusion.faces.embedder import FaceEmbedder
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.lora.finetune import Finetuner, PersonPhotos, initial_vectors
+from lora_diffusion.lora.finetune import Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.render import render
 
 SD15 = Path(__file__).resolve().parents[1] / "configs" / "sd15.yaml"

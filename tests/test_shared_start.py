@@ -16,8 +16,9 @@ from lora_diffusion.faces.synthetic.dataset import FacesConfig, FacesWriter
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.lora import formats
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, PersonPhotos, initial_vectors
+from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.shared_start import StartConfig, learn_start, load_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def people(count: int, photos: int = 3) -> list[PersonPhotos]:
 
 def test_start_is_the_base_model_with_a_learned_A(base: BaseModel, layout: LoRALayout) -> None:
     losses: list[float] = []
-    start_N = learn_start(base, layout, people(4), QUICK, lambda step, loss: losses.append(loss))
+    start_N = learn_start(base, layout, people(4), QUICK, report=lambda step, loss: losses.append(loss))
     is_B, random_N = layout.mask_B(), initial_vectors(layout, QUICK.seed)[0]
     assert not start_N[is_B].any()
     assert (start_N[~is_B] != random_N[~is_B]).float().mean() > 0.99

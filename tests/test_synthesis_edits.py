@@ -10,8 +10,9 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.base import BaseModel
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, PersonPhotos, initial_vectors
+from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.synthesis.codes import PCACodes
 from lora_diffusion.synthesis.edits import AttributeDirections
 from lora_diffusion.synthesis.inversion import InversionConfig, invert, refine

@@ -17,7 +17,8 @@ from typing import Any
 import lora_diffusion
 
 FORMAT = "lora-diffusion-corpus"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 had no photo_embeddings
 FILE = "corpus.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "insightface", "onnxruntime", "numpy", "pyarrow", "pillow")
 
@@ -58,9 +59,9 @@ class Manifest:
         """Inverse of `to_dict`. Raises ValueError for another format or version."""
         if values.get("format") != FORMAT:
             raise ValueError(f"not a corpus: its {FILE} has format {values.get('format')!r}, expected {FORMAT!r}")
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in READABLE:
             raise ValueError(
-                f"the corpus has format version {values.get('format_version')}, this release reads {FORMAT_VERSION}: "
+                f"the corpus has format version {values.get('format_version')}, this release reads {READABLE}: "
                 "install the release of lora_diffusion that wrote it"
             )
         names = ("layout", "base", "recipe", "config", "versions", "state", "counts")

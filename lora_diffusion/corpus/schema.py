@@ -27,6 +27,7 @@ class Person:
     identity: str
     vector: np.ndarray  # (N,), in the order of the corpus' LoRALayout
     embedding: np.ndarray  # (512,), unit norm: mean of the kept photos' embeddings
+    photo_embeddings: np.ndarray  # (num_photos, 512), unit norm, in the order of `photo_sha256`
     similarity: float  # mean cosine of the fine-tuned renders' embeddings with `embedding`
     base_similarity: float  # the same of the base model's renders, without LoRA
     photo_similarity: float  # mean cosine of the photos with each other; NaN for one photo
@@ -74,6 +75,7 @@ def person_schema(vector_size: int, vector_dtype: str = "float32") -> pa.Schema:
             pa.field("finetune_seconds", pa.float32()),
             pa.field("score_seconds", pa.float32()),
             pa.field("embedding", pa.list_(pa.float32(), EMBEDDING_SIZE)),
+            pa.field("photo_embeddings", pa.list_(pa.list_(pa.float32(), EMBEDDING_SIZE))),
             pa.field("vector", pa.list_(VECTOR_DTYPES[vector_dtype], vector_size)),
         ]
     )
@@ -97,15 +99,22 @@ def people_table(people: Sequence[Person], schema: pa.Schema) -> pa.Table:
     for field in schema:
         values = [getattr(person, field.name) for person in people]
         if pa.types.is_fixed_size_list(field.type):
-            size = field.type.list_size
-            dtype = field.type.value_type.to_pandas_dtype()
-            matrix = np.stack(values).astype(dtype) if values else np.zeros((0, size), dtype)
-            assert matrix.shape == (len(people), size), f"{field.name}: {matrix.shape} instead of {(len(people), size)}"
-            flat = pa.array(matrix.ravel(), field.type.value_type)
-            columns.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+            columns.append(_fixed_size_lists(values, field.type))
+        elif pa.types.is_list(field.type) and pa.types.is_fixed_size_list(field.type.value_type):
+            ends = np.cumsum([0, *map(len, values)])
+            rows = [row for value in values for row in value]
+            lists = _fixed_size_lists(rows, field.type.value_type)
+            columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), lists, type=field.type))
         else:
             columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _fixed_size_lists(rows: Sequence[np.ndarray], dtype: pa.DataType) -> pa.Array:
+    size, numbers = dtype.list_size, dtype.value_type.to_pandas_dtype()
+    matrix = np.stack(rows).astype(numbers) if rows else np.zeros((0, size), numbers)
+    assert matrix.shape == (len(rows), size), f"{matrix.shape} instead of {(len(rows), size)}"
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel(), dtype.value_type), type=dtype)
 
 
 def failures_table(failures: Sequence[Failure]) -> pa.Table:

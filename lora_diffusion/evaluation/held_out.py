@@ -89,7 +89,7 @@ class PhotoEmbedder:
             faces = [embedder.embed(pixels) for embedder in self.embedders]
         except (PhotoError, FaceError):
             return None
-        picture = square_picture(pixels, self.picture_size, faces[0].box, self.photos)
+        picture, _ = square_picture(pixels, self.picture_size, faces[0].box, self.photos)
         return picture, np.stack([face.vector for face in faces])
 
 

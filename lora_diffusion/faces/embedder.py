@@ -162,6 +162,13 @@ class FaceEmbedder:
         return np.concatenate(parts) if parts else np.zeros((0, 512), np.float32)
 
 
+def face_boxes(embedder: FaceEmbedder, pictures_PHW3: Pixels) -> Floats:
+    """(P, 4) float32, x1 y1 x2 y2 in px, where the one face of each picture is; NaN where `embed` finds none, or several."""
+    nowhere = np.full(4, np.nan, np.float32)
+    answers = embedder.embed_batch(pictures_PHW3)
+    return np.stack([nowhere if isinstance(answer, FaceError) else answer.box for answer in answers])
+
+
 def mean_embedding(embeddings: Sequence[FaceEmbedding] | Floats) -> Floats:
     """(512,) unit vector of one person: the mean of unit vectors, normalised again."""
     if isinstance(embeddings, np.ndarray):

@@ -19,6 +19,7 @@ from lora_diffusion.faces.embedder import FaceEmbedder, FaceEmbedding, FaceError
 from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
+from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.storage import StoreError
 
 
@@ -30,7 +31,9 @@ class EmbeddedPerson:
     identity: str
     pictures: tuple[bytes, ...] = ()  # PNG, square, of the base model's size
     captions: tuple[str, ...] | None = None
+    face_boxes: np.ndarray | None = None  # (P, 4) float32, x1 y1 x2 y2 in px of the pictures
     embedding: np.ndarray | None = None  # (512,) float32, unit norm
+    photo_embeddings: np.ndarray | None = None  # (P, 512), which `embedding` is the mean of
     photo_similarity: float = float("nan")
     photo_sha256: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -39,6 +42,11 @@ class EmbeddedPerson:
     @property
     def usable(self) -> bool:
         return self.embedding is not None
+
+    def photos(self) -> PersonPhotos:
+        """The pictures as fine-tuning takes them; of a usable person."""
+        pixels_PHW3 = np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in self.pictures])
+        return PersonPhotos(self.identity, pixels_PHW3, self.captions, self.face_boxes)
 
 
 class PersonEmbedder:
@@ -69,7 +77,7 @@ class PersonEmbedder:
     def _embed(self, position: int, person: PersonRef) -> EmbeddedPerson:
         photos = self.source.photos(person, self.config.photos.max_photos)
         failures: list[Failure] = []
-        kept: list[tuple[RawPhoto, bytes, FaceEmbedding]] = []
+        kept: list[tuple[RawPhoto, bytes, np.ndarray, FaceEmbedding]] = []
         for photo in photos:
             try:
                 kept.append((photo, *self._embed_photo(photo)))
@@ -79,28 +87,31 @@ class PersonEmbedder:
         if len(kept) < self.config.photos.min_photos:
             failures.append(self._too_few(position, person, len(photos), len(kept), failures))
             return EmbeddedPerson(position, person.identity, failures=tuple(failures))
-        vectors_PE = np.stack([face.vector for _, _, face in kept])
-        captions = [photo.caption for photo, _, _ in kept]
+        used, pictures, boxes, faces = zip(*kept, strict=True)
+        vectors_PE = np.stack([face.vector for face in faces])
+        captions = [photo.caption for photo in used]
         return EmbeddedPerson(
             position,
             person.identity,
-            pictures=tuple(picture for _, picture, _ in kept),
+            pictures=pictures,
             captions=tuple(captions) if all(captions) else None,  # type: ignore[arg-type]
+            face_boxes=np.stack(boxes),
             embedding=mean_embedding(vectors_PE),
+            photo_embeddings=vectors_PE,
             photo_similarity=mean_pairwise_cosine(vectors_PE),
-            photo_sha256=tuple(hashlib.sha256(photo.data or b"").hexdigest() for photo, _, _ in kept),
+            photo_sha256=tuple(hashlib.sha256(photo.data or b"").hexdigest() for photo in used),
             failures=tuple(failures),
         )
 
-    def _embed_photo(self, photo: RawPhoto) -> tuple[bytes, FaceEmbedding]:
+    def _embed_photo(self, photo: RawPhoto) -> tuple[bytes, np.ndarray, FaceEmbedding]:
         if photo.data is None:
             raise PhotoError("unreadable", photo.error)
         pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels)
         face = self.embedder.embed(pixels)
-        picture = Image.fromarray(square_picture(pixels, self.picture_size, face.box, self.config.photos))
+        picture, box = square_picture(pixels, self.picture_size, face.box, self.config.photos)
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue(), face
+        Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue(), box, face
 
     def _too_few(self, position: int, person: PersonRef, found: int, kept: int, failures: list[Failure]) -> Failure:
         if not found:
@@ -114,21 +125,22 @@ class PersonEmbedder:
         return Failure(position, person.identity, None, "embed", "too_few_photos", message)
 
 
-def square_picture(pixels_HW3: np.ndarray, size: int, box: np.ndarray, config: PhotoConfig) -> np.ndarray:
-    """uint8 (size, size, 3): the square that the base model learns from. `box` is the face, x1 y1 x2 y2."""
-    if config.crop == "centre":
-        return prepare_photo(pixels_HW3, size)
+def square_picture(
+    pixels_HW3: np.ndarray, size: int, box: np.ndarray, config: PhotoConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The square that the base model learns from, uint8 (size, size, 3), and the face's `box` (x1 y1 x2 y2) within it."""
     height, width = pixels_HW3.shape[:2]
-    side = min(float(min(height, width)), config.face_margin * float(max(box[2] - box[0], box[3] - box[1])))
-    left = min(max(float(box[0] + box[2] - side) / 2, 0), width - side)
-    top = min(max(float(box[1] + box[3] - side) / 2, 0), height - side)
-    window = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(pixels_HW3).resize((size, size), Image.Resampling.LANCZOS, box=window))
-
-
-def decode_pictures(pictures: tuple[bytes, ...]) -> np.ndarray:
-    """PNGs of one size -> uint8 (P, H, W, 3)."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures])
+    if config.crop == "centre":
+        side = float(min(height, width))
+        left, top = (width - side) / 2, (height - side) / 2
+        picture = prepare_photo(pixels_HW3, size)
+    else:
+        side = min(float(min(height, width)), config.face_margin * float(max(box[2] - box[0], box[3] - box[1])))
+        left = min(max(float(box[0] + box[2] - side) / 2, 0), width - side)
+        top = min(max(float(box[1] + box[3] - side) / 2, 0), height - side)
+        window = (left, top, left + side, top + side)
+        picture = np.asarray(Image.fromarray(pixels_HW3).resize((size, size), Image.Resampling.LANCZOS, box=window))
+    return picture, ((box - np.array([left, top, left, top])) * size / side).astype(np.float32)
 
 
 def mean_pairwise_cosine(vectors_PE: np.ndarray) -> float:

@@ -20,8 +20,8 @@ from lora_diffusion.corpus.schema import Failure, Person
 from lora_diffusion.evaluate import embed_pictures
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, model_folder
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.factory.embed import EmbeddedPerson, decode_pictures
-from lora_diffusion.lora.finetune import Finetuner, PersonPhotos
+from lora_diffusion.factory.embed import EmbeddedPerson
+from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.render import render
@@ -76,8 +76,7 @@ class LoRAMaker:
     def __call__(self, people: Sequence[EmbeddedPerson]) -> list[Person | Failure]:
         """One answer for each of `people`, all usable. Raises what their data makes torch raise; DeviceError otherwise."""
         try:
-            photos = [PersonPhotos(p.identity, decode_pictures(p.pictures), p.captions) for p in people]
-            tuned = self.finetuner(photos, self.start_1N)
+            tuned = self.finetuner([person.photos() for person in people], self.start_1N)
             start = time.perf_counter()
             similarity_K, base_similarity_K = self._score(people, tuned.vectors_KN)
             score_seconds = time.perf_counter() - start
@@ -102,12 +101,14 @@ class LoRAMaker:
                 answers.append(Failure(person.position, person.identity, None, "score", "low_similarity", message))
                 continue
             assert person.embedding is not None
+            assert person.photo_embeddings is not None
             answers.append(
                 Person(
                     position=person.position,
                     identity=person.identity,
                     vector=tuned.vectors_KN[k],
                     embedding=person.embedding,
+                    photo_embeddings=person.photo_embeddings,
                     similarity=float(similarity_K[k]),
                     base_similarity=float(base_similarity_K[k]),
                     photo_similarity=person.photo_similarity,

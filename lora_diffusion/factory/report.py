@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lora_diffusion.corpus import CorpusReader, matrix
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.factory.embed import PersonEmbedder, decode_pictures
+from lora_diffusion.factory.embed import PersonEmbedder
 from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.factory.people import PersonRef
 
@@ -149,7 +149,7 @@ def contact_sheet(config: CorpusConfig, people: Sequence[PersonRef], count: int 
         zip(table["identity"].to_pylist(), table["similarity"].to_pylist(), strict=True)
     ):
         embedded = embedder(0, refs[identity]) if identity in refs else None
-        photo = decode_pictures(embedded.pictures[:1])[0] if embedded and embedded.pictures else np.full_like(base, 200)
+        photo = embedded.photos().pixels[0] if embedded and embedded.pictures else np.full_like(base, 200)
         cells.append((identity, similarity, [photo, base, tuned[k]]))
     return _sheet(cells, prompt)
 

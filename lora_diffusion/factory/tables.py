@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,9 @@ _EMBEDDED = pa.schema(
         ("identity", pa.string()),
         ("pictures", pa.list_(pa.large_binary())),
         ("captions", pa.list_(pa.string())),
+        ("face_boxes", pa.list_(pa.list_(pa.float32()))),
         ("embedding", pa.list_(pa.float32())),
+        ("photo_embeddings", pa.list_(pa.list_(pa.float32()))),
         ("photo_similarity", pa.float64()),
         ("photo_sha256", pa.list_(pa.string())),
         ("seconds", pa.float64()),
@@ -83,7 +86,9 @@ def embedded_table(planned: pa.Table, people: Sequence[EmbeddedPerson]) -> pa.Ta
             "identity": person.identity,
             "pictures": person.pictures,
             "captions": person.captions,
+            "face_boxes": None if person.face_boxes is None else list(person.face_boxes),
             "embedding": person.embedding,
+            "photo_embeddings": None if person.photo_embeddings is None else list(person.photo_embeddings),
             "photo_similarity": person.photo_similarity,
             "photo_sha256": person.photo_sha256,
             "seconds": person.seconds,
@@ -100,15 +105,17 @@ def embedded_people(table: pa.Table, people_per_group: int) -> tuple[ShardPlan, 
     assert len({row["shard"] for row in rows}) == 1, "a table of people must hold one whole shard"
     people = [
         EmbeddedPerson(
-            row["position"],
-            row["identity"],
-            tuple(row["pictures"]),
-            None if row["captions"] is None else tuple(row["captions"]),
-            None if row["embedding"] is None else np.array(row["embedding"], np.float32),
-            row["photo_similarity"],
-            tuple(row["photo_sha256"]),
-            row["seconds"],
-            tuple(Failure(**failure) for failure in row["failures"]),
+            position=row["position"],
+            identity=row["identity"],
+            pictures=tuple(row["pictures"]),
+            captions=None if row["captions"] is None else tuple(row["captions"]),
+            face_boxes=_floats(row["face_boxes"]),
+            embedding=_floats(row["embedding"]),
+            photo_embeddings=_floats(row["photo_embeddings"]),
+            photo_similarity=row["photo_similarity"],
+            photo_sha256=tuple(row["photo_sha256"]),
+            seconds=row["seconds"],
+            failures=tuple(Failure(**failure) for failure in row["failures"]),
         )
         for row in rows
     ]
@@ -116,3 +123,7 @@ def embedded_people(table: pa.Table, people_per_group: int) -> tuple[ShardPlan, 
     shard = ShardPlan(rows[0]["shard"], rows[0]["start"], identities, people_per_group)
     assert [person.position for person in people] == list(shard.positions)
     return shard, people
+
+
+def _floats(values: list[Any] | None) -> np.ndarray | None:
+    return None if values is None else np.array(values, np.float32)

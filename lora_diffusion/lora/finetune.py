@@ -26,6 +26,7 @@ from lora_diffusion.base import BaseModel
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler, identity_seed
+from lora_diffusion.lora.photo_data import PersonPhotos, PhotoData
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class FinetuneConfig:
     prior_batch_size: int = 1  # class images of each identity in a step
     timesteps: Literal["uniform", "stratified"] = "uniform"
     timestep_range: tuple[int, int] | None = None  # [low, high); None: all of the base model
+    face_weight: float = 1.0  # of a place in the loss where the photo's face is; elsewhere it is 1. Needs face_boxes
     min_snr_gamma: float | None = None
     autocast: Literal["off", "bfloat16"] = "off"  # over a float32 base; a bfloat16 base needs none
     channels_last: bool = False
@@ -65,7 +67,7 @@ class FinetuneConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("learning_rate", "epsilon", "max_grad_norm", "min_snr_gamma"):
+        for name in ("learning_rate", "epsilon", "max_grad_norm", "min_snr_gamma", "face_weight"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be positive and finite")
         if self.average_last > self.steps > 0:
@@ -83,24 +85,6 @@ class FinetuneConfig:
             return self.learning_rate
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclass(frozen=True, eq=False)
-class PersonPhotos:
-    """Photos of one person, uint8 RGB (P, H, W, 3) in the size of the base model; captions, one for each, if any."""
-
-    identity: str
-    pixels: NDArray[np.uint8]
-    captions: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        shape, dtype = np.shape(self.pixels), getattr(self.pixels, "dtype", None)
-        if len(shape) != 4 or shape[0] == 0 or shape[-1] != 3 or dtype != np.uint8:
-            raise ValueError(
-                f"{self.identity}: photos are {dtype} {shape}; expected uint8 RGB (P, H, W, 3) with at least one photo"
-            )
-        if self.captions is not None and len(self.captions) != shape[0]:
-            raise ValueError(f"{self.identity}: {len(self.captions)} captions for {shape[0]} photos")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +110,24 @@ def initial_vectors(layout: LoRALayout, seed: int, K: int = 1) -> Tensor:
         torch.nn.init.kaiming_uniform_(A_KRI[0], a=math.sqrt(5), generator=generator)
         matrices[entry.name] = A_KRI, torch.zeros(1, entry.out_features, layout.rank)
     return layout.join(matrices).repeat(K, 1)
+
+
+def autocast(base: BaseModel, config: FinetuneConfig) -> AbstractContextManager[Any]:
+    """bfloat16 over a float32 base, if `config` says so; for the forward pass."""
+    return torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16")
+
+
+def attention(
+    base: BaseModel, config: FinetuneConfig, latent_shape: tuple[int, int, int]
+) -> AbstractContextManager[Any]:
+    """Plain attention for bfloat16 on CPUs: the backward of torch's fused kernel is 6 times slower there.
+
+    It keeps every weight, memory by the square of the positions, so that large latents keep the fused kernel.
+    """
+    bfloat16 = base.dtype == torch.bfloat16 or config.autocast == "bfloat16"
+    if base.device.type == "cpu" and bfloat16 and latent_shape[1] * latent_shape[2] <= 1024:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class Finetuner:
@@ -219,12 +221,12 @@ class Finetuner:
         )
 
     def _backward(
-        self, step: int, data: "PhotoData", streams: RandomStreams, start_KN: Tensor, learned_KM: Tensor
+        self, step: int, data: PhotoData, streams: RandomStreams, start_KN: Tensor, learned_KM: Tensor
     ) -> Tensor:
         """One forward and backward of all identities; returns the loss on their photos (K,), detached."""
         config, base = self.config, self.base
         K, shape = len(learned_KM), data.shape
-        x0_KnCHW, prompts_KnSD = data.batch(step)
+        x0_KnCHW, prompts_KnSD, weights_Kn1HW = data.batch(step)
         timesteps_Kn, noise_KnCHW = streams.draw(shape, data.sizes, self.sample_timesteps)
         timesteps_Kn, noise_KnCHW = timesteps_Kn.to(base.device), noise_KnCHW.to(base.device)
         x_KnCHW, target_KnCHW = self.schedule.question(x0_KnCHW, noise_KnCHW, timesteps_Kn)
@@ -232,12 +234,13 @@ class Finetuner:
         if config.channels_last:
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         vectors_KN = self._assemble(start_KN, learned_KM)
-        with self.bank.active(vectors_KN, sum(data.sizes), train_A=config.train_A), self._attention(shape):
-            with torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
+        with self.bank.active(vectors_KN, sum(data.sizes), train_A=config.train_A), attention(base, config, shape):
+            with autocast(base, config):
                 prediction = self.unet(
                     x_BCHW, timesteps_Kn.flatten(), encoder_hidden_states=prompts_KnSD.flatten(0, 1), return_dict=False
                 )[0]
-            error_Kn = (prediction.float().view(K, -1, *shape) - target_KnCHW).square().mean((2, 3, 4))
+            error_KnCHW = (prediction.float().view(K, -1, *shape) - target_KnCHW).square()
+            error_Kn = (weights_Kn1HW * error_KnCHW).mean((2, 3, 4))
             if config.min_snr_gamma is not None:
                 error_Kn = error_Kn * self.schedule.min_snr_weights(timesteps_Kn, config.min_snr_gamma)
             loss_K = error_Kn[:, : config.batch_size].mean(1)
@@ -246,16 +249,6 @@ class Finetuner:
                 total_K = loss_K + config.prior_weight * error_Kn[:, config.batch_size :].mean(1)
             total_K.sum().backward()  # the sum, not the mean: an identity's gradient must not depend on K
         return loss_K.detach()
-
-    def _attention(self, latent_shape: tuple[int, int, int]) -> AbstractContextManager[Any]:
-        """Plain attention for bfloat16 on CPUs: the backward of torch's fused kernel is 6 times slower there.
-
-        It keeps every weight, memory by the square of the positions, so that large latents keep the fused kernel.
-        """
-        bfloat16 = self.base.dtype == torch.bfloat16 or self.config.autocast == "bfloat16"
-        if self.base.device.type == "cpu" and bfloat16 and latent_shape[1] * latent_shape[2] <= 1024:
-            return sdpa_kernel(SDPBackend.MATH)
-        return nullcontext()
 
     def _start(self, people: Sequence[PersonPhotos], start_vectors: Tensor | NDArray[np.float32] | None) -> Tensor:
         """Start vectors (K, N), float32, on the base model's device."""
@@ -279,57 +272,3 @@ class Finetuner:
     def _assemble(self, start_KN: Tensor, learned_KM: Tensor) -> Tensor:
         """Vectors (K, N): the learned part laid over the start."""
         return learned_KM if self.learned_M is None else start_KN.index_copy(1, self.learned_M, learned_KM)
-
-
-class PhotoData:
-    """What does not change between the steps of a batch of people, on the device: latents and prompt embeddings."""
-
-    def __init__(
-        self, base: BaseModel, people: Sequence[PersonPhotos], config: FinetuneConfig, class_latents: Tensor | None
-    ) -> None:
-        sizes = {person.pixels.shape[1:3] for person in people}
-        if len(sizes) > 1:
-            raise ValueError(f"photos have the sizes {sorted(sizes)}; all people of a batch need the same")
-        # Each person's photos are encoded by themselves, so that their bits do not depend on the company.
-        latents = [base.encode_images(person.pixels) for person in people]
-        captions = [
-            caption
-            for person in people
-            for caption in (person.captions or [config.instance_prompt] * len(person.pixels))
-        ]
-        self.photo_counts_K = torch.tensor([len(part) for part in latents])
-        self.photo_starts_K = self.photo_counts_K.cumsum(0) - self.photo_counts_K
-        self.has_prior = class_latents is not None and config.prior_weight > 0
-        self.sizes = [config.batch_size]
-        if self.has_prior:
-            assert class_latents is not None
-            self.sizes.append(config.prior_batch_size)
-            self.class_start, self.class_count = len(captions), len(class_latents)
-            latents.append(class_latents)
-            captions += [config.class_prompt] * len(class_latents)
-        self.latents = torch.cat(latents)
-        self.shape: tuple[int, int, int] = tuple(self.latents.shape[1:])  # type: ignore[assignment]
-        distinct = sorted(set(captions))
-        self.prompts = base.encode_prompts(distinct).to(base.dtype)
-        places = {caption: place for place, caption in enumerate(distinct)}
-        self.prompt_of_photo = torch.tensor([places[caption] for caption in captions])
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Clean latents (K, n, C, H, W) and prompt embeddings (K, n, S, D) of a step.
-
-        Everyone's photos come round in their own order: photo number `step * batch_size + i`, modulo their count.
-        """
-        place_n = step * self.sizes[0] + torch.arange(self.sizes[0])
-        index_Kn = self.photo_starts_K[:, None] + place_n % self.photo_counts_K[:, None]
-        if self.has_prior:
-            class_n = self.class_start + (step * self.sizes[1] + torch.arange(self.sizes[1])) % self.class_count
-            index_Kn = torch.cat([index_Kn, class_n.expand(len(index_Kn), -1)], dim=1)
-        device = self.latents.device
-        return self.latents[index_Kn.to(device)], self.prompts[self.prompt_of_photo[index_Kn].to(device)]
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Like `batch`, but each person's photos are drawn at random, none twice; without class images."""
-        places_K = [torch.randperm(int(P), generator=generator)[: self.sizes[0]] for P in self.photo_counts_K]
-        index_Kn = self.photo_starts_K[:, None] + torch.stack(places_K)
-        device = self.latents.device
-        return self.latents[index_Kn.to(device)], self.prompts[self.prompt_of_photo[index_Kn].to(device)]

@@ -12,7 +12,7 @@ Axes: P people, K people of one step, n photos of each, N vector length, A / B l
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from torch import Tensor
 from lora_diffusion.base import ASSETS, BaseModel
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.bank import LoRABank
-from lora_diffusion.lora.finetune import FinetuneConfig, PersonPhotos, PhotoData, initial_vectors
+from lora_diffusion.lora.finetune import FinetuneConfig, attention, autocast, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule
+from lora_diffusion.lora.photo_data import PersonPhotos, PhotoData
 
 EMBEDDED = {"tiny-start": ASSETS / "tiny-start" / "vector.safetensors"}
 
@@ -52,22 +53,25 @@ def learn_start(
     layout: LoRALayout,
     people: Sequence[PersonPhotos],
     config: StartConfig | None = None,
+    recipe: FinetuneConfig | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> Tensor:
     """The start vector (N,), float32: A as learned over `people`, B zero, so that it is the base model.
 
+    The loss asks what fine-tuning by `recipe` will ask: its timesteps, where it counts, and in which precision.
     `report(step, loss)` is called after each step. Same arguments, same bits.
 
     Raises:
         ValueError: fewer people than one step takes, or somebody with fewer photos.
     """
-    config = config or StartConfig()
+    config, recipe = config or StartConfig(), recipe or FinetuneConfig()
     K, n = config.people_per_step, config.photos_per_person
     if len(people) < K or min(len(person.pixels) for person in people) < n:
         raise ValueError(f"{len(people)} people: a step takes {K}, with at least {n} photos each")
     groups = [people[i : i + K] for i in range(0, len(people) - K + 1, K)]
-    data = [PhotoData(base, group, FinetuneConfig(batch_size=n), class_latents=None) for group in groups]
+    data = [PhotoData(base, group, replace(recipe, batch_size=n), class_latents=None) for group in groups]
     schedule, bank = NoiseSchedule.from_scheduler(base.scheduler, base.device), LoRABank(base.unet, layout)
+    low, high = recipe.timestep_range or (0, len(schedule))
     generator = torch.Generator().manual_seed(config.seed)
     is_B = layout.mask_B().to(base.device)
     start_N = initial_vectors(layout, config.seed)[0].to(base.device)
@@ -80,20 +84,22 @@ def learn_start(
     )
     for step in range(config.steps):
         group = step % len(groups)
-        x0_KnCHW, prompts_KnSD = data[group].draw(generator)
-        timesteps_Kn = torch.randint(len(schedule), (K, n), generator=generator).to(base.device)
+        x0_KnCHW, prompts_KnSD, weights_Kn1HW = data[group].draw(generator)
+        timesteps_Kn = torch.randint(low, high, (K, n), generator=generator).to(base.device)
         noise_KnCHW = torch.randn(x0_KnCHW.shape, generator=generator).to(base.device)
         x_KnCHW, target_KnCHW = schedule.question(x0_KnCHW, noise_KnCHW, timesteps_Kn)
         vectors_KN = start_N.expand(K, -1).masked_scatter(~is_B, shared_A.expand(K, -1))
         vectors_KN = vectors_KN.masked_scatter(is_B, own_KB[group])
-        with bank.active(vectors_KN, n):
-            answer = base.unet(
-                x_KnCHW.flatten(0, 1).to(base.dtype),
-                timesteps_Kn.flatten(),
-                encoder_hidden_states=prompts_KnSD.flatten(0, 1),
-                return_dict=False,
-            )[0]
-            loss_K = (answer.float().view_as(target_KnCHW) - target_KnCHW).square().mean((1, 2, 3, 4))
+        with bank.active(vectors_KN, n), attention(base, recipe, data[group].shape):
+            with autocast(base, recipe):
+                answer = base.unet(
+                    x_KnCHW.flatten(0, 1).to(base.dtype),
+                    timesteps_Kn.flatten(),
+                    encoder_hidden_states=prompts_KnSD.flatten(0, 1),
+                    return_dict=False,
+                )[0]
+            error_KnCHW = (answer.float().view_as(target_KnCHW) - target_KnCHW).square()
+            loss_K = (weights_Kn1HW * error_KnCHW).mean((1, 2, 3, 4))
             loss_K.sum().backward()
         grad_A, grad_KB = shared_A.grad, own_KB[group].grad
         assert grad_A is not None
