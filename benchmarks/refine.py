@@ -20,11 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
+from judge import Judge, embedders
 from quality import ROOT, photos_of
 
 from lora_diffusion.config import load_config
-from lora_diffusion.evaluate import RenderConfig, draw_people, embed_pictures, similarity_report
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.synthesis import Synthesizer
@@ -49,35 +48,14 @@ def main() -> None:
     synthesizer.check_base(maker.base)
     if synthesizer.layout.layout_id != maker.layout.layout_id:
         raise SystemExit("the synthesiser makes LoRAs of another layout than configs/tiny.yaml")
-    embedders = {
-        name: FaceEmbedder(EmbedderConfig(model, several_faces="largest", threads=args.threads))
-        for name, model in (("recogniser", "tiny"), ("second_recogniser", "tiny-b"))
-    }
-    people = [photos_of(args.first + i, args.photos, embedders["recogniser"]) for i in range(args.people)]
-    galleries, faces = {}, []
-    for name, embedder in embedders.items():
-        found = [embed_pictures(embedder, person.pixels) for person in people]
-        galleries[name] = [vectors[1:][seen[1:]] for vectors, seen in found]
-        if name == "recogniser":
-            faces = [vectors[0] if seen[0] else vectors[seen].mean(0) for vectors, seen in found]
+    by = embedders(args.threads)
+    people = [photos_of(args.first + i, args.photos, by["recogniser"]) for i in range(args.people)]
+    judge = Judge(maker, config, people, by)
     assert maker.start_1N is not None
     starts = {
         "cold": maker.start_1N.expand(len(people), -1),
-        "synthesised": torch.from_numpy(synthesizer.from_embedding(np.stack(faces), seed=0)),
+        "synthesised": torch.from_numpy(synthesizer.from_embedding(judge.faces_KC, seed=0)),
     }
-    scene = RenderConfig(
-        guidance_scale=config.score.guidance_scale, num_inference_steps=config.score.num_inference_steps
-    )
-    base_pictures = draw_people(maker.base, maker.finetuner.bank, None, scene)[0]
-    base_PE = {name: embed_pictures(embedder, base_pictures)[0] for name, embedder in embedders.items()}
-
-    def scored(vectors_KN: np.ndarray) -> dict[str, float]:
-        pictures = draw_people(maker.base, maker.finetuner.bank, vectors_KN, scene)
-        row = {}
-        for name, embedder in embedders.items():
-            report = similarity_report(*embed_pictures(embedder, pictures), base_PE[name], galleries[name])
-            row |= {name: round(report.own.mean, 4), f"{name}_rank1": round(report.rank1, 3)}
-        return row
 
     rows: list[dict[str, Any]] = []
     for start, start_KN in starts.items():
@@ -86,7 +64,7 @@ def main() -> None:
                 vectors_KN = (
                     start_KN.numpy() if steps == 0 else fine_tuned(maker, people, start_KN, steps, rate, config)
                 )
-                rows.append({"start": start, "steps": steps, "learning_rate": rate, **scored(vectors_KN)})
+                rows.append({"start": start, "steps": steps, "learning_rate": rate, **judge(vectors_KN)})
                 print(rows[-1], flush=True)
     result = {
         "synthesizer": args.synthesizer,

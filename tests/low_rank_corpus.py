@@ -36,8 +36,9 @@ def write_corpus(
     bad: dict[int, str] | None = None,
     finish: bool = True,
 ) -> CorpusReader:
-    """`count` people. `bad`: position -> nan (vector), zero (embedding) or failed (no LoRA). A of the first module is
-    the same for everybody, as with `train_A: false`."""
+    """`count` people. `bad`: position -> nan (vector), zero (embedding), photo (NaN in one photo's embedding) or failed (no
+    LoRA). A of the first module is the same for everybody, as with `train_A: false`. Photos lie around their mean, three of
+    every second person, two of the others."""
     bad = bad or {}
     rng = np.random.default_rng(0)
     basis = rng.normal(size=(rank, layout.size)) / np.sqrt(rank)
@@ -60,27 +61,33 @@ def write_corpus(
             embedding /= np.linalg.norm(embedding)
             vector = embedding @ towards @ basis + noise * draw.normal(size=layout.size) + 0.5
             vector[: layout.entries[0].in_features] = 0.25
+            off = draw.normal(size=512) / np.sqrt(512)
+            off -= off @ embedding * embedding
+            photos = np.stack([embedding + off, embedding - off, embedding][: 2 + position % 2])
+            photos /= np.linalg.norm(photos, axis=1, keepdims=True)
             person = Person(
                 position=position,
                 identity=identity,
                 vector=vector.astype(np.float32),
                 embedding=embedding.astype(np.float32),
-                photo_embeddings=np.stack([embedding, embedding]).astype(np.float32),
+                photo_embeddings=photos.astype(np.float32),
                 similarity=float(draw.uniform(0.2, 0.9)),
                 base_similarity=0.1,
                 photo_similarity=0.8,
                 loss=0.2,
                 steps=80,
                 seed=0,
-                num_photos=2,
+                num_photos=len(photos),
                 num_photos_dropped=0,
-                photo_sha256=("ab", "cd"),
+                photo_sha256=("ab", "cd", "ef")[: len(photos)],
                 embed_seconds=0.1,
                 finetune_seconds=1.0,
                 score_seconds=0.2,
             )
             if kind == "nan":
                 person.vector[3] = np.nan
+            if kind == "photo":
+                person.photo_embeddings[1, 7] = np.nan
             if kind == "zero":
                 person = replace(person, embedding=np.zeros(512, np.float32))
             people.append(person)

@@ -76,9 +76,8 @@ def test_the_canonical_form_changes_vectors_and_not_what_they_do() -> None:
     layout = LoRALayout.from_shapes({"a.to_q": (6, 4)}, rank=1, alpha=1.0, target_modules=("to_q",))
     vectors = np.random.default_rng(0).normal(size=(12, layout.size)).astype(np.float32)
     zeros = np.zeros(12)
-    rows = CorpusRows(
-        vectors, np.eye(12, 512, dtype=np.float32), zeros, zeros, [f"p{i}" for i in range(12)], DataConfig()
-    )
+    faces, counts = np.eye(12, 512, dtype=np.float32), np.ones(12, int)
+    rows = CorpusRows(vectors, faces, faces, counts, zeros, zeros, [f"p{i}" for i in range(12)], DataConfig())
     again = canonical_rows(rows, layout)
     slots = np.arange(12)
     assert not torch.allclose(again.vectors(slots), rows.vectors(slots), atol=1e-3)

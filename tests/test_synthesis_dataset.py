@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from low_rank_corpus import LAYOUT, write_corpus
 
-from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.corpus import CorpusConflict, CorpusReader
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.dataset import CorpusRows, DataConfig, RowCache, fill_cache, read_rows
 from lora_diffusion.synthesis.snapshot import CorpusSnapshot, check_snapshot, take_snapshot
@@ -36,17 +37,41 @@ def test_the_cache_holds_the_corpus(store: Store, tmp_path: Path, dtype: str) ->
     assert rows.identities == reader.identities
     np.testing.assert_array_equal(rows.vectors(everyone).numpy(), reader.vectors().astype(np.float32))
     np.testing.assert_allclose(rows.embeddings(everyone).numpy(), reader.embeddings(), atol=1e-6)
+    photos = [np.array(row, np.float32) for row in reader.table(["photo_embeddings"])["photo_embeddings"].to_pylist()]
+    slots = np.array([7, 2, 3])
+    found_BFC, counts_B = rows.photo_embeddings(slots)
+    assert found_BFC.shape == (3, 3, 512)
+    assert counts_B.tolist() == [len(photos[slot]) for slot in slots] == [3, 2, 3]
+    for found_FC, count, slot in zip(found_BFC.numpy(), counts_B, slots, strict=True):
+        np.testing.assert_allclose(found_FC[:count], photos[slot], atol=1e-6)
+        assert not found_FC[count:].any()
+
+
+def test_of_an_old_corpus_the_mean_counts_as_the_only_photo(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "corpus")
+    write_corpus(store, 16)
+    for path in (tmp_path / "corpus" / "shards").iterdir():
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns(["photo_embeddings"]), path)
+    manifest = store.read_json("corpus.json")
+    store.write_json("corpus.json", {**manifest, "format_version": 1})
+    rows = rows_of(store.uri, tmp_path / "cache")
+    photos_BFC, counts_B = rows.photo_embeddings(rows.train)
+    assert counts_B.tolist() == [1] * len(rows.train)
+    np.testing.assert_allclose(photos_BFC[:, 0].numpy(), rows.embeddings(rows.train).numpy(), atol=1e-6)
+    with pytest.raises(CorpusConflict, match="format_version: 1 there, 2 now"):
+        write_corpus(store, 24)
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     store = open_store(tmp_path / "corpus")
-    write_corpus(store, 24, bad={2: "nan", 9: "zero", 10: "nan", 20: "failed"})
+    write_corpus(store, 24, bad={2: "nan", 9: "zero", 10: "nan", 11: "photo", 20: "failed"})
     snapshot = take_snapshot(store.uri)
     assert (snapshot.num_rows, snapshot.num_failed) == (23, 1)
     rows = rows_of(store.uri, tmp_path / "cache", DataConfig(min_similarity=0.3))
     low = sum(similarity < 0.3 for similarity in CorpusReader(store).table(["similarity"])["similarity"].to_pylist())
     assert rows.left_out["nan_vector"] == 2
-    assert rows.left_out["bad_embedding"] == 1
+    assert rows.left_out["bad_embedding"] == 2
     assert 0 < rows.left_out["low_similarity"] <= low
     used = np.concatenate([rows.train, rows.validation])
     assert np.isfinite(rows.vectors(used).numpy()).all()

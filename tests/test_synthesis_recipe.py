@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from low_rank_corpus import LAYOUT, write_corpus
 
 from lora_diffusion.config import from_dict
@@ -17,8 +18,12 @@ from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis.begin import begin, describe, snapshot_of
 from lora_diffusion.synthesis.dataset import RowCache, fill_cache
+from lora_diffusion.synthesis.denoiser import DenoiserConfig
+from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig
 from lora_diffusion.synthesis.metrics import losses, read_metrics
 from lora_diffusion.synthesis.recipe import SynthesizerTraining
+from lora_diffusion.synthesis.stages import DenoiserStage
+from lora_diffusion.synthesis.state import unpack
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.train_config import TrainConfig
 
@@ -125,6 +130,35 @@ def test_the_denoiser_works_in_every_code_space(corpus: str, tmp_path: Path, spa
     assert synthesizer.from_embedding(np.ones(512)).shape == (1, LAYOUT.size)
 
 
+def test_each_photo_is_a_condition_of_its_own(corpus: str, tmp_path: Path) -> None:
+    denoiser = {**SMALL["denoiser"], "linear_guess": True}
+    config = config_of(corpus, tmp_path / "run", code_space="pca", condition="photo", denoiser=denoiser)
+    cache = RowCache(begin(config), config.data.cache)
+    fill_cache(cache)
+    rows = cache.open(config.data)
+    train(config)
+
+    saved = unpack(open_store(config.output), "linear_guess.safetensors")
+    assert saved is not None
+    table = CorpusReader(corpus).table(["identity", "photo_embeddings"]).to_pylist()
+    names = {rows.identities[slot] for slot in rows.train}
+    photos = [photo for row in table if row["identity"] in names for photo in row["photo_embeddings"]]
+    assert len(photos) > 2 * len(names)
+    np.testing.assert_allclose(saved[0]["mean_C"], np.mean(photos, 0), atol=1e-6)
+
+    space = torch.zeros(len(rows.identities), 3)
+    model = Diffusion(DiffusionConfig()).denoiser(3, 512, DenoiserConfig(width=8, depth=1, condition_width=8))
+    stage = DenoiserStage(model, Diffusion(DiffusionConfig()), rows, lambda slots: space[slots], "photo").eval()
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    slots = rows.train[:6]
+    photos_BFC, counts_B = rows.photo_embeddings(slots)
+    draws = stage.draws(len(slots), torch.Generator().manual_seed(0))
+    for place, expected_B in ((0.0, torch.zeros(6, dtype=torch.long)), (0.999, counts_B - 1)):
+        stage(stage.inputs(slots), {**draws, "photo": torch.full((6,), place)}, 0)
+        assert torch.equal(seen[-1], photos_BFC[torch.arange(6), expected_B])
+
+
 def test_stages_one_by_one_equal_all_at_once(calm: tuple[TrainConfig, list[str]], tmp_path: Path) -> None:
     config = replace(calm[0], output=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"no pca\.safetensors in .*: run stage=pca first"):
@@ -152,7 +186,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_overwritten(
         ),
         (replace(config, corpus=str(tmp_path / "other")), "was begun with the corpus at .* choose another output"),
         (replace(config, vae=replace(config.vae, kl_weight=0.1)), "vae.kl_weight: 0.5 there, 0.1 now"),
-        (replace(config, condition_noise=0.3), "condition_noise: 0.0 there, 0.3 now"),
+        (replace(config, condition="photo"), "condition: 'mean' there, 'photo' now"),
         (replace(config, data=replace(config.data, max_people=9)), "max_people"),
         (replace(config, workers=replace(config.workers, max_workers=9)), "batch_size is 8, for up to 9 workers"),
         (replace(config, corpus=str(tmp_path / "nowhere"), output=str(tmp_path / "new")), "no corpus at"),

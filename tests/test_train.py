@@ -158,8 +158,8 @@ def test_a_killed_worker_costs_time_and_nothing_else(
     assert "denoiser: goes on after step" in capsys.readouterr().out
     assert_same_run(store, alone)
     # what only a worker can see is told as clearly, and nothing is tried again
-    assert job.main([*words, "condition_noise=0.3"]) == 2
-    assert "condition_noise: 0.0 there, 0.3 now" in capsys.readouterr().err
+    assert job.main([*words, "condition=photo"]) == 2
+    assert "condition: 'mean' there, 'photo' now" in capsys.readouterr().err
     assert_same_run(store, alone)
 
 

@@ -34,6 +34,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
     state: str = "building"  # complete: every planned person is in shards or in failures
     counts: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
     @property
     def layout_id(self) -> str:
@@ -51,7 +52,7 @@ class Manifest:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        ids = {"format": FORMAT, "format_version": FORMAT_VERSION, "layout_id": self.layout_id}
+        ids = {"format": FORMAT, "format_version": self.format_version, "layout_id": self.layout_id}
         return {**ids, "recipe_id": self.recipe_id, **asdict(self)}
 
     @classmethod
@@ -64,15 +65,20 @@ class Manifest:
                 f"the corpus has format version {values.get('format_version')}, this release reads {READABLE}: "
                 "install the release of lora_diffusion that wrote it"
             )
-        names = ("layout", "base", "recipe", "config", "versions", "state", "counts")
+        names = ("layout", "base", "recipe", "config", "versions", "state", "counts", "format_version")
         return cls(**{name: values[name] for name in names})
 
     def differences(self, other: Manifest) -> list[str]:
-        """What of the recipe differs, one line each: `finetune.steps: 80 there, 100 now` (there: self)."""
-        if self.recipe_id == other.recipe_id:
-            return []
-        mine = {"base.fingerprint": self.base["fingerprint"], "layout_id": self.layout_id, **_flat(self.recipe)}
-        theirs = {"base.fingerprint": other.base["fingerprint"], "layout_id": other.layout_id, **_flat(other.recipe)}
+        """What of format or recipe differs, one line each: `finetune.steps: 80 there, 100 now` (there: self)."""
+        mine, theirs = (
+            {
+                "format_version": manifest.format_version,
+                "base.fingerprint": manifest.base["fingerprint"],
+                "layout_id": manifest.layout_id,
+                **_flat(manifest.recipe),
+            }
+            for manifest in (self, other)
+        )
         keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         return [f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now" for key in keys]
 

@@ -134,6 +134,11 @@ def matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros((0, column.type.list_size), dtype)
 
 
+def matrices(column: pa.ChunkedArray | pa.Array) -> list[np.ndarray]:
+    """A column of lists of fixed-size lists as one (n, size) array for each row."""
+    return [matrix(row.values) for row in column]
+
+
 def parquet_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
     """A Parquet file with one row group; the same table and metadata give the same bytes.
 

@@ -4,7 +4,7 @@ Training wants rows in random order, and every worker wants the same order whate
 neither, so each machine copies the vectors once into a flat file that is memory-mapped. Whoever feeds `RowCache.put` is
 free in how: `fill_cache` here reads with threads; `jobs/train.py` streams the same tables through Ray Data.
 
-Axes: P rows (people), N vector length, C embedding length (512).
+Axes: P rows (people), Q photos of all of them, F photos of one, N vector length, C embedding length (512).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_diffusion.corpus import matrix
 from lora_diffusion.corpus.plan import shard_name
-from lora_diffusion.corpus.schema import EMBEDDING_SIZE
+from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.snapshot import CorpusSnapshot, check_snapshot, damaged, take_snapshot
 
@@ -45,7 +45,9 @@ __all__ = [
 
 # Why a row is left out of training, by the number in the cache's `reason` column.
 REASONS = ("", "nan_vector", "bad_embedding", "low_similarity", "over_max_people")
-COLUMNS = ("identity", "similarity", "embedding", "vector")
+CACHE_VERSION = 2  # in the folder's name: a cache of another version is not looked at
+MANY_PHOTOS = 20  # of one person, for the estimate of the cache's size
+COLUMNS = ("identity", "similarity", "embedding", "photo_embeddings", "vector")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ class DataConfig:
 
 
 def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) -> Iterator[pa.Table]:
-    """The rows of one shard, a table for each row group: COLUMNS, `slot` (place in the cache) and `reason`."""
+    """The rows of one shard, a table for each row group: COLUMNS, `slot` (place in the cache) and `reason`.
+
+    A corpus of format version 1 keeps the photos' mean only: it then counts as the embedding of a single photo.
+    """
     store = store or open_store(snapshot.uri)
     slot = snapshot.starts[index]
     try:
@@ -78,6 +83,8 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
             parquet = pq.ParquetFile(file)
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, columns=list(COLUMNS)).replace_schema_metadata(None)
+                if "photo_embeddings" not in table.column_names:
+                    table = table.append_column("photo_embeddings", _in_lists(table["embedding"]))
                 slots = pa.array(range(slot, slot + len(table)), pa.int64())
                 slot += len(table)
                 yield table.append_column("slot", slots).append_column("reason", pa.array(_reasons(table), pa.int8()))
@@ -87,12 +94,21 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
         raise
 
 
+def _in_lists(column: pa.ChunkedArray) -> pa.Array:
+    rows = column.combine_chunks()
+    return pa.ListArray.from_arrays(pa.array(range(len(rows) + 1), pa.int32()), rows)
+
+
 def _reasons(table: pa.Table) -> np.ndarray:
     """(P,) int8 index into REASONS: what is wrong with a row whatever the settings."""
     finite = np.isfinite(matrix(table["vector"])).all(axis=1)
-    norms = np.linalg.norm(matrix(table["embedding"]).astype(np.float64), axis=1)
     reasons = np.zeros(len(table), np.int8)
-    reasons[~(np.isfinite(norms) & (norms > 1e-6))] = REASONS.index("bad_embedding")
+    for row, (mean_C, photos_FC) in enumerate(
+        zip(matrix(table["embedding"]), matrices(table["photo_embeddings"]), strict=True)
+    ):
+        norms = np.linalg.norm(np.vstack([mean_C, photos_FC]).astype(np.float64), axis=1)
+        if len(photos_FC) == 0 or not (np.isfinite(norms) & (norms > 1e-6)).all():
+            reasons[row] = REASONS.index("bad_embedding")
     reasons[~finite] = REASONS.index("nan_vector")
     return reasons
 
@@ -106,7 +122,7 @@ class RowCache:
     def __init__(self, snapshot: CorpusSnapshot, folder: str = "") -> None:
         self.snapshot = snapshot
         root = Path(folder).expanduser() if folder else Path(tempfile.gettempdir()) / f"lora-diffusion-{os.getuid()}"
-        self.folder = root / snapshot.key
+        self.folder = root / f"{snapshot.key}-{CACHE_VERSION}"
         self._filled: np.ndarray | None = None
 
     @property
@@ -116,7 +132,7 @@ class RowCache:
     @property
     def num_bytes(self) -> int:
         per_value = np.dtype(self.snapshot.vector_dtype).itemsize
-        return self.snapshot.num_rows * (self.snapshot.vector_size * per_value + EMBEDDING_SIZE * 4)
+        return self.snapshot.num_rows * (self.snapshot.vector_size * per_value + (1 + MANY_PHOTOS) * EMBEDDING_SIZE * 4)
 
     def begin(self) -> None:
         """Empty the cache and make room. Raises ValueError if the disk has too little."""
@@ -134,6 +150,7 @@ class RowCache:
         self._similarity = np.full(rows, np.nan, np.float32)
         self._reason, self._filled = np.zeros(rows, np.int8), np.zeros(rows, bool)
         self._identities: list[str] = [""] * rows
+        self._photos: list[np.ndarray] = [np.empty((0, EMBEDDING_SIZE), np.float32)] * rows
 
     def put(self, table: pa.Table) -> None:
         """Rows as `read_rows` gives them, each into its slot."""
@@ -143,8 +160,9 @@ class RowCache:
         self._embeddings[slots] = matrix(table["embedding"])
         self._similarity[slots] = table["similarity"].to_numpy()
         self._reason[slots] = table["reason"].to_numpy()
-        for slot, identity in zip(slots, table["identity"].to_pylist(), strict=True):
-            self._identities[slot] = identity
+        photos = matrices(table["photo_embeddings"])
+        for slot, identity, photos_FC in zip(slots, table["identity"].to_pylist(), photos, strict=True):
+            self._identities[slot], self._photos[slot] = identity, photos_FC
         self._filled[slots] = True
 
     def finish(self) -> None:
@@ -157,6 +175,8 @@ class RowCache:
         self._vectors.flush()
         for name in ("embeddings", "similarity", "reason"):
             np.save(self.folder / f"{name}.npy", getattr(self, f"_{name}"))
+        np.save(self.folder / "photos.npy", np.concatenate(self._photos))
+        np.save(self.folder / "photo_counts.npy", np.array([len(photos_FC) for photos_FC in self._photos]))
         (self.folder / "identities.json").write_text(json.dumps(self._identities))
         (self.folder / "complete.json").write_text(json.dumps(self.snapshot.to_dict()))
 
@@ -164,7 +184,7 @@ class RowCache:
         assert self.complete, "finish() first"
         arrays = {
             name: np.load(self.folder / f"{name}.npy", allow_pickle=False)
-            for name in ("embeddings", "similarity", "reason")
+            for name in ("embeddings", "photos", "photo_counts", "similarity", "reason")
         }
         identities = json.loads((self.folder / "identities.json").read_text())
         return CorpusRows(self._map("vectors", "r"), identities=identities, config=config, **arrays)
@@ -197,12 +217,17 @@ class CorpusRows:
         self,
         vectors: np.ndarray,
         embeddings: np.ndarray,
+        photos: np.ndarray,
+        photo_counts: np.ndarray,
         similarity: np.ndarray,
         reason: np.ndarray,
         identities: Sequence[str],
         config: DataConfig,
     ) -> None:
+        """`photos` (Q, C): embeddings of the first row's photos, then the second's; how many each has: `photo_counts`."""
         self.vectors_PN, self.embeddings_PC = vectors, embeddings
+        self.photos_QC, self.photo_counts_P = photos, photo_counts
+        self.photo_starts_P = np.cumsum(photo_counts) - photo_counts
         self.identities = list(identities)
         reason = reason.copy()
         if config.min_similarity is not None:
@@ -233,6 +258,14 @@ class CorpusRows:
         """(len(slots), C) float32, unit norm."""
         rows = torch.from_numpy(self.embeddings_PC[slots])
         return rows / rows.norm(dim=1, keepdim=True)
+
+    def photo_embeddings(self, slots: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Of each photo: (B, F, C) float32, unit norm, F of who has most; (B,) photos of each, the rest are zeros."""
+        counts_B = self.photo_counts_P[slots]
+        photos_BFC = np.zeros((len(slots), counts_B.max(initial=0), self.photos_QC.shape[1]), np.float32)
+        for row, slot, count in zip(photos_BFC, slots, counts_B, strict=True):
+            row[:count] = self.photos_QC[self.photo_starts_P[slot] :][:count]
+        return F.normalize(torch.from_numpy(photos_BFC), dim=-1), torch.from_numpy(counts_B)
 
     def chunks(self, slots: np.ndarray, size: int = 256) -> Iterator[Tensor]:
         """Vectors of `slots` in their order, at most `size` rows at a time."""

@@ -188,8 +188,8 @@ class SynthesizerTraining:
         denoiser = diffusion.denoiser(space.size, CONDITION_SIZE, config.denoiser)
         if denoiser.guess is not None:
             self._guess(denoiser.guess, codes)
-        stage = DenoiserStage(denoiser, diffusion, rows, codes, config.condition_noise)
-        names = ("denoiser", "diffusion", "code_space", "standardise", "condition_noise")
+        stage = DenoiserStage(denoiser, diffusion, rows, codes, config.condition)
+        names = ("denoiser", "diffusion", "code_space", "standardise", "condition")
         identity = {name: to_dict(config)[name] for name in names} | {"data": self._identity()}
         loop = self._loop("denoiser", stage, config.denoiser_training, identity)
         self._train(loop)
@@ -204,7 +204,8 @@ class SynthesizerTraining:
     def _guess(self, guess: LinearGuess, codes: Callable[[Slots], Tensor]) -> None:
         """Fitted once, by worker 0, and kept: the weights of a resumed training belong to this one."""
         name, rows = "linear_guess.safetensors", self.rows
-        wanted = {"data": self._identity(), **{key: getattr(self.config, key) for key in ("code_space", "standardise")}}
+        settings = ("code_space", "standardise", "condition")
+        wanted = {"data": self._identity(), **{key: getattr(self.config, key) for key in settings}}
         saved = unpack(self.store, name) if self._there(name) else None
         if saved is None:
             if self.leader:
@@ -224,8 +225,17 @@ class SynthesizerTraining:
         self.say(f"linear guess: cosine {cosine:.4f} with the codes of {len(rows.validation)} validation people")
 
     def _pairs(self, slots: Slots, codes: Callable[[Slots], Tensor]) -> Pairs:
+        """What the denoiser sees of a person, with the person's codes: the mean embedding, or each photo's in turn."""
         parts = [slots[start : start + 256] for start in range(0, len(slots), 256)]
-        return lambda: ((self.rows.embeddings(part), codes(part)) for part in parts)
+
+        def pairs(part: Slots) -> tuple[Tensor, Tensor]:
+            if self.config.condition == "mean":
+                return self.rows.embeddings(part), codes(part)
+            photos_BFC, counts_B = self.rows.photo_embeddings(part)
+            own_BF = torch.arange(photos_BFC.shape[1]) < counts_B[:, None]
+            return photos_BFC[own_BF], codes(part).repeat_interleave(counts_B, 0)
+
+        return lambda: map(pairs, parts)
 
     def _code_space(self) -> CodeSpace:
         if self.config.code_space == "vector":

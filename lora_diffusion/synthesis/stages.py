@@ -6,7 +6,7 @@ Axes: B batch, N vector length, M varying parameters, Z code size, C condition.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from lora_diffusion.synthesis.vae import LoRAVAE, kl_nats
 # Validation asks about each held-out person at so many noise levels, the same ones each time: few people, little chance.
 VALIDATION_REPEATS = 8
 Slots = NDArray[np.int64]
+Condition = Literal["mean", "photo"]
 
 
 class VAEStage(Stage):
@@ -69,8 +70,8 @@ class VAEStage(Stage):
 class DenoiserStage(Stage):
     """The loss of `diffusion.py`; one timestep from each stratum, so that batches differ less.
 
-    `condition_noise`: length of random noise that is added to the unit embedding, which is then unit again: the embedding
-    of one photo lies as far from the person's mean as noise of about this length would bring it.
+    `condition`: the mean of the embeddings of a person's photos, or that of one photo, drawn anew in each step: what the
+    synthesiser will be asked about.
     """
 
     def __init__(
@@ -79,17 +80,20 @@ class DenoiserStage(Stage):
         diffusion: Diffusion,
         rows: CorpusRows,
         codes: Callable[[Slots], Tensor],
-        condition_noise: float = 0.0,
+        condition: Condition = "mean",
     ) -> None:
         """`codes(slots)`: (B, Z) float32 on the CPU."""
         super().__init__()
         self.denoiser, self.diffusion, self.rows, self.codes = denoiser, diffusion, rows, codes
-        self.condition_noise = condition_noise
+        self.condition = condition
         self.train_slots = rows.train
         self.validation_slots = np.tile(rows.validation, VALIDATION_REPEATS)
 
     def inputs(self, slots: Slots) -> Batch:
-        return {"codes": self.codes(slots), "condition": self.rows.embeddings(slots)}
+        if self.condition == "mean":
+            return {"codes": self.codes(slots), "condition": self.rows.embeddings(slots)}
+        photos_BFC, counts_B = self.rows.photo_embeddings(slots)
+        return {"codes": self.codes(slots), "photos": photos_BFC, "photo_counts": counts_B}
 
     def draws(self, count: int, generator: torch.Generator) -> Batch:
         config = self.diffusion.config
@@ -100,17 +104,17 @@ class DenoiserStage(Stage):
             "timesteps": (place / count * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1),
             "drop": torch.rand(count, **where) < config.condition_dropout,
         }
-        if self.condition_noise:
-            draws["condition"] = torch.randn(count, self.denoiser.condition_size, **where)
+        if self.condition == "photo":
+            draws["photo"] = torch.rand(count, **where)
         return draws
 
     def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        condition_BC, drop_B = inputs["condition"], draws["drop"]
-        if not self.training:
-            drop_B = torch.zeros_like(drop_B)
-        elif self.condition_noise:
-            noise_BC = draws["condition"] * (self.condition_noise / condition_BC.shape[1] ** 0.5)
-            condition_BC = torch.nn.functional.normalize(condition_BC + noise_BC, dim=1)
+        if self.condition == "mean":
+            condition_BC = inputs["condition"]
+        else:
+            place_B = (draws["photo"] * inputs["photo_counts"]).long()
+            condition_BC = inputs["photos"][torch.arange(len(place_B)), place_B]
+        drop_B = draws["drop"] if self.training else torch.zeros_like(draws["drop"])
         noise_BZ = self.diffusion.noise(draws["noise"])
         loss_B = diffusion_loss(
             self.denoiser, inputs["codes"], condition_BC, noise_BZ, draws["timesteps"], drop_B, self.diffusion

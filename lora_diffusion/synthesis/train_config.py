@@ -11,6 +11,7 @@ from lora_diffusion.synthesis.diffusion import DiffusionConfig
 from lora_diffusion.synthesis.distributed import Parallel
 from lora_diffusion.synthesis.folder import LatentSampling
 from lora_diffusion.synthesis.loop import LoopConfig
+from lora_diffusion.synthesis.stages import Condition
 from lora_diffusion.synthesis.vae import VAEConfig
 
 STAGES = ("pca", "vae", "denoiser")
@@ -60,7 +61,8 @@ class TrainConfig:
     code_space: what the denoiser works in; `vector` and `pca` need no VAE.
     layout_id: refuse a corpus of another one; None: whatever the corpus has.
     standardise: `each` code number to unit variance, or all `together`, by one factor.
-    condition_noise: see `DenoiserStage`. latent_sampling: what the folder recommends to draw with.
+    condition: what the denoiser sees of a person, the mean embedding of the photos or one photo's (see `DenoiserStage`).
+    latent_sampling: what the folder recommends to draw with.
     keep_neighbours: put the people's embeddings and codes into the folder, too.
     """
 
@@ -79,7 +81,7 @@ class TrainConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     denoiser_training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5000))
     standardise: Literal["each", "together"] = "each"
-    condition_noise: float = 0.0
+    condition: Condition = "mean"
     latent_sampling: LatentSampling = field(default_factory=LatentSampling)
     keep_neighbours: bool = True
     tensorboard: bool = True

@@ -1,0 +1,59 @@
+"""How to draw with a synthesiser: similarity of its LoRAs for other settings of `LatentSampling`.
+
+    python benchmarks/sampling.py --synthesizer runs/tiny/training/synthesizer --draw 2,1,2.5 --draw 1,0,3.5
+
+`--draw guidance,temperature,deviation`; without any, what the folder recommends. On people of the corpus' split who are in no
+corpus, not on held-out ones: those must not choose anything. One photo each. Writes benchmarks/results/sampling.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import write_result
+from judge import Judge, embedders
+from quality import ROOT, photos_of
+
+from lora_diffusion.config import load_config
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.synthesis import Synthesizer
+
+
+def setting(text: str) -> dict[str, float]:
+    names = ("guidance_scale", "temperature", "deviation_scale")
+    return dict(zip(names, map(float, text.split(",")), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--synthesizer", nargs="+", default=["tiny"])
+    parser.add_argument("--draw", type=setting, action="append", metavar="G,T,D")
+    parser.add_argument("--people", type=int, default=32)
+    parser.add_argument("--first", type=int, default=23_000)
+    parser.add_argument("--photos", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = load_config(CorpusConfig, ROOT / "configs/tiny.yaml")
+    maker, by = LoRAMaker(config), embedders(args.threads)
+    people = [photos_of(args.first + i, args.photos, by["recogniser"]) for i in range(args.people)]
+    judge = Judge(maker, config, people, by)
+    rows = []
+    for folder in args.synthesizer:
+        synthesizer = Synthesizer.from_pretrained(folder)
+        synthesizer.check_base(maker.base)
+        for how in args.draw or [{}]:
+            vectors_KN = synthesizer.from_embedding(judge.faces_KC, **how)
+            rows.append({"synthesizer": folder, **how, **judge(vectors_KN)})
+            print(rows[-1], flush=True)
+    print(write_result("sampling", {"people": args.people, "first": args.first, "photos": args.photos, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
