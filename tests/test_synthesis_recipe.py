@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from low_rank_corpus import LAYOUT, write_corpus
@@ -21,6 +23,7 @@ from lora_diffusion.synthesis.dataset import RowCache, fill_cache
 from lora_diffusion.synthesis.denoiser import DenoiserConfig
 from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig
 from lora_diffusion.synthesis.metrics import losses, read_metrics
+from lora_diffusion.synthesis.publish import publish
 from lora_diffusion.synthesis.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.stages import DenoiserStage
 from lora_diffusion.synthesis.state import unpack
@@ -146,6 +149,11 @@ def test_each_photo_is_a_condition_of_its_own(corpus: str, tmp_path: Path) -> No
     assert len(photos) > 2 * len(names)
     np.testing.assert_allclose(saved[0]["mean_C"], np.mean(photos, 0), atol=1e-6)
 
+    with pytest.raises(
+        ValueError, match=r"linear_guess.safetensors was made with .*'photo'.*, asked for now: .*'mean'"
+    ):
+        train(replace(config, condition="mean"))
+
     space = torch.zeros(len(rows.identities), 3)
     model = Diffusion(DiffusionConfig()).denoiser(3, 512, DenoiserConfig(width=8, depth=1, condition_width=8))
     stage = DenoiserStage(model, Diffusion(DiffusionConfig()), rows, lambda slots: space[slots], "photo").eval()
@@ -198,6 +206,32 @@ def test_what_does_not_fit_is_refused_and_nothing_is_overwritten(
         name: data for name, data in before.items() if name.name != "config.yaml"
     }
     assert not (tmp_path / "new").exists()
+
+
+def test_published_it_draws_as_told_and_knows_the_attributes(
+    calm: tuple[TrainConfig, list[str]], corpus: str, tmp_path: Path
+) -> None:
+    source, out, labels = f"{calm[0].output}/synthesizer", str(tmp_path / "out"), str(tmp_path / "labels.parquet")
+    names = CorpusReader(corpus).identities
+    first = CorpusReader(corpus).embeddings()[:, 0].tolist()
+    pq.write_table(pa.table({"identity": names, "first": first, "unknown": [None, *first[:0:-1]]}), labels)
+    publish(source, out, {"guidance_scale": "2"}, corpus=corpus, labels=labels, neighbours=False)
+    before, after = Synthesizer.from_pretrained(source), Synthesizer.from_pretrained(out)
+    assert after.latent_sampling == replace(before.latent_sampling, guidance_scale=2.0)
+    assert after.neighbours is None
+    assert after.directions is not None
+    assert after.directions.names == ("first", "unknown")
+    face = CorpusReader(corpus).embeddings()[:1]
+    expected = before.from_embedding(face, guidance_scale=2.0)
+    np.testing.assert_allclose(after.from_embedding(face), expected, atol=0.01 * np.abs(expected).max())
+
+    with pytest.raises(ValueError, match="no setting 'guidence'; there are guidance_scale"):
+        publish(source, out, {"guidence": "2"})
+    with pytest.raises(ValueError, match="belong together"):
+        publish(source, out, {}, labels=labels)
+    pq.write_table(pa.table({"identity": ["nobody"], "first": [1.0]}), labels)
+    with pytest.raises(ValueError, match=r"nobody of .* is in"):
+        publish(source, out, {}, corpus=corpus, labels=labels)
 
 
 def test_a_dry_run_says_what_would_be_done(corpus: str, tmp_path: Path) -> None:

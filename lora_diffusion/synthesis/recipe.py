@@ -103,21 +103,14 @@ class SynthesizerTraining:
     def _pca(self, make: bool) -> PCA | None:
         """The one that is there, or a new one; None if there is none and it need not be made."""
         name, wanted = "pca.safetensors", {"data": self._identity(), "pca": to_dict(self.config.pca)}
-        saved = unpack(self.store, name) if self._there(name) else None
-        if saved is None and not make:
-            return None
-        if saved is None:
+        if not self._there(name):
+            if not make:
+                return None
             pca = self._fit_pca()
             if pca is not None:
                 self._write_pca(name, pca, wanted)
             self.group.barrier()
-            saved = unpack(self.store, name)
-            assert saved is not None
-        tensors, meta = saved
-        if meta != wanted:
-            raise ValueError(
-                f"{self.store.uri}/{name} was made with {meta}, asked for now: {wanted}. Delete it, or choose another output"
-            )
+        tensors, _ = self._kept(name, wanted)
         names = ("mean_M", "components_KM", "explained_variance_K", "total_variance")
         return PCA(*(tensors[key] for key in names))
 
@@ -206,22 +199,14 @@ class SynthesizerTraining:
         name, rows = "linear_guess.safetensors", self.rows
         settings = ("code_space", "standardise", "condition")
         wanted = {"data": self._identity(), **{key: getattr(self.config, key) for key in settings}}
-        saved = unpack(self.store, name) if self._there(name) else None
-        if saved is None:
+        if not self._there(name):
             if self.leader:
                 cosine = guess.fit(self._pairs(rows.train, codes), self._pairs(rows.validation, codes))
                 self.store.write(name, pack(dict(guess.state_dict()), {**wanted, "cosine": cosine}))
             self.group.barrier()
-            saved = unpack(self.store, name)
-            assert saved is not None
-        tensors, meta = saved
-        cosine = meta.pop("cosine")
-        if meta != wanted:
-            raise ValueError(
-                f"{self.store.uri}/{name} was made with {meta}, asked for now: {wanted}. Delete it, or choose another output"
-            )
+        tensors, found = self._kept(name, wanted)
         guess.load_state_dict(tensors)
-        self.figures["linear_guess_cosine"] = cosine
+        self.figures["linear_guess_cosine"] = cosine = found["cosine"]
         self.say(f"linear guess: cosine {cosine:.4f} with the codes of {len(rows.validation)} validation people")
 
     def _pairs(self, slots: Slots, codes: Callable[[Slots], Tensor]) -> Pairs:
@@ -332,6 +317,18 @@ class SynthesizerTraining:
 
     def _chunks(self, slots: Slots) -> Any:
         return (chunk.to(self.group.device) for chunk in self.rows.chunks(slots, 128))
+
+    def _kept(self, name: str, wanted: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A stage's result that is there, and what was noted beside it. Raises ValueError if it was made with other settings."""
+        saved = unpack(self.store, name)
+        assert saved is not None
+        tensors, notes = saved
+        made = {key: notes.get(key) for key in wanted}
+        if made != wanted:
+            raise ValueError(
+                f"{self.store.uri}/{name} was made with {made}, asked for now: {wanted}. Delete it, or choose another output"
+            )
+        return tensors, notes
 
     def _there(self, name: str) -> bool:
         """The same answer on all workers, whoever is first to write."""

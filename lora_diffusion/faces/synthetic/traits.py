@@ -71,6 +71,21 @@ class Traits:
     tex: Array  # (3,) where in the noise volume this person's textures lie
     moles: tuple[float, float, float]
 
+    def attributes(self) -> dict[str, float]:
+        """What people would name, as labels for `edit`."""
+        return {
+            "beard": self.beard,
+            "moustache": self.moustache,
+            "glasses": float(self.glasses),
+            "long hair": self.hair_len,
+            "dark hair": self.hair_mel,
+            "grey hair": self.grey,
+            "bald": self.bald,
+            "dark skin": self.melanin,
+            "older": self.age,
+            "male": self.gender,
+        }
+
 
 def decode(latents: Mapping[str, float]) -> Traits:
     """Traits of the person with these latents. Deterministic; continuous, but for glasses, which are worn or not."""

@@ -1,0 +1,85 @@
+"""A trained synthesiser made ready for others: how to draw with it, attribute directions, half the size.
+
+Axes: P people, C embedding, Z code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.synthesis.edits import AttributeDirections
+from lora_diffusion.synthesis.synthesizer import Synthesizer
+
+Labels = dict[str, dict[str, float]]  # identity -> attribute -> value
+
+
+def publish(
+    source: str,
+    out: str,
+    draw: Mapping[str, str],
+    corpus: str | None = None,
+    labels: str | None = None,
+    neighbours: bool = True,
+    dtype: torch.dtype = torch.float16,
+) -> Synthesizer:
+    """Write the folder `out` from the folder `source`, both local or s3://; returns what was written.
+
+    draw: settings of `LatentSampling`, as text. labels: what `directions` takes. neighbours: keep the corpus' embeddings.
+
+    Raises ValueError for unknown settings, labels without a corpus, or a corpus nobody of whom has labels.
+    """
+    if (corpus is None) != (labels is None):
+        raise ValueError("corpus and labels belong together: the people, and what they look like")
+    synthesizer = Synthesizer.from_pretrained(source)
+    how = synthesizer.latent_sampling
+    unknown = [key for key in draw if not hasattr(how, key)]
+    if unknown:
+        raise ValueError(f"draw has no setting {unknown[0]!r}; there are {', '.join(vars(how))}")
+    values = {key: type(getattr(how, key))(text) for key, text in draw.items()}
+    synthesizer.latent_sampling = replace(how, **values)
+    if corpus is not None and labels is not None:
+        synthesizer.directions = directions(synthesizer, corpus, labels)
+    if not neighbours:
+        synthesizer.neighbours = None
+    synthesizer.save_pretrained(out, dtype)
+    return synthesizer
+
+
+def directions(synthesizer: Synthesizer, corpus: str, labels: str) -> AttributeDirections:
+    """Fitted on what the synthesiser answers to the corpus' mean embeddings at temperature 0, without guidance.
+
+    labels: a Parquet file with `identity` and a column of numbers for each attribute (null: unknown), or `synthetic`.
+    """
+    table = CorpusReader(corpus).table(["identity"])
+    identities, embeddings_PC = table["identity"].to_pylist(), CorpusReader(corpus).embeddings()
+    of = synthetic_labels(identities) if labels == "synthetic" else read_labels(labels)
+    known = [place for place, identity in enumerate(identities) if identity in of]
+    if not known:
+        raise ValueError(f"nobody of {corpus} is in {labels}: the column `identity` must hold the corpus' names")
+    codes_PZ = synthesizer.denoise(embeddings_PC[known], [0] * len(known), guidance_scale=1.0, temperature=0.0)
+    names = list(of[identities[known[0]]])
+    columns = {name: np.array([of[identities[place]][name] for place in known], np.float64) for name in names}
+    return AttributeDirections.fit(torch.from_numpy(codes_PZ), columns)
+
+
+def read_labels(path: str) -> Labels:
+    rows = pq.read_table(path).to_pylist()
+    if not rows or "identity" not in rows[0]:
+        raise ValueError(f"{path} has no column `identity`")
+    return {
+        row["identity"]: {k: float("nan") if v is None else float(v) for k, v in row.items() if k != "identity"}
+        for row in rows
+    }
+
+
+def synthetic_labels(identities: list[str]) -> Labels:
+    from lora_diffusion.faces.synthetic import sample_person
+
+    people = [sample_person(int(identity.removeprefix("person-"))) for identity in identities]
+    return {person.name: person.traits.attributes() for person in people}
