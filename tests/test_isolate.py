@@ -36,7 +36,8 @@ class Maker:
             return Failure(person.position, person.identity, None, "finetune", "diverged", "")
         assert person.embedding is not None
         rest = (0.0, 0.0, 0.0, 0.0, 1, 0, 1, 0, ("x",), 0.0, 0.0, 0.0)
-        return Person(person.position, person.identity, company, person.embedding, *rest)
+        photos = person.embedding[None]
+        return Person(person.position, person.identity, company, person.embedding, photos, *rest)
 
 
 def run(maker: Maker, attempts: AttemptsHere, lives: int = 100) -> list[Person | Failure]:

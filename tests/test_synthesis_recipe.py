@@ -150,7 +150,7 @@ def test_each_photo_is_a_condition_of_its_own(corpus: str, tmp_path: Path) -> No
     np.testing.assert_allclose(saved[0]["mean_C"], np.mean(photos, 0), atol=1e-6)
 
     with pytest.raises(
-        ValueError, match=r"linear_guess.safetensors was made with .*'photo'.*, asked for now: .*'mean'"
+        ValueError, match=r"linear_guess\.safetensors was made .*: condition: 'photo' there, 'mean' now"
     ):
         train(replace(config, condition="mean"))
 

@@ -35,7 +35,7 @@ from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed, ridge_smoother
 from lora_diffusion.synthesis.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.stages import DenoiserStage, VAEStage
-from lora_diffusion.synthesis.state import pack, unpack
+from lora_diffusion.synthesis.state import differences, pack, unpack
 from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance, Synthesizer
 from lora_diffusion.synthesis.train_config import CONDITION_SIZE, TrainConfig
 from lora_diffusion.synthesis.vae import LoRAVAE, latent_usage
@@ -323,10 +323,10 @@ class SynthesizerTraining:
         saved = unpack(self.store, name)
         assert saved is not None
         tensors, notes = saved
-        made = {key: notes.get(key) for key in wanted}
-        if made != wanted:
+        if lines := differences({key: notes.get(key) for key in wanted}, wanted):
             raise ValueError(
-                f"{self.store.uri}/{name} was made with {made}, asked for now: {wanted}. Delete it, or choose another output"
+                f"{self.store.uri}/{name} was made with other settings: {'; '.join(lines)}. "
+                "Delete it, or choose another output"
             )
         return tensors, notes
 

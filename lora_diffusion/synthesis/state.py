@@ -99,11 +99,10 @@ class TrainingState:
         if saved is None:
             return 0
         tensors, meta = saved
-        differences = _differences(meta["identity"], self.identity)
-        if differences:
+        if lines := differences(meta["identity"], self.identity):
             raise ValueError(
                 f"{self.store.uri}/{self.file} was trained with other settings:\n"
-                + "".join(f"  {line}\n" for line in differences)
+                + "".join(f"  {line}\n" for line in lines)
                 + "Set them back to resume, or choose another output to begin anew."
             )
         for name, parameter in self.parameters.items():
@@ -150,12 +149,13 @@ def unpack(store: Store, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] 
         ) from error
 
 
-def _differences(there: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+def differences(there: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """What of two settings is not the same, one line each: `vae.kl_weight: 0.5 there, 0.1 now`."""
     lines = []
     for key in sorted({*there, *now} - set(_FREE_TO_CHANGE)):
         a, b = there.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += _differences(a, b, f"{where}{key}.")
+            lines += differences(a, b, f"{where}{key}.")
         elif a != b:
             lines.append(f"{where}{key}: {a!r} there, {b!r} now")
     return lines
