@@ -71,10 +71,13 @@ def build(arguments: dict[str, Any]) -> Application:
     config = load_config(ServeConfig, path if path.exists() else ROOT / path, overrides)
     options = config.deployments
     settings = replace(config, deployments={})  # so that nobody restarts because somebody else scales differently
+    # a rolling update may find all replicas of a stage new: whoever has a request in hand waits for them as it does
+    patience = {"graceful_shutdown_timeout_s": config.limits.max_seconds}
 
     def bind(name: str, deployed: Any, **arguments: Any) -> Application:
         deployment: Any = serve.deployment(deployed)
-        bound: Application = deployment.options(name=name, **options.get(name, {})).bind(settings, **arguments)
+        deployed_as = patience | options.get(name, {})
+        bound: Application = deployment.options(name=name, **deployed_as).bind(settings, **arguments)
         return bound
 
     if unknown := sorted(set(options) - DEPLOYMENTS):
