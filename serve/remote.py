@@ -1,4 +1,8 @@
-"""A deployment as an object with async methods, that does not give up when a replica dies."""
+"""A deployment as an object with async methods, that does not give up when a replica dies.
+
+Calls travel by gRPC from replica to replica (`_by_reference=False`), which saves a hop by way of Ray's object store for
+every argument and answer.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -30,7 +35,7 @@ class Remote:
     """
 
     def __init__(self, handle: DeploymentHandle[Any], streams: tuple[str, ...] = ()) -> None:
-        self._handle = handle
+        self._handle = handle.options(_by_reference=False)
         self._streams = streams
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
@@ -67,6 +72,8 @@ class Remote:
 
 
 def is_lost(error: BaseException) -> bool:
+    if isinstance(error, grpc.aio.AioRpcError):  # a replica that shuts down cancels what it has not begun
+        return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     return isinstance(error, LOST) or isinstance(getattr(error, "cause", None), LOST)
 
 
