@@ -13,7 +13,6 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as save_tensors
 from tiny_pipeline import draw, tiny_pipeline
 from tiny_unet import tiny_unet
 from torch import Tensor
@@ -26,7 +25,6 @@ from lora_diffusion.lora.formats import (
     load,
     read_layout,
     save,
-    serialise,
     to_bytes,
     to_weights2weights,
 )
@@ -195,23 +193,6 @@ def test_bytes_are_the_saved_file_and_always_the_same(tmp_path: Path, format: Fo
         assert data == path.read_bytes()
     with safe_open(path, "pt") as file:
         assert file.metadata() | metadata | {"layout_id": layout.layout_id, "format_version": "1"} == file.metadata()
-
-
-def test_writer_lays_tensors_out_as_the_library_does() -> None:
-    tensors = {
-        "b.alpha": torch.tensor(4.0),
-        "b.half": torch.randn(3, 5).half(),
-        "a.half": torch.randn(7).bfloat16(),
-        "z.down": torch.randn(4, 3, 2)[:, :, 0],
-        "count": torch.arange(3),
-    }
-    ours = serialise(tensors, {"z": "1", "a": "2"})
-    theirs = save_tensors({key: tensor.contiguous() for key, tensor in tensors.items()})
-    begin = [8 + int.from_bytes(data[:8], "little") for data in (ours, theirs)]
-    assert ours[begin[0] :] == theirs[begin[1] :]
-    expected = json.loads(theirs[8 : begin[1]])
-    assert json.loads(ours[8 : begin[0]]) == {"__metadata__": {"z": "1", "a": "2"}, **expected}
-    assert begin[0] % 8 == 0
 
 
 def test_vector_file_knows_its_layout(tmp_path: Path) -> None:
