@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py                                    # all, about six minutes on two quiet cores
     python benchmarks/serve.py --only start latency --seconds 20 --set synthesizer=runs/tiny/synthesizer
+    RAY_SERVE_ENABLE_HA_PROXY=1 python benchmarks/serve.py        # behind HAProxy instead of Ray's own proxy
 
 Starts `serve run serve/app.py` on a Ray of its own (port 8000 must be free); the load comes from another process
 (benchmarks/load.py). benchmarks/serve_render.py has the figures of the bank. Writes benchmarks/results/serve.json.
@@ -34,6 +35,7 @@ from common import write_result
 ROOT = Path(__file__).resolve().parents[1]
 URL = "http://127.0.0.1:8000"
 PARTS = ("start", "latency", "overload", "crash")
+RATE = 5.0  # requests a second of the latency part
 sys.path.insert(0, str(ROOT))
 
 
@@ -122,8 +124,12 @@ def run_load(**options: Any) -> dict[str, Any]:
     return report
 
 
-def bare(settings: list[str], repeats: int = 200) -> dict[str, float]:
-    """The same work without Serve and HTTP, ms: load the photo, find the face, sample, decode, write the file."""
+def bare(settings: list[str], rate: float, repeats: int = 120) -> dict[str, float]:
+    """The same work without Serve and HTTP, ms: load the photo, find the face, sample, decode, write the file.
+
+    `rate`: calls a second, as many as the server is asked for: after a pause each takes some milliseconds more than one
+    right after the other, with or without Serve. 0: without a pause.
+    """
     import torch
 
     from lora_diffusion.config import load_config
@@ -147,6 +153,8 @@ def bare(settings: list[str], repeats: int = 200) -> dict[str, float]:
         vector_N: Any = vectors([DecodeTask(code, sampling.deviation_scale)])[0]
         formats.to_bytes(vector_N, vectors.layout, "diffusers")
         times.append(time.perf_counter() - begin)
+        if rate:
+            time.sleep(max(0.0, 1 / rate - times[-1]))
     return {f"p{q}": round(float(np.percentile(times[20:], q)) * 1000, 1) for q in (50, 99)}
 
 
@@ -188,15 +196,17 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="keys of configs/serve_tiny.yaml")
     parser.add_argument("--name", default="serve")
     args = parser.parse_args()
-    result: dict[str, Any] = {"settings": args.set}
+    environment = {key: value for key, value in os.environ.items() if key.startswith("RAY_SERVE_")}
+    result: dict[str, Any] = {"settings": args.set, "environment": environment}
     if "latency" in args.only:
-        result["bare_ms"] = bare(args.set)
+        result["bare_without_pause_ms"] = bare(args.set, 0)
+        result["bare_ms"] = bare(args.set, RATE)
     server = Server(args.set)
     try:
         result["seconds_to_ready"] = round(server.wait_until_ready(), 1)
         run_load(route="personalize", rate=1, seconds=5)  # whatever is done once is done
         if "latency" in args.only:
-            result["photo_to_lora_at_5_per_second"] = run_load(route="loras", rate=5, seconds=args.seconds)
+            result["photo_to_lora_at_5_per_second"] = run_load(route="loras", rate=RATE, seconds=args.seconds)
             p50 = result["photo_to_lora_at_5_per_second"]["latency_ms"]["p50"]
             result["overhead_ms_p50"] = round(p50 - result["bare_ms"]["p50"], 1)
         if "overload" in args.only:
