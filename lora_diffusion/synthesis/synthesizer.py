@@ -210,14 +210,17 @@ class Synthesizer:
         count: int,
         seed: int = 0,
         num_inference_steps: int | None = None,
-        temperature: float | None = None,
+        temperature: float = 1.0,
         deviation_scale: float | None = None,
     ) -> Floats:
-        """LoRA vectors (count, N) of nobody in particular: no face, seeds seed, seed + 1, ...; see `from_embedding`."""
+        """LoRA vectors (count, N) of nobody in particular: no face, seeds seed, seed + 1, ...; see `from_embedding`.
+
+        `temperature` is 1 whatever the folder recommends for faces: without one, people differ by their noise alone.
+        """
         seeds = range(seed, seed + count)
-        how = self._how(num_inference_steps=num_inference_steps, temperature=temperature)
+        how = self._how(num_inference_steps=num_inference_steps)
         codes = sample_codes(
-            self.denoiser, None, seeds, 1.0, how.num_inference_steps, how.temperature, diffusion=self.diffusion
+            self.denoiser, None, seeds, 1.0, how.num_inference_steps, temperature, diffusion=self.diffusion
         )
         return self.decode(_numpy(codes), deviation_scale)
 
