@@ -153,6 +153,7 @@ def make_here(args: argparse.Namespace) -> Outcome:
     missing = next((photo for photo in args.photos if not photo.is_file()), None)
     if missing:
         raise Refused(f"there is no file {missing}")
+    quieten()
     personalizer = Personalizer(args.synthesizer, args.base, device=args.device)
     made = personalizer(args.photos, args.prompt, num_images=args.num_images, **settings_of(args))
     pictures = []
@@ -161,6 +162,19 @@ def make_here(args: argparse.Namespace) -> Outcome:
         Image.fromarray(pixels).save(buffer, "PNG")
         pictures.append(Picture(buffer.getvalue(), made.image_seed + i, float(made.similarity_B[i])))
     return Outcome(formats.to_bytes(made.vector_N, personalizer.synthesizer.layout, args.format), made.seed, pictures)
+
+
+def quieten() -> None:
+    """No progress bars of loading, and no warnings that only a programmer can heed."""
+    import warnings
+
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    warnings.simplefilter("ignore", FutureWarning)
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def write(outcome: Outcome, args: argparse.Namespace) -> None:
