@@ -175,8 +175,7 @@ class Synthesizer:
         vectors_BN = self.codes.decode(self._tensor(codes_BZ))
         deviation_scale = self.latent_sampling.deviation_scale if deviation_scale is None else deviation_scale
         if deviation_scale != 1:
-            mean_N = self.codes.normaliser.mean_N
-            vectors_BN = mean_N + deviation_scale * (vectors_BN - mean_N)
+            vectors_BN = torch.lerp(self.codes.normaliser.mean_N, vectors_BN, deviation_scale)
         return _numpy(vectors_BN)
 
     def check_embeddings(self, embeddings: Array) -> Floats:
