@@ -82,7 +82,7 @@ class Normaliser(nn.Module):
 
     def restore(self, x_BM: Tensor) -> Tensor:
         """(B, N): inverse of `normalise`; constant parameters get the corpus' value, bit for bit. Gradients flow."""
-        values_BM = x_BM.float() * self.get_buffer("_std_M") + self.get_buffer("_mean_M")
+        values_BM = torch.addcmul(self.get_buffer("_mean_M"), x_BM.float(), self.get_buffer("_std_M"))
         if self.size == self.vector_size:
             return values_BM
         return self.mean_N.expand(len(x_BM), -1).index_copy(1, self.varying, values_BM)

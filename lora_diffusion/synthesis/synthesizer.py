@@ -175,7 +175,7 @@ class Synthesizer:
         vectors_BN = self.codes.decode(self._tensor(codes_BZ))
         deviation_scale = self.latent_sampling.deviation_scale if deviation_scale is None else deviation_scale
         if deviation_scale != 1:
-            vectors_BN = torch.lerp(self.codes.normaliser.mean_N, vectors_BN, deviation_scale)
+            vectors_BN.lerp_(self.codes.normaliser.mean_N, 1 - deviation_scale)
         return _numpy(vectors_BN)
 
     def check_embeddings(self, embeddings: Array) -> Floats:
