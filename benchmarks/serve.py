@@ -87,11 +87,15 @@ class Server:
         return total / 1e6
 
     def stop(self) -> None:
+        below = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        for child in below:  # HAProxy may outlive the Ray that started it, and hold the port
+            with contextlib.suppress(psutil.Error):
+                child.kill()
         self.log.close()
         self.folder.cleanup()
 
