@@ -37,7 +37,7 @@ serve: $(READY)
 
 # Two processes: most of a Ray test is waiting. A file stays in one, as its tests share a Ray and what was trained.
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The page's tests need a Chromium. Where none can be had they are skipped, and say so.
 browser:

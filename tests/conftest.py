@@ -22,6 +22,13 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets wo
 import pytest
 from s3_server import BUCKET, S3Server, new_server, running
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start a Ray come first: they last longest, and none should be left for one process at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 pytest_plugins = ["serve_client"]  # the HTTP API in this process: `api`, `studio`, `synthesizer`
 
 

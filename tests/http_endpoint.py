@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ def in_process(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve_run(folder: Path, overrides: dict[str, Any]) -> Iterator[str]:
+def serve_run(folder: Path, overrides: dict[str, Any], environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """The address of what `serve run` makes of serve/app.py, at a free port, with a Ray of its own.
 
-    overrides: keys of ServeConfig, such as {"limits.max_images": 4}.
+    overrides: keys of ServeConfig, such as {"limits.max_images": 4}. environment: more variables of the command.
     """
     config = yaml.safe_load((ROOT / "serve/app.py").read_text())
     port = config["http_options"]["port"] = free_port()
@@ -50,7 +50,7 @@ def serve_run(folder: Path, overrides: dict[str, Any]) -> Iterator[str]:
     path = folder / "app.yaml"
     path.write_text(yaml.safe_dump(config))
     log = folder / "serve.log"
-    env = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / "serve"), "run", str(path)],
