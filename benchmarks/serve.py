@@ -72,7 +72,7 @@ class Server:
 
     def replicas(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in children if process.name().startswith("ray::") and "Serve" in _title(process)]
+        return [process for process in children if _title(process).startswith(("ray::Serve", "ray::Proxy"))]
 
     def kill(self, deployment: str) -> None:
         victim = next(process for process in self.replicas() if f":{deployment}" in _title(process))

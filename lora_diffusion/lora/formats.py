@@ -13,6 +13,7 @@ Only safetensors and JSON are read, never a pickle. `docs/FORMAT.md` has the con
 Axes: N vector length, R rank, I / O features in / out.
 """
 
+import functools
 import io
 import json
 import math
@@ -185,35 +186,61 @@ def _encode(
     """File name -> content."""
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
-    vector_N = _as_vector(vector_N, layout).to(dtype)
+    vector_N = _as_vector(vector_N, layout).to(dtype).contiguous()
     _check_finite(vector_N, f"the vector as {dtype}")
-    config = None
+    form, others = _form(layout, format, dtype, tuple((extra or {}).items()))
+    data = vector_N.view(torch.uint8).numpy().data
+    content = b"".join([data[part] if isinstance(part, slice) else part for part in form])
+    return {_FILE_NAMES[format]: content, **others}
+
+
+@functools.lru_cache(maxsize=64)
+def _form(
+    layout: LoRALayout, format: str, dtype: torch.dtype, extra: tuple[tuple[str, str], ...]
+) -> tuple[list[bytes | slice], dict[str, bytes]]:
+    """What is the same for all vectors: header and alphas, and between them which bytes of the vector; and other files.
+
+    An endpoint writes a file for each request, and hundreds of tensors take several times as long as their bytes.
+    """
+    vector_N, config = torch.zeros(layout.size, dtype=dtype), None
     if format == "vector":
         tensors, metadata = {"vector": vector_N}, {"layout": json.dumps(layout.to_dict(), separators=(",", ":"))}
     else:
         tensors, metadata, config = foreign.encode(_split(vector_N, layout), layout, format)
     metadata |= {"format": "pt", "format_version": FORMAT_VERSION, "layout_id": layout.layout_id}
-    if clash := sorted(set(metadata) & set(extra or {})):
+    if clash := sorted(set(metadata) & set(dict(extra))):
         raise ValueError(f"metadata keys {clash} are taken by the format; choose other names")
-    files = {_FILE_NAMES[format]: serialise(tensors, {**metadata, **(extra or {})})}
-    return files if config is None else {**files, foreign.PEFT_CONFIG: config.encode()}
+    header, in_order = _header(tensors, {**metadata, **dict(extra)})
+    form: list[bytes | slice] = [header]
+    for tensor in in_order:
+        begin = tensor.data_ptr() - vector_N.data_ptr()
+        inside = tensor.is_contiguous() and 0 <= begin < vector_N.nbytes
+        form.append(slice(begin, begin + tensor.nbytes) if inside else _bytes(tensor))
+    return form, {} if config is None else {foreign.PEFT_CONFIG: config.encode()}
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file as the library writes it, with its metadata in a fixed order (the library's changes from call to call).
+    """A safetensors file as the library writes it, with its metadata in a fixed order (the library's changes from call to call)."""
+    header, in_order = _header(tensors, metadata)
+    return b"".join([header, *map(_bytes, in_order)])
 
-    Written here because an endpoint does it for each request: the library takes several times as long for hundreds of tensors.
-    """
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[Tensor]]:
+    """All before the data, and the tensors in the order of the data: larger dtypes first, so that all are aligned."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    parts, offset = [], 0
-    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):  # larger dtypes first: aligned
-        tensor = tensors[key].contiguous()
-        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    in_order, offset = [], 0
+    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+        tensor = tensors[key]
+        in_order.append(tensor)
         begin, offset = offset, offset + tensor.nbytes
         header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, offset]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    return len(text).to_bytes(8, "little") + text, in_order
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _write_whole(path: Path, data: bytes) -> None:
