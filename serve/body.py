@@ -35,7 +35,7 @@ async def read_request(request: Request, schema: type[Schema], limits: LimitsCon
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, schema) from None
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:
@@ -62,12 +62,20 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
 def _json(data: bytes) -> Any:
     try:
         return json.loads(data, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg}, at line {error.lineno}, column {error.colno}"
+        raise ApiError("malformed_body", f"The body is no valid JSON: {where}.") from None
     except (ValueError, RecursionError) as error:
-        raise ApiError("malformed_body", f"The body is no valid JSON: {type(error).__name__}.") from None
+        what = str(error) if isinstance(error, NoJSON) else type(error).__name__
+        raise ApiError("malformed_body", f"The body is no valid JSON: {what}.") from None
+
+
+class NoJSON(ValueError):
+    """A number that Python writes and JSON does not know."""
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise NoJSON(f"{name} is no number there")
 
 
 async def _form(request: Request, data: bytes, limits: LimitsConfig) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from http import HTTPStatus
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import JSONResponse
 
 from lora_diffusion.faces.photos import PhotoError
@@ -84,12 +86,20 @@ def as_problem(error: BaseException, retry_after_seconds: float) -> ApiError | N
     return None
 
 
-def invalid(error: ValidationError) -> ApiError:
+def invalid(error: ValidationError, schema: type[BaseModel]) -> ApiError:
     """What is wrong with a body, place by place, without repeating what was sent: it may be a face."""
     errors = [
-        {"where": ".".join(str(part) for part in e["loc"]), "message": e["msg"].removeprefix("Value error, ")}
+        {"where": ".".join(str(part) for part in e["loc"]), "message": _message(e, schema)}
         for e in error.errors(include_url=False, include_input=False, include_context=False)[:20]
     ]
     first = errors[0]
     where = f"{first['where']}: " if first["where"] else ""
     return ApiError("invalid_request", f"{where}{first['message']}", errors=errors)
+
+
+def _message(error: ErrorDetails, schema: type[BaseModel]) -> str:
+    if error["type"] != "extra_forbidden":
+        return error["msg"].removeprefix("Value error, ")
+    known = list(schema.model_fields) if len(error["loc"]) == 1 else []
+    close = difflib.get_close_matches(str(error["loc"][-1])[:64], known, n=1)
+    return f"there is no such field here{f'; did you mean {close[0]}?' if close else ''}"

@@ -110,6 +110,20 @@ def test_bad_body_is_refused(api: Client, body: bytes, headers: dict[str, str], 
 
 
 @pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ('{"seed": 1,}', "line 1, column 1"),
+        ('{"embedding": [NaN]}', "NaN is no number there"),
+        ('{"sed": 1}', "sed: there is no such field here; did you mean seed?"),
+        ('{"../../etc": 1}', "there is no such field here"),
+    ],
+)
+def test_slip_of_the_pen_is_pointed_out(api: Client, body: str, hint: str) -> None:
+    answer = api("POST", "/v1/loras", content=body.encode(), headers={"content-type": "application/json"})
+    assert hint in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
     ("fields", "where"),
     [
         ({"prompt": ""}, "prompt"),

@@ -61,7 +61,8 @@ def load_photo(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> P
         except UnidentifiedImageError as error:
             raise _unidentified(data) from error
         except Image.DecompressionBombError as error:
-            raise PhotoError("too_large", f"{error} Scale the photo down.") from error
+            detail = f"The photo has far more than the {max_pixels / 1e6:g} megapixels that are decoded. Scale it down."
+            raise PhotoError("too_large", detail) from error
         except Exception as error:
             # Pillow's parsers meet damaged bytes with many kinds of error: OSError, SyntaxError, TypeError, struct.error.
             cut = isinstance(error, EOFError) or any(word in str(error).lower() for word in ("truncated", "broken"))
