@@ -37,20 +37,25 @@ _S3 = new_server()
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """Ray on this machine. Eight logical CPUs whatever the machine has: with two, Ray Data and Train wait for ever."""
+    """Ray on this machine. Eight logical CPUs whatever the machine has: with two, Ray Data and Train wait for ever.
+
+    Workers inherit the store's variables from here: a runtime_env would cost each of them a process that is not there yet.
+    """
     import ray
 
     folder = tempfile.mkdtemp(prefix="ray")  # short: socket paths end at 107 characters
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        object_store_memory=300_000_000,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=folder,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", **_S3.env}},
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _S3.env.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            object_store_memory=300_000_000,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+        )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
