@@ -35,9 +35,9 @@ demo: $(READY)
 serve: $(READY)
 	RAY_ADDRESS=local $(BIN)/serve run serve/app.py
 
-# Three processes: much of a Ray test is waiting. A file stays in one, as its tests share a Ray and what was trained.
+# Two processes, as many as cores: a third is no faster. A file stays in one, as its tests share a Ray and what was trained.
 test: $(READY)
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The page's tests need a Chromium. Where none can be had they are skipped, and say so.
 browser:
