@@ -72,14 +72,16 @@ class Server:
 
     def replicas(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in children if _title(process).startswith(("ray::Serve", "ray::Proxy"))]
+        return [
+            process for process in children if _title(process).startswith(("ray::Serve", "ray::Proxy", "ray::HAProxy"))
+        ]
 
     def kill(self, deployment: str) -> None:
         victim = next(process for process in self.replicas() if f":{deployment}" in _title(process))
         victim.send_signal(signal.SIGKILL)
 
     def megabytes(self) -> float:
-        """Unique memory of the replicas and proxies together."""
+        """Unique memory of the replicas and Ray's proxy actors together; not of HAProxy's own process."""
         total = 0
         for process in self.replicas():
             with contextlib.suppress(psutil.Error):

@@ -63,11 +63,14 @@ def _json(data: bytes) -> Any:
     try:
         return json.loads(data, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        where = f"{error.msg}, at line {error.lineno}, column {error.colno}"
-        raise ApiError("malformed_body", f"The body is no valid JSON: {where}.") from None
-    except (ValueError, RecursionError) as error:
-        what = str(error) if isinstance(error, NoJSON) else type(error).__name__
-        raise ApiError("malformed_body", f"The body is no valid JSON: {what}.") from None
+        what = f"{error.msg}, at line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError:
+        what = "it is not UTF-8"
+    except RecursionError:
+        what = "it is nested too deeply"
+    except ValueError as error:
+        what = str(error) if isinstance(error, NoJSON) else "a number in it has too many digits"
+    raise ApiError("malformed_body", f"The body is no valid JSON: {what}.")
 
 
 class NoJSON(ValueError):

@@ -114,6 +114,8 @@ def test_bad_body_is_refused(api: Client, body: bytes, headers: dict[str, str], 
     [
         ('{"seed": 1,}', "line 1, column 1"),
         ('{"embedding": [NaN]}', "NaN is no number there"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"seed": 1' + "0" * 5000 + "}", "too many digits"),
         ('{"sed": 1}', "sed: there is no such field here; did you mean seed?"),
         ('{"../../etc": 1}', "there is no such field here"),
     ],
