@@ -92,9 +92,28 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(tmp_path
     assert min(validations, key=validations.__getitem__) == loop.state.best_step == loop.state.step - 60
     loop.stage.load_state_dict(loop.best_weights())
     batch, size = loop._load(np.arange(36, 41))
-    assert loop._forward(batch, size, 7_000_003)[0].mean().item() == pytest.approx(loop.state.best, rel=1e-5)
+    assert loop._forward(batch, size, 7_000_003)[0].mean().item() == pytest.approx(loop.state.best[0], rel=1e-5)
     again, nothing = train(tmp_path, config)
     assert (again.state.step, nothing) == (loop.state.step, [])
+
+
+def test_a_stage_may_be_judged_by_something_else_than_its_loss(tmp_path: Path) -> None:
+    class Judged(Regression):
+        judged_by = ("rough", "against")
+
+        def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            error, _ = super().forward(inputs, draws, step)
+            # one value before step 6 and a lower one afterwards; the second number rises while training goes well
+            return error, {"rough": torch.full_like(error, 2.0 if step < 6 else 1.0), "against": -error}
+
+    loop, reports = Loop("regression", Judged(), CONFIG, open_store(tmp_path)), []
+    loop.run(reports.append)
+    losses = {report["step"]: report["validation_loss"] for report in reports if "validation_loss" in report}
+    late = {step: loss for step, loss in losses.items() if step >= 6}
+    assert loop.state.best_step == max(late, key=late.__getitem__) != min(losses, key=losses.__getitem__)
+    assert loop.state.best == [1.0, -late[loop.state.best_step]]
+    with pytest.raises(ValueError, match=r"judged_by: .*rough.* there, .*loss.* now"):
+        Loop("regression", Regression(), CONFIG, open_store(tmp_path))
 
 
 def test_a_run_that_diverges_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def test_a_corpus_becomes_a_synthesiser(calm: tuple[TrainConfig, list[str]], cor
     assert vectors.shape == (6, LAYOUT.size)
     assert (vectors[:, :20] == np.float32(0.25)).all(), "a column that never varies comes out as it is"
     provenance = synthesizer.provenance
+    validations = [line for line in read_metrics(open_store(folder)) if "validation_rank" in line]
+    best = min(validations, key=lambda line: (line["validation_rank"], line["validation_loss"]))
+    if provenance.figures["denoiser_best_step"]:  # else: before the first step, which no line is about
+        assert provenance.figures["denoiser_best_step"] == best["step"]
+        assert provenance.figures["denoiser_validation_rank"] == best["validation_rank"]
     assert provenance.corpus["left_out"] == {"nan_vector": 1}
     assert provenance.corpus["failed"] == 1
     assert provenance.corpus["rows"] + provenance.corpus["validation_rows"] == 38
@@ -84,7 +89,7 @@ def test_a_corpus_becomes_a_synthesiser(calm: tuple[TrainConfig, list[str]], cor
     curve = json.loads((folder / "explained_variance.json").read_text())
     assert curve["cumulative"] == sorted(curve["cumulative"])
     assert curve["cumulative"][3] > 0.9, "the corpus has rank 4 and some noise"
-    for name in ("explained_variance.png", "plots/vae.png", "plots/denoiser.png"):
+    for name in ("explained_variance.png", "plots/vae.png", "plots/denoiser.png", "plots/denoiser_rank.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard" / "vae").glob("events*"))
     assert any(line.startswith("denoiser 12/12  loss") and "left" in line for line in said)
@@ -159,12 +164,12 @@ def test_each_photo_is_a_condition_of_its_own(corpus: str, tmp_path: Path) -> No
     stage = DenoiserStage(model, Diffusion(DiffusionConfig()), rows, lambda slots: space[slots], "photo").eval()
     seen: list[torch.Tensor] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
-    slots = rows.train[:6]
+    slots = rows.validation
     photos_BFC, counts_B = rows.photo_embeddings(slots)
     draws = stage.draws(len(slots), torch.Generator().manual_seed(0))
-    for place, expected_B in ((0.0, torch.zeros(6, dtype=torch.long)), (0.999, counts_B - 1)):
-        stage(stage.inputs(slots), {**draws, "photo": torch.full((6,), place)}, 0)
-        assert torch.equal(seen[-1], photos_BFC[torch.arange(6), expected_B])
+    for place, expected_B in ((0.0, torch.zeros_like(counts_B)), (0.999, counts_B - 1)):
+        stage(stage.inputs(slots), {**draws, "photo": torch.full((len(slots),), place)}, 0)
+        assert torch.equal(seen[-1], photos_BFC[torch.arange(len(slots)), expected_B])
 
 
 def test_stages_one_by_one_equal_all_at_once(calm: tuple[TrainConfig, list[str]], tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def train_run(config: AblationConfig, variant: Variant) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.denoiser.parameters()),
         "figures": model.provenance.figures,
         "curve": [
-            {key: line[key] for key in ("step", "loss", "validation_loss") if key in line}
+            {key: line[key] for key in ("step", "loss", "validation_loss", "validation_rank") if key in line}
             for line in read_metrics(store)
             if line["stage"] == "denoiser"
         ],

@@ -64,8 +64,11 @@ def overview(rows: Rows, records: Rows, names: Sequence[str]) -> bytes:
 
 
 def spaces(rows: Rows, records: Rows, names: Sequence[str], reference: Mapping[str, Any]) -> bytes:
-    """The paper's Figure 5: the loss, and the similarity on people never seen, of vectors against latents."""
-    fig, panels = canvas(9.6, 3.2, 2)
+    """The paper's Figure 5: the loss, and the similarity on people never seen, of vectors against latents.
+
+    Between them, what chose the weights: how near the drawn codes of validation people are to their own.
+    """
+    fig, panels = canvas(12.8, 3.2, 3)
     mine = [row for row in rows if row["factor"] == "code_space"]
     colours = {"vector": INK, "pca": SYNTHESISERS[4], "latent": SYNTHESISERS[0]}
     for row in mine:
@@ -76,14 +79,17 @@ def spaces(rows: Rows, records: Rows, names: Sequence[str], reference: Mapping[s
             if record.get("variant") and _same(record["variant"], {**reference, "code_space": kind})
         ]
         for i, curve in enumerate(curves):
-            points = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
-            panels[0].plot(
-                *zip(*points, strict=True), color=colour, lw=1.4, alpha=0.8, label=None if i else row["value"]
-            )
+            for panel, key in zip(panels, ("validation_loss", "validation_rank"), strict=False):
+                points = [(point["step"], point[key]) for point in curve if key in point]
+                if points:
+                    panel.plot(
+                        *zip(*points, strict=True), color=colour, lw=1.4, alpha=0.8, label=None if i else row["value"]
+                    )
     text(panels[0], "step", "validation loss, unit-variance codes", "loss")
+    text(panels[1], "step", "percentile rank (0 best, 0.5 chance)", "validation people by their drawn codes")
     panels[0].legend(fontsize=8, frameon=False)
-    _groups(panels[1], mine, names)
-    text(panels[1], "", "similarity (cosine), best scale", "people never seen")
+    _groups(panels[2], mine, names)
+    text(panels[2], "", "similarity (cosine), best scale", "people never seen")
     return png(fig)
 
 

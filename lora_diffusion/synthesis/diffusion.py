@@ -182,7 +182,22 @@ def sample_codes(
         return torch.zeros(0, denoiser.code_size, device=device)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds_B]
     white_BZ = torch.stack([torch.randn(denoiser.code_size, generator=generator) for generator in generators])
-    x_BZ = temperature * diffusion.noise(white_BZ.to(device))
+    start_BZ = temperature * diffusion.noise(white_BZ.to(device))
+    return denoise(denoiser, start_BZ, condition_BC, guidance_scale, num_inference_steps, diffusion=diffusion)
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser,
+    start_BZ: Tensor,
+    condition_BC: Tensor | None,
+    guidance_scale: float,
+    num_inference_steps: int,
+    *,
+    diffusion: Diffusion,
+) -> Tensor:
+    """Codes (B, Z) from the noise that each begins with; the rest as in `sample_codes`."""
+    x_BZ, device = start_BZ, start_BZ.device
     scheduler = diffusion.sampler()
     scheduler.set_timesteps(num_inference_steps)
     batch = len(x_BZ)

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -63,8 +63,12 @@ class LoopConfig:
 
 
 class Stage(nn.Module):
-    """What is trained. The loop reads `inputs` on the CPU, draws `draws` on the device, and calls the module with both."""
+    """What is trained. The loop reads `inputs` on the CPU, draws `draws` on the device, and calls the module with both.
 
+    judged_by: what tells the best validation, the loss or parts of it; the lowest is the best, a tie is decided by the next.
+    """
+
+    judged_by: ClassVar[tuple[str, ...]] = ("loss",)
     train_slots: Slots
     validation_slots: Slots
 
@@ -123,7 +127,8 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.state = TrainingState(name, store, parameters, self.optimizer, config, identity or {})
+        identity = {**(identity or {}), "judged_by": stage.judged_by}
+        self.state = TrainingState(name, store, parameters, self.optimizer, config, identity)
         self.resumed_at = self.state.restore()
 
     def best_weights(self) -> Batch:
@@ -213,7 +218,8 @@ class Loop:
                 totals.add({name: value.double().sum() for name, value in {"loss": losses, **parts}.items()}, len(part))
             self.module.train()
             values = {f"validation_{name}": value for name, value in totals.means(self.group).items()}
-            if self.state.judge(values["validation_loss"], self.config.patience):
+            score = [values[f"validation_{name}"] for name in self.stage.judged_by]
+            if self.state.judge(score, self.config.patience):
                 self.state.save_best(write=self.group.rank == 0)
         return values
 

@@ -54,6 +54,8 @@ class RunLog:
         for stage in sorted({line["stage"] for line in self.lines}):
             lines = [line for line in self.lines if line["stage"] == stage]
             self.store.write(f"plots/{stage}.png", curves_png(lines, f"{stage}: loss"))
+            if any("validation_rank" in line for line in lines):
+                self.store.write(f"plots/{stage}_rank.png", curves_png(lines, f"{stage}: percentile rank", "rank"))
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -91,6 +93,8 @@ def progress_line(values: Mapping[str, Any]) -> str:
     parts = [f"loss {values['loss']:.4g}"]
     if "validation_loss" in values:
         parts.append(f"validation {values['validation_loss']:.4g}")
+    if "validation_rank" in values:
+        parts.append(f"rank {values['validation_rank']:.3f}")
     parts += [f"{values['rows_per_second']:,.0f} rows/s", f"{_duration(values['seconds_left'])} left"]
     if values["waiting_for_data"] > 0.1:
         parts.append(f"{values['waiting_for_data']:.0%} of the time waiting for data")

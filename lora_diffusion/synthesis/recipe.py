@@ -265,7 +265,10 @@ class SynthesizerTraining:
         loop: Loop,
     ) -> None:
         config, rows, snapshot = self.config, self.rows, self.snapshot
-        self.figures |= {"denoiser_validation_loss": loop.state.best, "denoiser_best_step": loop.state.best_step}
+        self.figures |= {
+            f"denoiser_validation_{k}": v for k, v in zip(loop.stage.judged_by, loop.state.best, strict=True)
+        }
+        self.figures["denoiser_best_step"] = loop.state.best_step
         corpus = {"recipe_id": snapshot.recipe_id, "rows": len(rows.train), "validation_rows": len(rows.validation)}
         provenance = Provenance(
             base=dict(snapshot.base),

@@ -6,21 +6,24 @@ Axes: B batch, N vector length, M varying parameters, Z code size, C condition.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diffusion.synthesis.dataset import CorpusRows
 from lora_diffusion.synthesis.denoiser import Denoiser
-from lora_diffusion.synthesis.diffusion import Diffusion, diffusion_loss
+from lora_diffusion.synthesis.diffusion import Diffusion, denoise, diffusion_loss
 from lora_diffusion.synthesis.loop import Batch, Stage
 from lora_diffusion.synthesis.vae import LoRAVAE, kl_nats
 
 # Validation asks about each held-out person at so many noise levels, the same ones each time: few people, little chance.
 VALIDATION_REPEATS = 8
+# From no noise and without guidance, few steps tell weights apart as well as the settings that are drawn with.
+RANK_STEPS = 4
 Slots = NDArray[np.int64]
 Condition = Literal["mean", "photo"]
 
@@ -72,7 +75,13 @@ class DenoiserStage(Stage):
 
     `condition`: the mean of the embeddings of a person's photos, or that of one photo, drawn anew in each step: what the
     synthesiser will be asked about.
+
+    Validation also draws a code for each face, and looks which people's own codes are nearest to it (`percentile_rank`). That
+    decides, not the loss: of a LoRA, most is the optimiser's noise, so the loss is lowest where next to nothing is said about
+    anybody (LOG.md, 2026-11-26).
     """
+
+    judged_by: ClassVar[tuple[str, ...]] = ("rank", "loss")
 
     def __init__(
         self,
@@ -88,12 +97,14 @@ class DenoiserStage(Stage):
         self.condition = condition
         self.train_slots = rows.train
         self.validation_slots = np.tile(rows.validation, VALIDATION_REPEATS)
+        self._validation_VZ: Tensor | None = None
 
     def inputs(self, slots: Slots) -> Batch:
+        what = {"slots": torch.from_numpy(slots), "codes": self.codes(slots)}
         if self.condition == "mean":
-            return {"codes": self.codes(slots), "condition": self.rows.embeddings(slots)}
+            return {**what, "condition": self.rows.embeddings(slots)}
         photos_BFC, counts_B = self.rows.photo_embeddings(slots)
-        return {"codes": self.codes(slots), "photos": photos_BFC, "photo_counts": counts_B}
+        return {**what, "photos": photos_BFC, "photo_counts": counts_B}
 
     def draws(self, count: int, generator: torch.Generator) -> Batch:
         config = self.diffusion.config
@@ -119,4 +130,30 @@ class DenoiserStage(Stage):
         loss_B = diffusion_loss(
             self.denoiser, inputs["codes"], condition_BC, noise_BZ, draws["timesteps"], drop_B, self.diffusion
         )
-        return loss_B, {}
+        return loss_B, {} if self.training else {"rank": self.rank(inputs["slots"], condition_BC)}
+
+    @torch.no_grad()
+    def rank(self, slots_B: Tensor, condition_BC: Tensor) -> Tensor:
+        """(B,) percentile rank of people of the validation rows by the codes drawn for their faces."""
+        if self._validation_VZ is None:
+            self._validation_VZ = self.codes(self.rows.validation).to(condition_BC.device)
+        start_BZ = condition_BC.new_zeros(len(condition_BC), self.denoiser.code_size)
+        drawn_BZ = denoise(self.denoiser, start_BZ, condition_BC, 1.0, RANK_STEPS, diffusion=self.diffusion)
+        people_V = torch.as_tensor(self.rows.validation, device=slots_B.device)
+        with torch.autocast(drawn_BZ.device.type, enabled=False):
+            return percentile_rank(drawn_BZ.float(), self._validation_VZ, slots_B[:, None] == people_V)
+
+
+def percentile_rank(drawn_BZ: Tensor, codes_VZ: Tensor, own_BV: Tensor) -> Tensor:
+    """(B,) share of the others whose codes are nearer, by cosine, to the drawn one than the person's own; 0 is best.
+
+    Equally near ones count half, so codes that say nothing, or only one person, give the 0.5 of chance.
+    Its mean is the mean percentile rank of Hu et al. 2008 (Collaborative filtering for implicit feedback datasets).
+    """
+    cosine_BV = F.normalize(drawn_BZ, dim=1) @ F.normalize(codes_VZ, dim=1).T
+    mine_B1 = cosine_BV[own_BV][:, None]
+    nearer_BV = (cosine_BV > mine_B1).float() + 0.5 * (cosine_BV == mine_B1).float()
+    others = codes_VZ.shape[0] - 1
+    if not others:
+        return torch.full_like(mine_B1[:, 0], 0.5)
+    return nearer_BV.masked_fill(own_BV, 0.0).sum(1) / others

@@ -28,7 +28,7 @@ _PROGRESS = ("step", "done", "best", "best_step", "worse")
 
 
 class TrainingState:
-    """`best`: the lowest validation loss, at `best_step`; `worse`: validations since; `done`: nothing is left to do."""
+    """`best`: the lowest score of a validation, at `best_step`; `worse`: validations since; `done`: nothing is left to do."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class TrainingState:
         self.identity = json.loads(json.dumps({"loop": asdict(config), **identity}))
         self.average = {name: p.detach().clone() for name, p in parameters.items()}
         self.step, self.done = 0, False
-        self.best, self.best_step, self.worse = math.inf, 0, 0
+        self.best, self.best_step, self.worse = [math.inf], 0, 0
 
     @torch.no_grad()
     def advance(self, decay: float) -> None:
@@ -63,10 +63,13 @@ class TrainingState:
         finally:
             self._swap()
 
-    def judge(self, loss: float, patience: int) -> bool:
-        """Whether this validation is the best so far; without a better one for too long, the training is done."""
-        if loss < self.best:
-            self.best, self.best_step, self.worse = loss, self.step, 0
+    def judge(self, score: list[float], patience: int) -> bool:
+        """Whether this validation is the best so far; without a better one for too long, the training is done.
+
+        Of `score` the lowest is the best, a tie is decided by the next number.
+        """
+        if score < self.best:
+            self.best, self.best_step, self.worse = score, self.step, 0
             return True
         self.worse += 1
         self.done = 0 < patience <= self.worse
