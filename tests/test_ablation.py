@@ -52,6 +52,10 @@ def test_sizes_that_the_corpus_does_not_have_are_left_out() -> None:
     assert plan(replace(CONFIG, factors=("people",), people=(5000,)), 600) == [Variant(seed=s) for s in range(3)]
 
 
+def test_code_spaces_that_are_too_dear_can_be_left_out_but_not_the_reference() -> None:
+    assert values_of(replace(CONFIG, code_spaces=("pca",)), "code_space", 600) == ["pca", "latent"]
+
+
 def test_parts_are_shared_by_runs_of_the_same_rows_and_form() -> None:
     parts = {variant.parts for variant in plan(CONFIG, 2000)}
     assert len(distinct_parts(plan(CONFIG, 2000))) == len(parts)

@@ -68,7 +68,8 @@ class AblationConfig:
     evaluation: corpus, held-out people, output, pictures; its `synthesizers` are not used.
     training: what all runs have in common; its `corpus`, `output`, seeds and what `reference` names are overridden.
     reference: the run that all others differ from by one factor.
-    factors: which of FACTORS are varied. people: sizes of the corpus besides all of it.
+    factors: which of FACTORS are varied. people: sizes of the corpus besides all of it. code_spaces: those compared; raw
+        vectors take many times as long as the others.
     corpora: other corpora of the same people, such as frozen_A: runs/tiny/corpus_frozen.
     seeds: of the main comparisons (`main_factors`); the others have `other_seeds`.
     """
@@ -81,6 +82,7 @@ class AblationConfig:
     factors: tuple[str, ...] = FACTORS
     main_factors: tuple[str, ...] = ("conditioning", "code_space", "people", "prediction_type")
     people: tuple[int, ...] = (250, 500, 1000)
+    code_spaces: tuple[Kind, ...] = KINDS
     corpora: dict[str, str] = field(default_factory=dict)
     seeds: int = 3
     other_seeds: int = 3
@@ -104,7 +106,7 @@ def values_of(config: AblationConfig, factor: str, available: int) -> list[Any]:
     """What a factor is set to, the reference's own value among them. `available`: people in the corpus."""
     found: dict[str, list[Any]] = {
         "conditioning": ["adanorm", "adalora"],
-        "code_space": list(reversed(KINDS)),
+        "code_space": [kind for kind in reversed(KINDS) if kind in (*config.code_spaces, config.reference.code_space)],
         "people": [count for count in sorted(config.people) if count < available] + [None],
         "prediction_type": ["epsilon", "sample", "v_prediction"],
         "prior": ["gaussian", "corpus"],

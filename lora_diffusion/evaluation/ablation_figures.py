@@ -147,7 +147,7 @@ def sections(results: Mapping[str, Any], image: Mapping[str, str]) -> list[str]:
 
 def _table(rows: Rows, names: Sequence[str]) -> str:
     head = ["", "seeds", "parameters", "R² of code space", *[f"best scale, {name}" for name in names],
-            *[f"minus reference, {name}" for name in names], f"as it is, {names[0]}", f"rank-1, {names[0]}", "prompt"]  # fmt: skip
+            *[f"minus reference, {name}" for name in names], f"as it is, {names[0]}", f"rank-1, {names[0]}, best scale", "prompt, best scale"]  # fmt: skip
     body, strong, factor = [], set(), None
     for row in rows:
         if row["factor"] != factor:

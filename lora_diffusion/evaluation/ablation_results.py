@@ -34,11 +34,15 @@ def run_method(config: AblationConfig, record: Mapping[str, Any], held: HeldOut)
 
 
 def scored(record: Record, methods: Sequence[Method], scores: Mapping[str, Scores], names: Sequence[str]) -> Record:
-    """The record with what its LoRAs look like. Similarities of single people are kept, for comparisons of the same people."""
+    """The record with what its LoRAs look like. Similarities of single people are kept, for comparisons of the same people.
+
+    Rank-1 and obedience to the prompt are those at the best scale, too: means of both halves' choices.
+    """
     found = {m.scale: scores[m.id] for m in methods if m.name == record["name"]}
     by_scale = {scale: similarities(one) for scale, one in found.items()}
     best_RK, chosen = cross_fitted(by_scale)
     figures = method_figures(found[1.0], names)
+    at_best = [method_figures(found[scale], names) for scale in chosen]
     return {
         **record,
         "recognisers": list(names),
@@ -46,8 +50,10 @@ def scored(record: Record, methods: Sequence[Method], scores: Mapping[str, Score
         "best_similarity_RK": np.round(best_RK, 5).tolist(),
         "best_scale": chosen,
         "similarity": {name: figures["by"][name]["similarity"] for name in names},
-        "rank1": {name: figures["by"][name]["rank1"]["mean"] for name in names},
-        "prompt_accuracy": figures.get("prompt_accuracy", {}).get("all", {}).get("mean"),
+        "rank1": {name: float(np.mean([best["by"][name]["rank1"]["mean"] for best in at_best])) for name in names},
+        "prompt_accuracy": _mean_or_none(
+            [best.get("prompt_accuracy", {}).get("all", {}).get("mean") for best in at_best]
+        ),
     }
 
 
