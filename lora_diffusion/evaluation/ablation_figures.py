@@ -136,8 +136,8 @@ def sections(results: Mapping[str, Any], image: Mapping[str, str]) -> list[str]:
     captions = {
         "ablations": "One factor changed at a time. Orange: the reference. Bars: 95 % interval over people and "
         "seeds; small dots: single seeds; lines: base model (dotted), nearest neighbour (dash-dotted), fine-tuned (dashed).",
-        "spaces": "Loss against steps, and what counts: similarity of renders. Losses of different spaces are not comparable "
-        "in height: each is a mean over its own unit-variance numbers.",
+        "spaces": "Loss against steps, the rank by which weights are chosen, and what counts: similarity of renders. Neither the "
+        "losses nor the ranks of different spaces are comparable in height: each has numbers and noise of its own.",
         "conditioning": "Small dots: seeds. Both networks have the same number of parameters.",
         "corpus_size": "Trained on subsets of the same corpus, the same steps.",
     }
