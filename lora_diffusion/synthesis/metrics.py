@@ -114,7 +114,7 @@ def curves_png(lines: Sequence[Mapping[str, Any]], title: str, key: str = "loss"
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
-    if all(value > 0 for line in lines for value in [line.get(key, 1.0)]):
+    if key == "loss" and all(line.get(key, 1.0) > 0 for line in lines):
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel(key)
