@@ -1,4 +1,4 @@
-"""Laws of the endpoint's stages, without Ray and HTTP: the running batch, the batcher, the library."""
+"""Laws of the endpoint's stages, without Ray and HTTP: the running batch, the batcher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lora_diffusion.render import render
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.engine import Picture, RenderEngine
 from lora_diffusion.serving.errors import ServingError
-from lora_diffusion.serving.library import LoRALibrary, LoRARecord, content_id
 from lora_diffusion.serving.messages import Progress
 from lora_diffusion.serving.renderer import AsyncRenderer, Drawn
 
@@ -327,63 +326,3 @@ def test_stages_work_in_a_second_event_loop(base: BaseModel, layout: LoRALayout)
         assert asyncio.run(asyncio.wait_for(batcher(1, later()), 10))[0] == 2
         events = asyncio.run(asyncio.wait_for(all_events(renderer, mixed(layout)[:1]), SOON))
         assert any(isinstance(event, Drawn) for event in events)
-
-
-# -- the library ---------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def record(value: float, size: int = 10) -> LoRARecord:
-    return LoRARecord(np.full(size, value, np.float32))
-
-
-def test_id_is_of_the_content_and_the_layout() -> None:
-    a, b = np.zeros(4, np.float32), np.array([0, 0, 0, 1e-30], np.float32)
-    assert content_id(a, "x") == content_id(a.copy(), "x")
-    assert len({content_id(a, "x"), content_id(b, "x"), content_id(a, "y"), content_id(a[:3], "x")}) == 4
-
-
-def test_library_forgets_what_expired_what_was_deleted_and_what_was_least_used() -> None:
-    clock = Clock()
-    library = LoRALibrary(max_bytes=80, ttl_seconds=10, clock=clock)  # room for two
-    library.put("a", record(1))
-    clock.now = 5
-    library.put("b", record(2))
-    library.get("a")
-    library.put("c", record(3))  # b was used least recently
-    with pytest.raises(ServingError, match="no LoRA"):
-        library.get("b")
-    assert library.stats() == {"loras": 2, "bytes": 80, "max_bytes": 80}
-    clock.now = 10
-    with pytest.raises(ServingError) as caught:
-        library.get("a")
-    assert caught.value.reason == "unknown_lora"
-    assert library.get("c").vector_N[0] == 3
-    assert library.delete("c")
-    assert not library.delete("c")
-    assert library.stats()["bytes"] == 0
-
-
-def test_expired_loras_leave_memory_unasked() -> None:
-    clock = Clock()
-    library = LoRALibrary(max_bytes=1000, ttl_seconds=10, clock=clock)
-    library.put("a", record(1))
-    clock.now = 11
-    library.sweep()
-    assert library.stats()["loras"] == 0
-
-
-def test_putting_again_renews_and_does_not_count_twice() -> None:
-    clock = Clock()
-    library = LoRALibrary(max_bytes=1000, ttl_seconds=10, clock=clock)
-    library.put("a", record(1))
-    clock.now = 9
-    library.put("a", record(1))
-    clock.now = 15
-    assert library.get("a").nbytes == library.stats()["bytes"] == 40

@@ -8,12 +8,14 @@ Axes: N length of a LoRA vector, Z code of the synthesiser.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from lora_diffusion.serving.errors import ServingError
 
 Floats = NDArray[np.float32]
 ID_PATTERN = r"^[0-9a-f]{32}$"
+EXPECTED_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,58 @@ class LoRALibrary:
         return {"loras": len(self._records), "bytes": self._bytes, "max_bytes": self._max_bytes}
 
 
+@dataclass
+class _Coming:
+    """A LoRA whose `put` is on the way."""
+
+    wanted: bool = True  # False: deleted meanwhile
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Library:
-    """The one place that holds LoRAs: LoRALibrary as a service."""
+    """The one place that holds LoRAs: LoRALibrary as a service.
+
+    A vector is far larger than its id, so whoever makes one may say by `expect` that it comes, answer its own caller, and
+    `put` it meanwhile: who asks for it in between waits, and a deletion in between holds.
+    """
 
     def __init__(self, config: ServeConfig) -> None:
         self._library = LoRALibrary(config.library.max_bytes, config.library.ttl_seconds)
+        self._coming: dict[str, _Coming] = {}
+
+    async def expect(self, lora_id: str) -> None:
+        coming = self._coming.setdefault(lora_id, _Coming())
+        coming.wanted = True
+        asyncio.get_running_loop().call_later(EXPECTED_SECONDS, self._arrived, lora_id, coming)
 
     async def put(self, lora_id: str, record: LoRARecord) -> None:
-        self._library.put(lora_id, record)
+        coming = self._coming.get(lora_id)
+        if coming is None or coming.wanted:
+            self._library.put(lora_id, record)
+        if coming is not None:
+            self._arrived(lora_id, coming)
+
+    def _arrived(self, lora_id: str, coming: _Coming) -> None:
+        """Or it never will."""
+        coming.over.set()
+        if self._coming.get(lora_id) is coming:
+            del self._coming[lora_id]
 
     async def get(self, lora_id: str) -> LoRARecord:
+        coming = self._coming.get(lora_id)
+        if coming is not None and coming.wanted:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(coming.over.wait(), EXPECTED_SECONDS)
         return self._library.get(lora_id)
 
     async def delete(self, lora_id: str) -> bool:
-        return self._library.delete(lora_id)
+        """Whether there was one, or one was on its way."""
+        coming = self._coming.get(lora_id)
+        expected = coming is not None and coming.wanted
+        if coming is not None:
+            coming.wanted = False
+            coming.over.set()
+        return self._library.delete(lora_id) or expected
 
     async def stats(self) -> dict[str, Any]:
         self.check_health()

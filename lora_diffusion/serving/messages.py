@@ -73,7 +73,7 @@ class DecodeTask:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A LoRA that lies in the library under `lora_id`."""
+    """A LoRA that lies in the library under `lora_id`, or is on its way there: whoever asks the library waits."""
 
     lora_id: str
     file: bytes | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
@@ -25,9 +26,11 @@ from lora_diffusion.serving.library import Floats, LoRARecord, content_id
 from lora_diffusion.serving.messages import Code, Decoded, DecodeTask, DrawnImage, DrawTask, LatentTask, Progress
 
 Pixels = NDArray[np.uint8]
+LOG = logging.getLogger(__name__)
 
 
 class LibraryLike(Protocol):
+    async def expect(self, lora_id: str) -> None: ...
     async def put(self, lora_id: str, record: LoRARecord) -> None: ...
     async def get(self, lora_id: str) -> LoRARecord: ...
 
@@ -103,6 +106,7 @@ class Decoder:
         set_threads(config)
         self._stage = VectorStage(config)
         self._library = library
+        self._keeping: set[asyncio.Task[None]] = set()
         self._metadata = {"base_model": config.base, **({"licence": config.licence} if config.licence else {})}
         self._batcher: Batcher[DecodeTask, Floats] = Batcher(
             "decoder",
@@ -115,7 +119,12 @@ class Decoder:
     async def decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
         vector_N, timing = await self._batcher(task, deadline)
         record = LoRARecord(vector_N, task.code.values_Z, task.code.model_id)
-        lora_id, file = await asyncio.gather(self._keep(record), asyncio.to_thread(self._file, record, task.format))
+        lora_id = content_id(vector_N, self._stage.layout.layout_id)
+        _, file = await asyncio.gather(
+            self._library.expect(lora_id), asyncio.to_thread(self._file, record, task.format)
+        )
+        self._keep_meanwhile(lora_id, record)
+        await asyncio.sleep(0)  # a library in this process has it then
         return Decoded(lora_id, file), timing
 
     async def accept(self, data: bytes, format: str | None = None) -> Decoded:
@@ -123,7 +132,9 @@ class Decoder:
         from lora_diffusion.serving.files import decode_file
 
         record = LoRARecord(await asyncio.to_thread(decode_file, data, self._stage.layout))
-        return Decoded(await self._keep(record), self._file(record, format))
+        lora_id = content_id(record.vector_N, self._stage.layout.layout_id)
+        await self._library.put(lora_id, record)
+        return Decoded(lora_id, self._file(record, format))
 
     async def file(self, lora_id: str, format: str) -> bytes:
         """Raises ServingError "unknown_lora"."""
@@ -145,10 +156,17 @@ class Decoder:
 
         return encode_file(record, self._stage.layout, format, self._metadata)
 
-    async def _keep(self, record: LoRARecord) -> str:
-        lora_id = content_id(record.vector_N, self._stage.layout.layout_id)
-        await self._library.put(lora_id, record)
-        return lora_id
+    def _keep_meanwhile(self, lora_id: str, record: LoRARecord) -> None:
+        """Send it to the library without waiting: who asks the library for it waits there."""
+
+        def kept(task: asyncio.Task[None]) -> None:
+            self._keeping.discard(task)
+            if not task.cancelled() and task.exception() is not None:
+                LOG.warning("a LoRA could not be kept: %s", type(task.exception()).__name__)
+
+        task = asyncio.create_task(self._library.put(lora_id, record))
+        self._keeping.add(task)  # or nobody would hold it
+        task.add_done_callback(kept)
 
 
 class Renderer:
