@@ -15,13 +15,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from settings import add_settings, read_settings
+
+from lora_diffusion.adaptation_faces import AdaptationFaces
 from lora_diffusion.base import BaseModel, resolve_model
-from lora_diffusion.base_adaptation import AdaptationConfig, AdaptationFaces, BaseAdapter
+from lora_diffusion.base_adaptation import AdaptationConfig, BaseAdapter
 from lora_diffusion.config import load_config
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.make import resolve_device
@@ -30,8 +32,6 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.storage import StoreError
 
-SETTINGS = [f for f in fields(AdaptationConfig) if f.name != "betas"]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,16 +39,18 @@ def main() -> None:
     parser.add_argument("--faces", required=True, metavar="URI", help="photos of the base split, by jobs/make_faces.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the pipeline that comes out")
-    for setting in SETTINGS:
-        option = f"--{setting.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(setting.default), default=setting.default)
+    add_settings(parser, AdaptationConfig)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     try:
         config = load_config(CorpusConfig, args.config, args.overrides)
-        adaptation = AdaptationConfig(**{f.name: getattr(args, f.name) for f in SETTINGS})
+        adaptation = read_settings(args, AdaptationConfig)
         run(config, adaptation, args.faces, args.work, args.out)
-    except (ValueError, StoreError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        sys.exit(
+            f"adapt_base: {error}; draw photos first: jobs/make_faces.py --people 0:8000 --views 10 --out {args.faces}"
+        )
+    except (ValueError, StoreError) as error:
         sys.exit(f"adapt_base: {error}")
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from settings import add_settings, read_settings
 
 from lora_diffusion.base import BaseModel
 from lora_diffusion.config import load_config
@@ -27,21 +28,17 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.shared_start import StartConfig, learn_start
 from lora_diffusion.storage import StoreError
 
-SETTINGS = [f for f in fields(StartConfig) if f.name != "betas"]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file of the corpus: base model, layers, photos")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors")
-    for setting in SETTINGS:
-        option = f"--{setting.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(setting.default), default=setting.default)
+    add_settings(parser, StartConfig)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     try:
         config = load_config(CorpusConfig, args.config, args.overrides)
-        run(config, StartConfig(**{f.name: getattr(args, f.name) for f in SETTINGS}), args.out)
+        run(config, read_settings(args, StartConfig), args.out)
     except (ValueError, StoreError) as error:
         sys.exit(f"learn_start: {error}")
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
+from lora_diffusion.adaptation_faces import AdaptationFaces
 from lora_diffusion.base import BaseModel
-from lora_diffusion.base_adaptation import AdaptationConfig, AdaptationFaces, BaseAdapter
+from lora_diffusion.base_adaptation import AdaptationConfig, BaseAdapter
 from lora_diffusion.faces.synthetic.dataset import FacesConfig, FacesFolder, FacesWriter
 from lora_diffusion.lora.finetune import FinetuneConfig, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout

@@ -26,7 +26,8 @@ from lora_diffusion.serving.errors import ServingError
 
 Floats = NDArray[np.float32]
 ID_PATTERN = r"^[0-9a-f]{32}$"
-EXPECTED_SECONDS = 5.0
+EXPECTED_SECONDS = 60.0  # so long a LoRA may be on its way, and a deletion is remembered
+WAIT_SECONDS = 5.0  # so long a question for it waits
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Library:
         coming = self._coming.get(lora_id)
         if coming is not None and coming.wanted:
             with suppress(TimeoutError):
-                await asyncio.wait_for(coming.over.wait(), EXPECTED_SECONDS)
+                await asyncio.wait_for(coming.over.wait(), WAIT_SECONDS)
         return self._library.get(lora_id)
 
     async def delete(self, lora_id: str) -> bool:
