@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from lora_diffusion.storage import StoreError
 from lora_diffusion.synthesis.dataset import take_snapshot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from local_ray import connect
 from ray_scoring import USER_ERRORS, OnRay
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "ablate.yaml"
@@ -73,8 +73,7 @@ def dry_run(config: AblationConfig) -> int:
 
 
 def run(config: AblationConfig, ray_address: str) -> int:
-    if not ray.is_initialized():
-        ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    connect(ray_address)
     ablate(config, OnRay(), TrainOnRay())
     print(f"table: {config.output}/ablations.json   page: {config.output}/ablations.html")
     return 0

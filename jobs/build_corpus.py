@@ -21,9 +21,11 @@ from typing import Any
 
 # `ray job submit` runs this file with jobs/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where a test loads it
 
 import pyarrow as pa
 import ray
+from local_ray import connect
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -96,8 +98,7 @@ def dry_run(config: CorpusConfig) -> int:
 def run(config: CorpusConfig, ray_address: str) -> int:
     given, config = config, planning.absolute(config)  # workers have working directories of their own
     open_store(config.output, attempts=2).exists("corpus.json")  # a wrong address shows at once
-    if not ray.is_initialized():
-        ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    connect(ray_address)
     if planning.must_render(config):
         render_people(config)
     people = planning.list_people(config)

@@ -12,7 +12,6 @@ killed one stopped, and a method whose LoRAs are unchanged is not drawn again.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ from lora_diffusion.evaluation.pipeline import evaluate
 from lora_diffusion.storage import StoreError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from local_ray import connect
 from ray_scoring import USER_ERRORS, OnRay
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "evaluate.yaml"
@@ -64,8 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(config: EvaluationConfig, ray_address: str) -> int:
-    if not ray.is_initialized():
-        ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    connect(ray_address)
     evaluate(config, OnRay())
     print(f"results: {config.output}/results.json   report: {config.output}/report.html")
     return 0

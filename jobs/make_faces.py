@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `ray job submit` runs this file from elsewhere
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where a test loads it
 
 import ray
 import ray.data
+from local_ray import connect
 
 from lora_diffusion.faces.synthetic.dataset import TABLE, FacesConfig, FacesFolder, FacesWriter
 from lora_diffusion.storage import StoreError
@@ -74,8 +76,7 @@ def run(args: argparse.Namespace) -> None:
 def draw(missing: list[int], writer: FacesWriter, ray_address: str) -> None:
     """One row, one block, one Ray task; prints progress as the results come in, in whatever order."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is in blocks: ours is in people
-    if not ray.is_initialized():
-        ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    connect(ray_address)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # Several tasks for every CPU, each of less than a minute: that is the most that a kill loses.
     people_per_task = max(1, min(20, len(missing) // (4 * int(ray.cluster_resources().get("CPU", 1)))))

@@ -25,11 +25,13 @@ from typing import Any
 
 # `ray job submit` runs this file with jobs/ on the path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where a test loads it
 
 import pyarrow as pa
 import pyarrow.fs
 import ray
 import ray.train
+from local_ray import connect
 from ray.data import DataContext
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -132,14 +134,12 @@ def run(config: TrainConfig, ray_address: str) -> int:
 
 
 def start_ray(config: TrainConfig, address: str) -> None:
-    """A Ray of our own gets as many logical CPUs as training and reading ask for: with fewer, both wait for ever."""
+    """A cluster with fewer CPUs than training and reading ask for is waited for: says so."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     need = config.workers
     wanted = (need.max_workers or need.num_workers) * need.cpus + 1
-    if not ray.is_initialized():
-        cpus = max(os.cpu_count() or 1, wanted) if address == "local" else None
-        ray.init(address=address, num_cpus=cpus, log_to_driver=False, logging_level=logging.ERROR)
+    connect(address, wanted)
     there = ray.cluster_resources().get("CPU", 0)
     least = need.num_workers * need.cpus + 1
     if there < least:

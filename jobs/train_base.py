@@ -89,14 +89,11 @@ def main() -> int:
         print(json.dumps(values, indent=2))
         return 0
 
-    import ray
+    from local_ray import connect
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    if not ray.is_initialized():
-        # a Ray of our own gets as many logical CPUs as the workers ask for: with fewer, Ray Train waits for ever
-        wanted = max(os.cpu_count() or 1, config.num_workers * config.cpus_per_worker + 1)
-        ray.init(arguments.ray_address, num_cpus=wanted if arguments.ray_address == "local" else None)
+    connect(arguments.ray_address, config.num_workers * config.cpus_per_worker + 1, log_to_driver=True)
     storage = config.storage if "://" in config.storage else str(Path(config.storage).absolute())
     trainer = TorchTrainer(
         worker,

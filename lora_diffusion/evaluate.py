@@ -41,7 +41,7 @@ class RenderConfig:
     seeds_per_prompt: int = 1
     first_seed: int = 1000
     num_inference_steps: int = 20
-    guidance_scale: float = 1.5
+    guidance_scale: float = 1.25
     sampler: str = "ddim"
 
     def pictures(self) -> tuple[list[str], list[int]]:

@@ -32,7 +32,7 @@ EMBEDDED = {"tiny-start": ASSETS / "tiny-start" / "vector.safetensors"}
 class StartConfig:
     """How the start is learned. A person's B is trained in every (P / K)-th step."""
 
-    steps: int = 360
+    steps: int = 900
     people_per_step: int = 32
     photos_per_person: int = 2
     learning_rate_A: float = 5e-3

@@ -47,7 +47,7 @@ class SamplingConfig:
     latent_inference_steps: int | None = None
     temperature: float | None = None
     deviation_scale: float | None = None
-    guidance_scale: float = 1.5
+    guidance_scale: float = 1.25
     num_inference_steps: int = 20
     negative_prompt: str = ""
     score_prompt: str = "a photo of sks person, neutral, facing the camera, studio light, grey studio background"
