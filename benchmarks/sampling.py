@@ -1,8 +1,8 @@
 """How to draw with a synthesiser: similarity of its LoRAs for other settings of `LatentSampling`.
 
-    python benchmarks/sampling.py --synthesizer runs/tiny/training/synthesizer --draw 2,1,2.5 --draw 1,0,3.5
+    python benchmarks/sampling.py --synthesizer runs/tiny/training/synthesizer --draw 2,1,2.5,8 --draw 1,0,3.5,25
 
-`--draw guidance,temperature,deviation`; without any, what the folder recommends. On people of the corpus' split who are in no
+`--draw guidance,temperature,deviation,steps`; without any, what the folder recommends. On people of the corpus' split who are in no
 corpus, not on held-out ones: those must not choose anything. One photo each. Writes benchmarks/results/sampling.json.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,15 +26,16 @@ from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.synthesis import Synthesizer
 
 
-def setting(text: str) -> dict[str, float]:
+def setting(text: str) -> dict[str, Any]:
     names = ("guidance_scale", "temperature", "deviation_scale")
-    return dict(zip(names, map(float, text.split(",")), strict=True))
+    *numbers, steps = text.split(",")
+    return {**dict(zip(names, map(float, numbers), strict=True)), "num_inference_steps": int(steps)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--synthesizer", nargs="+", default=["tiny"])
-    parser.add_argument("--draw", type=setting, action="append", metavar="G,T,D")
+    parser.add_argument("--draw", type=setting, action="append", metavar="G,T,D,S")
     parser.add_argument("--people", type=int, default=32)
     parser.add_argument("--first", type=int, default=23_000)
     parser.add_argument("--photos", type=int, default=8)

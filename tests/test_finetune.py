@@ -257,6 +257,15 @@ def test_average_last_is_the_mean_of_the_last_iterates(base: BaseModel, layout: 
     assert np.abs(averaged - iterates[1]).max() > 1e-5
 
 
+def test_update_scale_goes_further_from_the_start(base: BaseModel, layout: LoRALayout) -> None:
+    start_1N = 0.1 * torch.randn(1, layout.size, generator=torch.Generator().manual_seed(0))
+    for config in (QUICK, dataclasses.replace(QUICK, train_A=False)):
+        once = Finetuner(base, layout, config)(PEOPLE, start_1N).vectors_KN - start_1N.numpy()
+        twice = Finetuner(base, layout, dataclasses.replace(config, update_scale=2.0))(PEOPLE, start_1N).vectors_KN
+        assert np.abs(twice - start_1N.numpy() - 2 * once).max() < 1e-6
+        assert np.abs(once).max() > 1e-3
+
+
 def test_start_vectors_are_where_training_starts(base: BaseModel, layout: LoRALayout) -> None:
     start_1N = 0.1 * torch.randn(1, layout.size, generator=torch.Generator().manual_seed(0))
     no_steps = Finetuner(base, layout, dataclasses.replace(QUICK, steps=0))(PEOPLE, start_1N)
@@ -330,6 +339,7 @@ def test_compiled_fine_tuning_equals_eager(base: BaseModel, monkeypatch: pytest.
         ({"batch_size": 0}, "batch_size is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1"),
+        ({"update_scale": 0.0}, "update_scale is 0"),
         ({"average_last": 4}, "more than the 3 steps"),
         ({"train_A": False, "common_random_numbers": False}, "gives each its own"),
     ],

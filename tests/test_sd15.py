@@ -97,6 +97,7 @@ def test_the_recipe_is_that_of_weights2weights() -> None:
         "max_grad_norm": 1.0,
         "train_A": True,
         "average_last": 0,
+        "update_scale": 1.0,
         "common_random_numbers": True,
         "instance_prompt": "sks person",
         "class_prompt": "person",

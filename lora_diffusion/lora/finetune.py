@@ -47,6 +47,7 @@ class FinetuneConfig:
     max_grad_norm: float | None = 1.0  # for each identity
     train_A: bool = True  # False: A stays as it starts, the same for all, and only B is learned
     average_last: int = 0  # the LoRA is the mean of the last so many iterates; 0: the last one
+    update_scale: float = 1.0  # the LoRA is the start and so many times what was learned: few steps end before the goal
     seed: int = 0
     common_random_numbers: bool = True  # False: each identity has its own A at the start, noise and timesteps
     instance_prompt: str = "a photo of sks person"  # for photos without a caption
@@ -67,7 +68,7 @@ class FinetuneConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("learning_rate", "epsilon", "max_grad_norm", "min_snr_gamma", "face_weight"):
+        for name in ("learning_rate", "epsilon", "max_grad_norm", "min_snr_gamma", "face_weight", "update_scale"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be positive and finite")
         if self.average_last > self.steps > 0:
@@ -179,8 +180,8 @@ class Finetuner:
         started, config = time.perf_counter(), self.config
         start_KN = self._start(people, start_vectors)
         data = PhotoData(self.base, people, config, self.class_latents)
-        learned_KM = start_KN if self.learned_M is None else start_KN[:, self.learned_M]
-        learned_KM = learned_KM.clone().requires_grad_()
+        begin_KM = start_KN if self.learned_M is None else start_KN[:, self.learned_M]
+        learned_KM = begin_KM.clone().requires_grad_()
         optimizer = torch.optim.AdamW(
             [learned_KM], betas=config.betas, eps=config.epsilon, weight_decay=config.weight_decay, fused=True
         )
@@ -203,7 +204,7 @@ class Finetuner:
             if step >= config.steps - config.average_last:
                 mean_KM += learned_KM.detach() / config.average_last
         final_KM = mean_KM if config.average_last and config.steps else learned_KM.detach()
-        vectors_KN = self._assemble(start_KN, final_KM)
+        vectors_KN = self._assemble(start_KN, torch.lerp(begin_KM, final_KM, config.update_scale))
         alive_K = alive_K & torch.isfinite(vectors_KN).all(1)
         vectors_KN = torch.where(alive_K[:, None], vectors_KN, 0)
         history_SK = torch.stack(losses).cpu().numpy() if losses else np.empty((0, len(people)), np.float32)
