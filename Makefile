@@ -19,8 +19,8 @@ $(READY): pyproject.toml constraints.txt
 # these LoRAs, to show that they do; the shipped synthesiser makes LoRAs of held-out people, who are drawn and scored beside
 # their fine-tuned ones; then the service makes one more over HTTP.
 demo: $(READY)
-	$(BIN)/python jobs/make_faces.py --people 20000:20040 --views 8 --out demo/people
-	$(BIN)/python jobs/make_faces.py --people 80000:80008 --views 8 --out demo/held_out
+	$(BIN)/python jobs/world/make_faces.py --people 20000:20040 --views 8 --out demo/people
+	$(BIN)/python jobs/world/make_faces.py --people 80000:80008 --views 8 --out demo/held_out
 	$(BIN)/python jobs/build_corpus.py people=demo/people output=demo/corpus
 	$(BIN)/python jobs/build_corpus.py people=demo/held_out output=demo/held_out_corpus
 	$(BIN)/python jobs/train.py corpus=demo/corpus output=demo/training code_space=latent pca.of=vectors vae.latent_size=16 \
@@ -49,6 +49,7 @@ browser:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 # Figures of the README, into benchmarks/results (about 20 minutes on two cores).

@@ -24,8 +24,8 @@ import psutil
 
 from lora_diffusion.corpus import CorpusReader, Statistics
 from lora_diffusion.corpus.plan import shard_name
-from lora_diffusion.faces.synthetic.dataset import FacesConfig, FacesFolder, FacesWriter
 from lora_diffusion.factory.people import open_people
+from lora_diffusion.world.people.dataset import FacesConfig, FacesFolder, FacesWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result

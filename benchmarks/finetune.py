@@ -34,15 +34,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.config import load_config, to_dict
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.factory.make import LoRAMaker
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, initial_vectors
+from lora_diffusion.lora.finetune import Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler
 from lora_diffusion.lora.photo_data import PersonPhotos
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result

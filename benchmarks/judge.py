@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_diffusion.evaluate import RenderConfig, draw_people, embed_pictures, similarity_report
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.evaluation.similarity import RenderConfig, draw_people, similarity_report
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, embed_pictures
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.lora.photo_data import PersonPhotos

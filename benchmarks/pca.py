@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from lora_diffusion.synthesis.distributed import Group
 from lora_diffusion.synthesis.pca import fit_pca_distributed
+from lora_diffusion.synthesis.training.distributed import Group
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result

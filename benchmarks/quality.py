@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 from lora_diffusion.config import load_config, to_dict
-from lora_diffusion.evaluate import RenderConfig, draw_people, embed_pictures, similarity_report
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, face_boxes
-from lora_diffusion.faces.scenes import SceneClassifier, prompt_accuracy
-from lora_diffusion.faces.synthetic import render as photograph
-from lora_diffusion.faces.synthetic import sample_person, sample_view
-from lora_diffusion.faces.synthetic.captions import subject_caption
+from lora_diffusion.evaluation.similarity import RenderConfig, draw_people, similarity_report
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, embed_pictures, face_boxes
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.lora.photo_data import PersonPhotos
+from lora_diffusion.world.people import render as photograph
+from lora_diffusion.world.people import sample_person, sample_view
+from lora_diffusion.world.people.captions import subject_caption
+from lora_diffusion.world.scenes import SceneClassifier, prompt_accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def photos_of(number: int, views: int, embedder: FaceEmbedder) -> PersonPhotos:
-    """The photos of one synthetic person with the captions of ``jobs/make_faces.py``, and where the embedder finds the face."""
+    """The photos of one synthetic person with the captions of ``jobs/world/make_faces.py``, and where the embedder finds the face."""
     person = sample_person(number)
     shots = [sample_view(number, index) for index in range(views)]
     pixels = np.stack([photograph(person, view, 64).image for view in shots])

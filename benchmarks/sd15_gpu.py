@@ -42,13 +42,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
 
 from lora_diffusion import synthesis as s
-from lora_diffusion.base import BaseModel
 from lora_diffusion.config import from_dict
 from lora_diffusion.lora import formats
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, initial_vectors
+from lora_diffusion.lora.finetune import Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler
 from lora_diffusion.lora.photo_data import PersonPhotos
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.render import initial_noise, render
 from lora_diffusion.serving.engine import Picture, RenderEngine
 

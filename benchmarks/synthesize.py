@@ -20,10 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.config import from_dict
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner
+from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.photo_data import PersonPhotos
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis import Synthesizer
 
 

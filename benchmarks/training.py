@@ -23,14 +23,14 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from common import write_result
 from low_rank_corpus import write_corpus
 from s3_server import BUCKET, new_server, running
 
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import open_store
-from lora_diffusion.synthesis.metrics import read_metrics
+from lora_diffusion.synthesis.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,14 +23,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ray
+from causes import find_cause
 
-from lora_diffusion.causes import find_cause
 from lora_diffusion.config import load_config, to_yaml
 from lora_diffusion.evaluation.ablation import AblationConfig, Variant, plan, run_name, train_parts, train_run
 from lora_diffusion.evaluation.ablation_pipeline import ablate
 from lora_diffusion.evaluation.ablation_results import Record
 from lora_diffusion.storage import StoreError
-from lora_diffusion.synthesis.dataset import take_snapshot
+from lora_diffusion.synthesis.training.dataset import take_snapshot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from local_ray import connect

@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where a test loads i
 
 import pyarrow as pa
 import ray
+from causes import find_cause
 from local_ray import connect
 from ray.data import ActorPoolStrategy, DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lora_diffusion.causes import find_cause
 from lora_diffusion.config import load_config, to_dict, to_yaml
 from lora_diffusion.corpus import CorpusReader, Manifest, finish_corpus
 from lora_diffusion.factory import (
@@ -241,8 +241,8 @@ def describe(config: CorpusConfig) -> tuple[Manifest, int]:
 
 
 def render_people(config: CorpusConfig) -> None:
-    from lora_diffusion.faces.synthetic import SPLITS
-    from lora_diffusion.faces.synthetic.dataset import FacesConfig, FacesFolder, FacesWriter
+    from lora_diffusion.world.people import SPLITS
+    from lora_diffusion.world.people.dataset import FacesConfig, FacesFolder, FacesWriter
 
     folder, writer = FacesFolder(config.people, FacesConfig()), FacesWriter(config.people, FacesConfig())
     first = SPLITS["corpus"].start

@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ray
+from causes import find_cause
 
-from lora_diffusion.causes import find_cause
 from lora_diffusion.config import load_config, to_yaml
 from lora_diffusion.evaluation import EvaluationConfig
 from lora_diffusion.evaluation.pipeline import evaluate

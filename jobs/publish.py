@@ -5,7 +5,7 @@ jobs/publish.py runs/tiny/training/synthesizer --out runs/tiny/published --draw 
 jobs/publish.py s3://bucket/training/synthesizer --out face-loras --corpus s3://bucket/corpus --labels labels.parquet --no-neighbours
 
 --labels: a Parquet file with `identity` and one column of numbers for each attribute (null: unknown), or `synthetic` for the
-people of jobs/make_faces.py. Directions are fitted on what the synthesiser itself answers to the corpus' embeddings.
+people of jobs/world/make_faces.py. Directions are fitted on what the synthesiser itself answers to the corpus' embeddings.
 """
 
 from __future__ import annotations
@@ -18,8 +18,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.storage import StoreError
-from lora_diffusion.synthesis.publish import publish
+from lora_diffusion.synthesis.publish import Labels, publish
+
+
+def synthetic_labels(corpus: str) -> Labels:
+    """What rendered people look like, from the numbers in their names."""
+    from lora_diffusion.world.people import sample_person
+
+    identities = CorpusReader(corpus).table(["identity"])["identity"].to_pylist()
+    people = [sample_person(int(identity.removeprefix("person-"))) for identity in identities]
+    return {person.name: person.traits.attributes() for person in people}
 
 
 def main() -> None:
@@ -38,7 +48,7 @@ def main() -> None:
             args.out,
             draw=dict(word.split("=", 1) for word in args.draw),
             corpus=args.corpus,
-            labels=args.labels,
+            labels=synthetic_labels(args.corpus) if args.labels == "synthetic" and args.corpus else args.labels,
             neighbours=not args.no_neighbours,
             dtype=getattr(torch, args.dtype),
         )

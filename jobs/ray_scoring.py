@@ -16,13 +16,13 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.evaluation import EvaluationConfig, PhotoEmbedder, Scorer
 from lora_diffusion.evaluation.held_out import EmbeddedPhotos, Floats
 from lora_diffusion.evaluation.scoring import PersonScores, Request
 from lora_diffusion.evaluation.wire import pack, unpack
 from lora_diffusion.factory import CorpusConfig, PersonRef
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.storage import StoreError
 
 USER_ERRORS = (ValueError, StoreError)

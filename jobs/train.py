@@ -31,21 +31,21 @@ import pyarrow as pa
 import pyarrow.fs
 import ray
 import ray.train
+from causes import find_cause
 from local_ray import connect
 from ray.data import DataContext
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from lora_diffusion.causes import find_cause
 from lora_diffusion.config import from_dict, load_config, to_dict, to_yaml
 from lora_diffusion.provenance import commit
 from lora_diffusion.storage import Store, StoreError, open_store
-from lora_diffusion.synthesis.begin import begin, describe, snapshot_of
-from lora_diffusion.synthesis.dataset import RowCache, read_rows
-from lora_diffusion.synthesis.distributed import Group
-from lora_diffusion.synthesis.recipe import SynthesizerTraining
-from lora_diffusion.synthesis.snapshot import CorpusSnapshot
-from lora_diffusion.synthesis.train_config import TrainConfig
+from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
+from lora_diffusion.synthesis.training.dataset import RowCache, read_rows
+from lora_diffusion.synthesis.training.distributed import Group
+from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
+from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
+from lora_diffusion.synthesis.training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "train_tiny.yaml"

@@ -17,10 +17,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, FaceError, mean_embedding
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.render import render
 from lora_diffusion.serving.config import SamplingConfig
 from lora_diffusion.synthesis.synthesizer import Synthesizer

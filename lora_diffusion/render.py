@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.models.stable_diffusion import BaseModel
 
 SUBJECT = "sks person"
 

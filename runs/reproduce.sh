@@ -26,8 +26,8 @@ export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
 
 step() { echo; echo "== $*"; "$python" "$@"; }
 
-step jobs/make_faces.py --people 20000:$((20000 + people)) --views 10 --out "$out/people"
-step jobs/make_faces.py --people 80000:$((80000 + held_out)) --views 10 --out "$out/people_held_out"
+step jobs/world/make_faces.py --people 20000:$((20000 + people)) --views 10 --out "$out/people"
+step jobs/world/make_faces.py --people 80000:$((80000 + held_out)) --views 10 --out "$out/people_held_out"
 
 corpus() { step jobs/build_corpus.py people="$1" output="$2" render_people=0 "${@:3}"; }
 corpus "$out/people" "$out/corpus"

@@ -29,12 +29,12 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.codes import KINDS, Kind
-from lora_diffusion.synthesis.dataset import CorpusRows, CorpusSnapshot, RowCache, fill_cache, take_snapshot
 from lora_diffusion.synthesis.denoiser import DenoiserConfig, with_equal_parameters
-from lora_diffusion.synthesis.metrics import read_metrics
 from lora_diffusion.synthesis.normaliser import Normaliser
-from lora_diffusion.synthesis.recipe import SynthesizerTraining, TrainConfig
-from lora_diffusion.synthesis.state import unpack
+from lora_diffusion.synthesis.training.dataset import CorpusRows, CorpusSnapshot, RowCache, fill_cache, take_snapshot
+from lora_diffusion.synthesis.training.metrics import read_metrics
+from lora_diffusion.synthesis.training.recipe import SynthesizerTraining, TrainConfig
+from lora_diffusion.synthesis.training.state import unpack
 
 FACTORS = ("conditioning", "code_space", "people", "prediction_type", "prior", "linear_guess", "canonical", "corpus")
 MAIN = "main"  # the corpus of the evaluation

@@ -18,13 +18,13 @@ from lora_diffusion.evaluation.ablation import (
     train_run,
 )
 from lora_diffusion.evaluation.ablation_figures import draw, sections
-from lora_diffusion.evaluation.ablation_results import Record, compared, control_records, run_method, scored
+from lora_diffusion.evaluation.ablation_results import ABLATIONS, Record, compared, control_records, run_method, scored
 from lora_diffusion.evaluation.methods import controls_and_baselines, with_scales
 from lora_diffusion.evaluation.page import embedded, page
-from lora_diffusion.evaluation.pipeline import ABLATIONS, Evaluation, Workers
+from lora_diffusion.evaluation.pipeline import Evaluation, Workers
 from lora_diffusion.provenance import provenance
-from lora_diffusion.storage import Store, open_store
-from lora_diffusion.synthesis.dataset import take_snapshot
+from lora_diffusion.storage import Store
+from lora_diffusion.synthesis.training.dataset import take_snapshot
 
 CONTROLS = ("base", "nearest", "ridge_pca", "finetuned")
 
@@ -112,13 +112,3 @@ def check(config: AblationConfig) -> None:
                 f"corpus {name!r} at {uri} has another layout or base model than {config.evaluation.corpus}: "
                 "build it with the same, then both can be drawn together"
             )
-
-
-def read_ablations(uri: str) -> tuple[dict[str, Any], list[Record]]:
-    """`ablations.json` and the records of a finished run. Raises ValueError if there are none."""
-    store = open_store(uri)
-    try:
-        records = [json.loads(line) for line in store.read(ABLATIONS).decode().splitlines()]
-        return dict(store.read_json("ablations.json")), records
-    except FileNotFoundError as error:
-        raise ValueError(f"no ablations at {uri}: make them with jobs/ablate.py, or leave `ablations` empty") from error

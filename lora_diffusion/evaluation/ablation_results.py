@@ -9,6 +9,7 @@ Axes: K people, R recognisers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,9 +21,12 @@ from lora_diffusion.evaluation.held_out import Floats, HeldOut
 from lora_diffusion.evaluation.methods import Method, drawing
 from lora_diffusion.evaluation.results import cross_fitted, interval, interval_of_runs, method_figures, similarities
 from lora_diffusion.evaluation.scoring import Scores
+from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import Synthesizer
 
 Record = dict[str, Any]
+
+ABLATIONS = "ablations.jsonl"
 
 
 def run_method(config: AblationConfig, record: Mapping[str, Any], held: HeldOut) -> tuple[Method, Floats]:
@@ -151,3 +155,13 @@ def control_records(methods: Sequence[Method], scores: Mapping[str, Scores], nam
             }
         )
     return records
+
+
+def read_ablations(uri: str) -> tuple[dict[str, Any], list[Record]]:
+    """`ablations.json` and the records of a finished run. Raises ValueError if there are none."""
+    store = open_store(uri)
+    try:
+        records = [json.loads(line) for line in store.read(ABLATIONS).decode().splitlines()]
+        return dict(store.read_json("ablations.json")), records
+    except FileNotFoundError as error:
+        raise ValueError(f"no ablations at {uri}: make them with jobs/ablate.py, or leave `ablations` empty") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lora_diffusion.evaluate import RenderConfig
-from lora_diffusion.synthesis.dataset import DataConfig
+from lora_diffusion.evaluation.similarity import RenderConfig
+from lora_diffusion.synthesis.training.dataset import DataConfig
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class EvaluationConfig:
     people: photos of the held-out people; empty: where `held_out` was made from.
     base: the base model; empty: that of the corpus.
     second_recogniser: one that conditioned nothing; null: none.
+    prompt_scorer: package.module:Class that says whether pictures show what their prompts asked for; null: not scored.
     limit: the first so many held-out people; null: all.
     condition_photos: so many photos of a person are the input; the others are what renders are compared with.
     scales: factors of the deviation from the corpus' mean; 1 is the method as it is, a synthesiser as its folder recommends.
@@ -37,6 +38,7 @@ class EvaluationConfig:
     base: str = ""
     device: str = "auto"
     second_recogniser: str | None = "tiny-b"
+    prompt_scorer: str | None = None
     limit: int | None = 48
     condition_photos: int = 1
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, matrix
-from lora_diffusion.evaluate import unit
 from lora_diffusion.evaluation.config import EvaluationConfig
+from lora_diffusion.evaluation.similarity import unit
 from lora_diffusion.faces.embedder import FaceEmbedder, FaceError
 from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people

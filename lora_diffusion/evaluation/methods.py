@@ -20,9 +20,9 @@ from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import Floats, HeldOut
 from lora_diffusion.synthesis.baselines import RidgeToPCA, RidgeToVector, nearest_rows, principal_components
 from lora_diffusion.synthesis.codes import reconstruction
-from lora_diffusion.synthesis.dataset import CorpusRows
 from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.training.dataset import CorpusRows
 
 SYNTHESISED, RECONSTRUCTED = "synthesised", "reconstructed"
 LABELS = {

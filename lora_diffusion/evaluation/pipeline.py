@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.evaluation.ablation_results import read_ablations
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import (
     EmbeddedPhotos,
@@ -38,13 +38,13 @@ from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Sco
 from lora_diffusion.factory import CorpusConfig, PersonRef
 from lora_diffusion.factory.planning import absolute, find, list_people
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.provenance import provenance
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import Synthesizer
-from lora_diffusion.synthesis.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
+from lora_diffusion.synthesis.training.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
 
 FOLDER = "scores"
-ABLATIONS = "ablations.jsonl"
 
 
 class Workers(Protocol):
@@ -158,8 +158,6 @@ def evaluate(config: EvaluationConfig, workers: Workers) -> dict[str, Any]:
     """Everything of jobs/evaluate.py; returns what `results.json` holds."""
     ablations = None
     if config.ablations:
-        from lora_diffusion.evaluation.ablation_pipeline import read_ablations
-
         ablations = read_ablations(config.ablations)
     models = {name: Synthesizer.from_pretrained(path) for name, path in config.synthesizers.items()}
     check_fit(models, CorpusReader(config.corpus))

@@ -3,7 +3,7 @@
 A method's scale (of the deviation from the corpus' mean) is chosen on half of the people and reported on the other half,
 and the other way round: `best_scale` is what a user gets who tunes this one number, without having seen the answer.
 
-Axes: K people, R recognisers, H heads of the scene classifier.
+Axes: K people, R recognisers, H parts of a prompt.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_diffusion.evaluate import bootstrap
 from lora_diffusion.evaluation.held_out import Floats, HeldOut
 from lora_diffusion.evaluation.methods import RECONSTRUCTED, SYNTHESISED, Method
-from lora_diffusion.evaluation.scoring import Scores
-from lora_diffusion.faces.scenes import HEADS
+from lora_diffusion.evaluation.scoring import PROMPT_PARTS, Scores
+from lora_diffusion.evaluation.similarity import bootstrap
 
 
 def method_figures(scores: Scores, names: Sequence[str]) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def method_figures(scores: Scores, names: Sequence[str]) -> dict[str, Any]:
     if asked.any():
         figures["prompt_accuracy"] = {
             "all": interval(accuracy_KH[:, asked].mean(1)),
-            **{head: interval(accuracy_KH[:, h]) for h, head in enumerate(HEADS) if asked[h]},
+            **{head: interval(accuracy_KH[:, h]) for h, head in enumerate(PROMPT_PARTS) if asked[h]},
         }
     return figures
 

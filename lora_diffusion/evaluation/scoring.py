@@ -5,36 +5,57 @@ by pair, and intervals over people hold the chance of the noise as well. The bas
 
 What leaves a worker are cosines, not embeddings.
 
-Axes: K held-out people, S LoRAs of one person, P pictures by each, R recognisers, C embedding, N vector length, H heads.
+Axes: K held-out people, S LoRAs of one person, P pictures by each, R recognisers, C embedding, N vector length, H parts of a prompt.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.config import to_dict
-from lora_diffusion.evaluate import RenderConfig, embed_pictures, unit
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import Floats, Pixels, recognisers
 from lora_diffusion.evaluation.methods import Method
-from lora_diffusion.faces.scenes import HEADS, SceneClassifier, labels_of_prompt
+from lora_diffusion.evaluation.similarity import RenderConfig, unit
+from lora_diffusion.faces.embedder import embed_pictures
 from lora_diffusion.factory import CorpusConfig
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.render import render
 
-SCENE_SIZE = 64  # pixels; the scene classifier knows no other
+PROMPT_PARTS = ("expression", "pose", "light", "background", "cloth")  # what a prompt may ask for, scored apart
 NOT_ASKED = -1
+
+
+class PromptScorer(Protocol):
+    """Says whether pictures show what their prompts asked for."""
+
+    def hits(self, pictures_THWC: Pixels, prompts: Sequence[str]) -> NDArray[np.int8]:
+        """(T, H): 1 shown, 0 not, -1 not asked or not to be told, for each of `PROMPT_PARTS`."""
+        ...
+
+
+def load_prompt_scorer(name: str | None) -> PromptScorer | None:
+    """`package.module:Class`, made without arguments. Raises ValueError where there is no such class."""
+    if not name:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        made: PromptScorer = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"prompt_scorer is {name!r}: {error}; it must be package.module:Class, or null") from error
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +85,7 @@ class PersonScores:
 
 
 class Scorer:
-    """Holds base model, recognisers and scene classifier. `galleries_RKC`: what renders are compared with."""
+    """Holds base model, recognisers and prompt scorer. `galleries_RKC`: what renders are compared with."""
 
     def __init__(self, config: EvaluationConfig, made: CorpusConfig, layout: LoRALayout, galleries_RKC: Floats) -> None:
         self.render, self.keep = config.render, config.pictures_people
@@ -74,7 +95,7 @@ class Scorer:
         self.bank = LoRABank(self.base.unet, layout)
         self.embedders = recognisers(config, made)
         self.galleries_RKC = galleries_RKC
-        self.scenes = SceneClassifier.from_pretrained() if self.base.image_size == SCENE_SIZE else None
+        self.prompt_scorer = load_prompt_scorer(config.prompt_scorer)
 
     def __call__(self, requests: Sequence[Request]) -> list[PersonScores]:
         """One answer for each request, in order; all LoRAs are drawn together."""
@@ -114,16 +135,9 @@ class Scorer:
         return answers
 
     def _hits(self, pictures: Pixels, prompts: Sequence[str]) -> NDArray[np.int8]:
-        hits = np.full((len(pictures), len(HEADS)), NOT_ASKED, np.int8)
-        if self.scenes is None:
-            return hits
-        seen = self.scenes.classify(pictures)
-        for t, prompt in enumerate(prompts):
-            wanted = labels_of_prompt(prompt)
-            for h, head in enumerate(HEADS):
-                if head in wanted:
-                    hits[t, h] = seen[head][t] == wanted[head]
-        return hits
+        if self.prompt_scorer is None:
+            return np.full((len(pictures), len(PROMPT_PARTS)), NOT_ASKED, np.int8)
+        return self.prompt_scorer.hits(pictures, prompts)
 
 
 def pictures_of(config: RenderConfig, people: Sequence[int] | NDArray[Any]) -> tuple[list[str], list[int]]:

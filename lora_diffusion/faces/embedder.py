@@ -20,7 +20,7 @@ from insightface.app import FaceAnalysis
 from insightface.utils import face_align
 from numpy.typing import NDArray
 
-from lora_diffusion.model_files import fetch_folder
+from lora_diffusion.models.files import fetch_folder
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -248,3 +248,18 @@ def _areas(boxes: Floats) -> Floats:
 def _unit(vectors: Floats) -> Floats:
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
+
+
+def embed_pictures(
+    embedder: FaceEmbedder, pictures: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(..., H, W, 3) -> unit embeddings (..., E) and whether a face was found; a picture without one is all zeros.
+
+    Zeros make its similarity 0: a LoRA that destroys the face is not rewarded for it.
+    """
+    flat = pictures.reshape(-1, *pictures.shape[-3:])
+    answers = embedder.embed_batch(flat)
+    found = np.array([not isinstance(answer, FaceError) for answer in answers])
+    vectors = np.stack([np.zeros(512, np.float32) if isinstance(a, FaceError) else a.vector for a in answers])
+    shape = pictures.shape[:-3]
+    return vectors.reshape(*shape, -1), found.reshape(shape)

@@ -8,14 +8,14 @@ from typing import Any, Literal
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.schema import VECTOR_DTYPES
 from lora_diffusion.faces.embedder import EmbedderConfig
-from lora_diffusion.lora.finetune import FinetuneConfig
+from lora_diffusion.lora.recipe import FinetuneConfig
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which layers carry a LoRA, the arguments of `LoRALayout.from_unet`, and where every fine-tuning starts.
 
-    start: a vector file, or the name of a shipped one (`tiny-start`), as `jobs/learn_start.py` makes it; None starts
+    start: a vector file, or the name of a shipped one (`tiny-start`), as `jobs/world/learn_start.py` makes it; None starts
     as peft does, with a random A.
     """
 

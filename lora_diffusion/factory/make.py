@@ -13,17 +13,16 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure, Person
-from lora_diffusion.evaluate import embed_pictures
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, model_folder
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, embed_pictures, model_folder
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.shared_start import load_start
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.render import render
 
 _SCORE_SEED, _CLASS_SEED = 1_000, 500_000  # far from each other and from what a user would type

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from lora_diffusion.storage import Store, StoreError, open_store
 
-UNFINISHED = "_parts"  # jobs/make_faces.py keeps its progress there
+UNFINISHED = "_parts"  # jobs/world/make_faces.py keeps its progress there
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 CAPTIONS = "faces.parquet"  # in the root of a folder source: columns file (relative path) and one of CAPTION_COLUMNS
 CAPTION_COLUMNS = ("subject_caption", "caption")  # the first that is there; a caption must not describe the person
@@ -74,7 +74,7 @@ def open_people(uri: str) -> PeopleSource:
             return source(store, names, uri)
     raise ValueError(
         f"no people found at {uri}: expected a folder for each person ({uri}/<identity>/*.jpg), Parquet files with columns "
-        "identity and image, or tar files. For invented people, render some with jobs/make_faces.py"
+        "identity and image, or tar files. For invented people, render some with jobs/world/make_faces.py"
     )
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,70 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler, identity_seed
 from lora_diffusion.lora.photo_data import PersonPhotos, PhotoData
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How a LoRA is fine-tuned. Defaults suit LoRAs on the attention of `tiny-sd`, from a random start.
-
-    The recipes of the corpora, far better, are in `configs/tiny.yaml` and `configs/sd15.yaml`.
-    """
-
-    steps: int = 80
-    batch_size: int = 4  # photos of each identity in a step
-    learning_rate: float = 4e-2
-    lr_schedule: Literal["constant", "cosine"] = "cosine"  # cosine decays to 0
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    weight_decay: float = 1e-2
-    max_grad_norm: float | None = 1.0  # for each identity
-    train_A: bool = True  # False: A stays as it starts, the same for all, and only B is learned
-    average_last: int = 0  # the LoRA is the mean of the last so many iterates; 0: the last one
-    update_scale: float = 1.0  # the LoRA is the start and so many times what was learned: few steps end before the goal
-    seed: int = 0
-    common_random_numbers: bool = True  # False: each identity has its own A at the start, noise and timesteps
-    instance_prompt: str = "a photo of sks person"  # for photos without a caption
-    class_prompt: str = "a photo of a person"
-    prior_weight: float = 1.0  # of the class images; without any it has no effect
-    prior_batch_size: int = 1  # class images of each identity in a step
-    timesteps: Literal["uniform", "stratified"] = "uniform"
-    timestep_range: tuple[int, int] | None = None  # [low, high); None: all of the base model
-    face_weight: float = 1.0  # of a place in the loss where the photo's face is; elsewhere it is 1. Needs face_boxes
-    min_snr_gamma: float | None = None
-    autocast: Literal["off", "bfloat16"] = "off"  # over a float32 base; a bfloat16 base needs none
-    channels_last: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        lowest = {"steps": 0, "batch_size": 1, "warmup_steps": 0, "average_last": 0, "prior_batch_size": 1}
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("learning_rate", "epsilon", "max_grad_norm", "min_snr_gamma", "face_weight", "update_scale"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be positive and finite")
-        if self.average_last > self.steps > 0:
-            raise ValueError(f"average_last is {self.average_last}, more than the {self.steps} steps")
-        if not self.train_A and not self.common_random_numbers:
-            raise ValueError(
-                "train_A: false freezes one A for all, but common_random_numbers: false gives each its own"
-            )
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..., steps - 1."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        if self.lr_schedule == "constant":
-            return self.learning_rate
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import BaseModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,17 +6,14 @@ images), C / H / W latents, S / D prompt embeddings.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_diffusion.base import BaseModel
-
-if TYPE_CHECKING:
-    from lora_diffusion.lora.finetune import FinetuneConfig
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import BaseModel
 
 # The face counts up to so far from its centre, in half sides of its box: hair, ears and chin lie outside of the box.
 _REACH, _SOFTNESS = 1.3, 1 / 6
@@ -68,7 +65,7 @@ class PhotoData:
     """What does not change between the steps of a batch of people, on the device: latents and prompt embeddings."""
 
     def __init__(
-        self, base: BaseModel, people: Sequence[PersonPhotos], config: "FinetuneConfig", class_latents: Tensor | None
+        self, base: BaseModel, people: Sequence[PersonPhotos], config: FinetuneConfig, class_latents: Tensor | None
     ) -> None:
         sizes = {person.pixels.shape[1:3] for person in people}
         if len(sizes) > 1:

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_diffusion.base import ASSETS, BaseModel
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.bank import LoRABank
-from lora_diffusion.lora.finetune import FinetuneConfig, attention, autocast, initial_vectors
+from lora_diffusion.lora.finetune import attention, autocast, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule
 from lora_diffusion.lora.photo_data import PersonPhotos, PhotoData
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import ASSETS, BaseModel
 
 EMBEDDED = {"tiny-start": ASSETS / "tiny-start" / "vector.safetensors"}
 
@@ -129,6 +130,6 @@ def load_start(name_or_path: str, layout: LoRALayout, base_fingerprint: str | No
         return formats.load(path, layout)
     except ValueError as error:
         raise ValueError(
-            f"lora.start is {name_or_path}: {error}. Learn one for these layers with jobs/learn_start.py, or set "
+            f"lora.start is {name_or_path}: {error}. Learn one for these layers with jobs/world/learn_start.py, or set "
             "lora.start=null for a random start"
         ) from error

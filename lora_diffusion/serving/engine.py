@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.render import initial_noise, make_scheduler
 
 Pixels = NDArray[np.uint8]

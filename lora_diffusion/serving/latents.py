@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.model_files import fetch_folder
+from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
 from lora_diffusion.serving.messages import Code, DecodeTask, LatentTask

@@ -175,7 +175,7 @@ class Renderer:
     def __init__(self, config: ServeConfig, library: LibraryLike, embedder: EmbedderLike) -> None:
         import torch
 
-        from lora_diffusion.base import BaseModel
+        from lora_diffusion.models.stable_diffusion import BaseModel
         from lora_diffusion.serving.engine import RenderEngine
         from lora_diffusion.serving.latents import synthesizer_folder
         from lora_diffusion.serving.renderer import AsyncRenderer

@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_diffusion.base import BaseModel
 from lora_diffusion.lora.bank import LoRABank
-from lora_diffusion.lora.finetune import FinetuneConfig, Finetuner, FinetuneResult
+from lora_diffusion.lora.finetune import Finetuner, FinetuneResult
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler
 from lora_diffusion.lora.photo_data import PersonPhotos
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import CodeSpace
 
 

@@ -24,7 +24,7 @@ def publish(
     out: str,
     draw: Mapping[str, str],
     corpus: str | None = None,
-    labels: str | None = None,
+    labels: str | Labels | None = None,
     neighbours: bool = True,
     dtype: torch.dtype = torch.float16,
 ) -> Synthesizer:
@@ -51,17 +51,18 @@ def publish(
     return synthesizer
 
 
-def directions(synthesizer: Synthesizer, corpus: str, labels: str) -> AttributeDirections:
+def directions(synthesizer: Synthesizer, corpus: str, labels: str | Labels) -> AttributeDirections:
     """Fitted on what the synthesiser answers to the corpus' mean embeddings at temperature 0, without guidance.
 
-    labels: a Parquet file with `identity` and a column of numbers for each attribute (null: unknown), or `synthetic`.
+    labels: a table, or a Parquet file with `identity` and a column of numbers for each attribute (null: unknown).
     """
     table = CorpusReader(corpus).table(["identity"])
     identities, embeddings_PC = table["identity"].to_pylist(), CorpusReader(corpus).embeddings()
-    of = synthetic_labels(identities) if labels == "synthetic" else read_labels(labels)
+    of = read_labels(labels) if isinstance(labels, str) else labels
     known = [place for place, identity in enumerate(identities) if identity in of]
     if not known:
-        raise ValueError(f"nobody of {corpus} is in {labels}: the column `identity` must hold the corpus' names")
+        where = labels if isinstance(labels, str) else "the labels"
+        raise ValueError(f"nobody of {corpus} is in {where}: the identities must be the corpus' names")
     codes_PZ = synthesizer.denoise(embeddings_PC[known], [0] * len(known), guidance_scale=1.0, temperature=0.0)
     names = list(of[identities[known[0]]])
     columns = {name: np.array([of[identities[place]][name] for place in known], np.float64) for name in names}
@@ -76,10 +77,3 @@ def read_labels(path: str) -> Labels:
         row["identity"]: {k: float("nan") if v is None else float(v) for k, v in row.items() if k != "identity"}
         for row in rows
     }
-
-
-def synthetic_labels(identities: list[str]) -> Labels:
-    from lora_diffusion.faces.synthetic import sample_person
-
-    people = [sample_person(int(identity.removeprefix("person-"))) for identity in identities]
-    return {person.name: person.traits.attributes() for person in people}

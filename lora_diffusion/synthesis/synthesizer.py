@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_diffusion.base import ASSETS, BaseModel
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import load_photo
-from lora_diffusion.lora.finetune import FinetuneConfig, FinetuneResult
+from lora_diffusion.lora.finetune import FinetuneResult
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
+from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.stable_diffusion import ASSETS, BaseModel
 from lora_diffusion.synthesis.codes import CodeSpace
 from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import Diffusion, sample_codes, score_codes

@@ -1,0 +1,148 @@
+"""The frozen Stable Diffusion that every LoRA belongs to: loaded once for each process, shared by fine-tuning and rendering.
+
+Axes: B batch, C latent channels, H/W pixels or latent cells, S token positions, D width of the text encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.models.files import fetch_folder
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+EMBEDDED = {"tiny-sd": ASSETS / "tiny-sd"}
+
+
+def resolve_model(name_or_path: str) -> str:
+    """A shipped model's folder by its short name (``tiny-sd``), or a local copy of ``s3://bucket/prefix``.
+
+    Anything else is a path or a hub id and stays as it is. Raises ``ValueError`` if a bucket gives nothing.
+    """
+    if "://" in name_or_path:
+        return str(fetch_folder(name_or_path))
+    return str(EMBEDDED.get(name_or_path, name_or_path))
+
+
+@dataclass
+class BaseModel:
+    """The parts of a ``StableDiffusionPipeline``, frozen, on one device.
+
+    The VAE and the text encoder run in the dtype of the UNet; callers get float32 latents and embeddings.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    name: str = ""
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> BaseModel:
+        """Load a shipped model (``tiny-sd``), a diffusers folder, here or in a bucket, or a model of the hub.
+
+        Raises ``ValueError`` if nothing can be loaded from there.
+        """
+        from diffusers import StableDiffusionPipeline
+
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(
+                resolve_model(name_or_path), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"cannot load a base model from {name_or_path!r}: {error}\n"
+                f"Give a diffusers StableDiffusionPipeline folder (also s3://...), a hub id that this machine can reach, "
+                f"or one of the shipped models: {', '.join(EMBEDDED)}"
+            ) from error
+        return cls.from_pipeline(pipe, device, name_or_path)
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, device: str | torch.device = "cpu", name: str = "") -> BaseModel:
+        """Take the parts of a loaded pipeline and freeze them (``eval``, no gradients)."""
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            part.to(device).eval().requires_grad_(False)
+        return cls(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square pictures that this model draws, pixels."""
+        return int(self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = int(self.unet.config.sample_size)
+        return int(self.unet.config.in_channels), size, size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of SHA-256 over all weights and the scheduler's noise schedule: what a LoRA was trained against."""
+        digest = hashlib.sha256()
+        for label, part in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder)):
+            for key, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{label}.{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(self.scheduler.alphas_cumprod.double().cpu().numpy().tobytes())
+        digest.update(str(self.scheduler.config.prediction_type).encode())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: np.ndarray | Tensor, batch_size: int = 32) -> Tensor:
+        """uint8 RGB (B, H, W, 3) -> scaled latents (B, C, H/8, W/8), the mean of the VAE's posterior, float32.
+
+        The mean and not a sample: a photo then gives the same latent however it is batched, and is encoded once.
+        """
+        images = torch.as_tensor(np.asarray(pixels))
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
+            raise ValueError(f"expected uint8 pictures (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+        parts = []
+        for chunk in images.split(batch_size):
+            x = chunk.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1
+            parts.append(self.vae.encode(x).latent_dist.mean.float() * self.vae.config.scaling_factor)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 32) -> np.ndarray:
+        """Scaled latents (B, C, h, w) -> uint8 RGB (B, H, W, 3)."""
+        parts = []
+        for chunk in latents.split(batch_size):
+            x = self.vae.decode(chunk.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float()
+            parts.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+        return torch.cat(parts).numpy()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Prompts -> text embeddings (B, S, D), float32. Each distinct prompt is encoded once."""
+        distinct = sorted(set(prompts))
+        tokens = self.tokenizer(
+            distinct,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        parts = [self.text_encoder(ids.to(self.device))[0].float() for ids in tokens.input_ids.split(64)]
+        embeddings = torch.cat(parts)
+        return embeddings[[distinct.index(prompt) for prompt in prompts]]
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,129 @@
+"""Before a training begins: which rows, whether this run may use them, and what it will cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_diffusion.config import to_yaml
+from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.storage import Store, open_store
+from lora_diffusion.synthesis.denoiser import count_parameters
+from lora_diffusion.synthesis.normaliser import Normaliser
+from lora_diffusion.synthesis.training.dataset import RowCache
+from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, take_snapshot
+from lora_diffusion.synthesis.training.train_config import CONDITION_SIZE, TrainConfig
+from lora_diffusion.synthesis.vae import LoRAVAE
+
+DATA, CONFIG = "data.json", "config.yaml"
+# float32: weights, gradients, AdamW's two moments, moving average
+BYTES_PER_PARAMETER = 20
+
+
+def snapshot_of(config: TrainConfig) -> CorpusSnapshot:
+    """The rows that this run began with, or those that are in the corpus now. Writes nothing.
+
+    Raises ValueError if the corpus does not fit the run or the configuration, or is not what it was.
+    """
+    check_workers(config)
+    store = open_store(config.output)
+    try:
+        snapshot = CorpusSnapshot.from_dict(store.read_json(DATA))
+    except FileNotFoundError:
+        snapshot = take_snapshot(config.corpus)
+    else:
+        _check_same_corpus(config, snapshot, store)
+        check_snapshot(snapshot)
+    if config.layout_id is not None and snapshot.layout_id != config.layout_id:
+        raise ValueError(
+            f"the corpus at {config.corpus} has layout_id {snapshot.layout_id}, the configuration asks for "
+            f"{config.layout_id}: its vectors mean something else. Give another corpus, or layout_id={snapshot.layout_id}"
+        )
+    return snapshot
+
+
+def begin(config: TrainConfig) -> CorpusSnapshot:
+    """As `snapshot_of`, and writes down what this run is."""
+    snapshot = snapshot_of(config)
+    store = open_store(config.output)
+    store.sweep("checkpoints")
+    if not store.exists(DATA):
+        store.write_json(DATA, snapshot.to_dict())
+    store.write(CONFIG, to_yaml(config).encode())
+    return snapshot
+
+
+def _check_same_corpus(config: TrainConfig, snapshot: CorpusSnapshot, store: Store) -> None:
+    if snapshot.uri != config.corpus:
+        raise ValueError(
+            f"{store.uri} was begun with the corpus at {snapshot.uri}, not {config.corpus}: choose another output"
+        )
+    now = CorpusReader(config.corpus).manifest
+    if (now.layout_id, now.recipe_id) != (snapshot.layout_id, snapshot.recipe_id):
+        raise ValueError(
+            f"the corpus at {config.corpus} was made anew since {store.uri} was begun: it has layout_id {now.layout_id} "
+            f"and recipe {now.recipe_id}, the run {snapshot.layout_id} and {snapshot.recipe_id}. Choose another output"
+        )
+
+
+def check_workers(config: TrainConfig) -> None:
+    """Raises ValueError for batches that the workers could not share."""
+    most = config.workers.max_workers or config.workers.num_workers
+    for name in ("vae_training", "denoiser_training"):
+        size = getattr(config, name).batch_size
+        if size < most:
+            raise ValueError(f"{name}.batch_size is {size}, for up to {most} workers: give each at least one row")
+
+
+def describe(config: TrainConfig, snapshot: CorpusSnapshot) -> str:
+    """What a run would do: rows, layout, parameters, memory, steps. Reads the corpus' statistics, no vectors."""
+    rows, c = snapshot.num_rows, config
+    if c.data.max_people is not None:
+        rows = min(rows, c.data.max_people)
+    held = round(rows * c.data.validation_fraction)
+    statistics = CorpusReader(snapshot.uri).statistics()
+    varying = Normaliser.from_statistics(statistics).size if np.isfinite(statistics.M2).all() else snapshot.vector_size
+    cache = RowCache(snapshot, c.data.cache)
+    lines = [
+        f"corpus: {snapshot.num_rows:,} people with a LoRA in {len(snapshot.shards):,} shards of {snapshot.uri}, "
+        f"{snapshot.num_failed:,} failed",
+        f"layout: {snapshot.layout_id}, N = {snapshot.vector_size:,} parameters, {varying:,} of them vary",
+        f"rows: about {rows - held:,} for training, {held:,} for validation",
+        f"cache: {cache.num_bytes / 1e9:.2f} GB in {cache.folder} on each machine"
+        + (" (filled already)" if cache.complete else ""),
+    ]
+    if "pca" in c.stages:
+        exact = rows - held <= c.pca.exact_rows
+        floats = (rows - held) * varying if exact else 3 * varying * (c.pca.num_components + 32)
+        kind = "exact" if exact else f"randomised, {c.pca.iterations} passes"
+        lines.append(f"pca: {kind}, up to {c.pca.num_components} components, about {floats * 4 / 1e9:.2f} GB")
+    sizes = {"latent": c.vae.latent_size, "pca": min(c.pca.num_components, rows - held), "vector": varying}
+    counts = {"vae": _vae_parameters(config, snapshot.vector_size, varying)} if "vae" in c.stages else {}
+    if "denoiser" in c.stages:
+        counts["denoiser"] = count_parameters(c.denoiser, sizes[c.code_space], CONDITION_SIZE)
+    lines += [_stage_line(config, name, count, rows - held) for name, count in counts.items()]
+    workers = f"{c.workers.num_workers}" + (f" to {c.workers.max_workers}" if c.workers.max_workers else "")
+    device = "GPU" if c.workers.use_gpu else f"{c.workers.cpus} CPU"
+    lines.append(f"workers: {workers}, each with {device}, {c.workers.parallel}")
+    return "\n".join([*lines, f"output: {c.output}, the synthesiser in its synthesizer/"])
+
+
+def _stage_line(config: TrainConfig, name: str, parameters: int, rows: int) -> str:
+    training = getattr(config, f"{name}_training")
+    split = config.workers.num_workers if config.workers.parallel == "fsdp" else 1
+    epochs = training.steps * min(training.batch_size, rows) / max(1, rows)
+    return (
+        f"{name}: {parameters:,} parameters, about {parameters * BYTES_PER_PARAMETER / split / 1e9:.2f} GB in each worker; "
+        f"{training.steps:,} steps of {training.batch_size} ({epochs:,.0f} epochs)"
+        + (f", less if {training.patience} validations bring nothing" if training.patience else "")
+    )
+
+
+def _vae_parameters(config: TrainConfig, size: int, varying: int) -> int:
+    std = torch.zeros(size)
+    std[:varying] = 1.0
+    normaliser: Any = Normaliser(torch.zeros(size), std)
+    with torch.device("meta"):
+        return sum(p.numel() for p in LoRAVAE(config.vae, normaliser).parameters())

@@ -1,0 +1,233 @@
+"""The training loop of a stage: data-parallel, resumable to the same losses, stopped early by validation.
+
+What makes one worker and many, and an interrupted run and a calm one, give the same losses:
+
+- the global batch of a step, and all its random numbers, depend on the seed and the step alone; workers take shares of it;
+- a stage returns one loss for each row, and the loop divides by the rows of the global batch, so unequal shares are exact;
+- a checkpoint holds weights, their moving average, the optimiser and the state of early stopping; nothing else is state.
+
+Dropout is the exception: it draws by itself. It is the same again after an interruption, but not with other workers.
+
+Axes: B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_diffusion.storage import Store
+from lora_diffusion.synthesis.training.distributed import Group, Parallel, whole
+from lora_diffusion.synthesis.training.state import TrainingState
+from lora_diffusion.synthesis.training.watch import Watch
+
+Batch = dict[str, Tensor]
+Slots = NDArray[np.int64]
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """AdamW, linear warm-up, cosine decay to 0. `batch_size` is global: all workers together.
+
+    Validation is of the averaged weights, before the first step and every `validate_every`; the best of them are the result.
+    `patience`: so many validations without a better one end the training; 0: never.
+    """
+
+    steps: int = 2000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    validate_every: int = 100
+    patience: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "validate_every", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class Stage(nn.Module):
+    """What is trained. The loop reads `inputs` on the CPU, draws `draws` on the device, and calls the module with both.
+
+    judged_by: what tells the best validation, the loss or parts of it; the lowest is the best, a tie is decided by the next.
+    """
+
+    judged_by: ClassVar[tuple[str, ...]] = ("loss",)
+    train_slots: Slots
+    validation_slots: Slots
+
+    def inputs(self, slots: Slots) -> Batch:
+        """The rows, read from where they lie: tensors with B in front."""
+        raise NotImplementedError
+
+    def draws(self, count: int, generator: torch.Generator) -> Batch:
+        """All random numbers of a global batch of `count` rows: tensors with B in front, on the generator's device."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each row (B,), and parts to report, (B,) each. In eval mode: what validation means."""
+        raise NotImplementedError
+
+
+def epoch_batches(slots: Slots, batch_size: int, seed: int, step: int = 0) -> Iterator[Slots]:
+    """Endless global batches, each epoch in its own order, as if `step` of them had been drawn before.
+
+    A corpus smaller than a batch gives batches of the whole corpus.
+    """
+    size = min(batch_size, len(slots))
+    per_epoch = len(slots) // size
+    epoch_of_order, order = -1, slots
+    while True:
+        epoch, within = divmod(step, per_epoch)
+        if epoch != epoch_of_order:
+            epoch_of_order, order = epoch, np.random.default_rng([seed, epoch]).permutation(slots)
+        yield order[within * size : (within + 1) * size]
+        step += 1
+
+
+class Loop:
+    """Trains `stage`, from the newest checkpoint of `name` in `store` if there is one.
+
+    `identity`: what else must be the same to resume (architecture, data), as JSON values.
+    Raises ValueError if the checkpoint there was made with other settings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stage: Stage,
+        config: LoopConfig,
+        store: Store,
+        group: Group | None = None,
+        parallel: Parallel = "ddp",
+        bfloat16: bool = False,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.name, self.stage, self.config = name, stage, config
+        self.group, self.bfloat16 = group or Group(), bfloat16
+        self.module = self.group.wrap(stage, parallel)
+        parameters: dict[str, Tensor] = {name: p for name, p in stage.named_parameters() if p.requires_grad}
+        self.parameters = list(parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        identity = {**(identity or {}), "judged_by": stage.judged_by}
+        self.state = TrainingState(name, store, parameters, self.optimizer, config, identity)
+        self.resumed_at = self.state.restore()
+
+    def best_weights(self) -> Batch:
+        """The averaged weights of the best validation, by their names in the stage: the result of training."""
+        return self.state.load_best()
+
+    def run(self, report: Report = lambda values: None) -> None:
+        """To the last step, or until validation no longer improves.
+
+        `report(values)` is called on every worker, equally often: means since the last report, validation if there was
+        one, speed; `checkpoint` says that the state is safe, `done` that this was the last. Raises ValueError if the
+        loss is no longer finite.
+        """
+        state, config = self.state, self.config
+        if state.step == 0:
+            self._validate()  # what training begins with may be the best there is
+        watch = Watch(state.step)
+        batches = epoch_batches(self.stage.train_slots, config.batch_size, config.seed, state.step)
+        with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is computed
+            ready = reader.submit(self._load, next(batches))
+            while state.step < config.steps and not state.done:
+                with watch.waiting():
+                    batch, size = ready.result()
+                ready = reader.submit(self._load, next(batches))
+                watch.add(self._one_step(batch, size), size)
+                last = state.step == config.steps
+                validated = self._validate() if last or state.step % config.validate_every == 0 else {}
+                state.done = state.done or last
+                safe = state.done or state.step % config.checkpoint_every == 0
+                if validated or safe or state.step % config.log_every == 0:
+                    means = watch.means(self.group)
+                    values = {**means, "learning_rate": self.learning_rate(state.step - 1), **validated}
+                    self._check(values)
+                    if safe:
+                        state.save(write=self.group.rank == 0)
+                    where = {"stage": self.name, "step": state.step, "of": config.steps}
+                    speed = watch.speed(state.step, config.steps)
+                    report({**where, **values, **speed, "checkpoint": safe, "done": state.done})
+
+    def learning_rate(self, step: int) -> float:
+        c = self.config
+        warm = min(1.0, (step + 1) / max(1, c.warmup))
+        return c.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / c.steps)))
+
+    def _load(self, slots: Slots) -> tuple[Batch, int]:
+        batch = self.stage.inputs(slots[self.group.rank :: self.group.world])
+        if self.group.device.type == "cuda":
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        return batch, len(slots)
+
+    def _forward(self, batch: Batch, size: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        device = self.group.device
+        draws = self.stage.draws(size, torch.Generator(device).manual_seed(seed))
+        draws = {name: value[self.group.rank :: self.group.world] for name, value in draws.items()}
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+            losses, parts = self.module(batch, draws, self.state.step)
+        return losses.float(), parts
+
+    def _one_step(self, batch: Batch, size: int) -> Batch:
+        """Sums over this worker's rows, for the report."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.state.step)
+        seed = (self.config.seed + 1) * 1_000_003 + self.state.step
+        torch.manual_seed(seed * 1024 + self.group.rank)  # of dropout, which no checkpoint holds
+        losses, parts = self._forward(batch, size, seed)
+        # the wrapper averages gradients over the workers: times their number, it is the mean over the global batch
+        loss = losses.sum() * (self.group.world / size)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.optimizer.step()
+        self.state.advance(self.config.ema_decay)
+        sums = {name: value.detach().float().sum() for name, value in {"loss": losses, **parts}.items()}
+        # the norm is the same on all workers: each gives its share of the sum
+        return {**sums, "grad_norm": whole(norm) * (size / self.group.world)}
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, Any]:
+        """Losses of the averaged weights over all validation rows, with the same random numbers every time."""
+        slots, size, totals = self.stage.validation_slots, self.config.batch_size, Watch(0)
+        with self.state.averaged():
+            self.module.eval()
+            for start in range(0, len(slots), size):
+                part = slots[start : start + size]
+                losses, parts = self._forward(self._load(part)[0], len(part), 7_000_003 + start)
+                totals.add({name: value.double().sum() for name, value in {"loss": losses, **parts}.items()}, len(part))
+            self.module.train()
+            values = {f"validation_{name}": value for name, value in totals.means(self.group).items()}
+            score = [values[f"validation_{name}"] for name in self.stage.judged_by]
+            if self.state.judge(score, self.config.patience):
+                self.state.save_best(write=self.group.rank == 0)
+        return values
+
+    def _check(self, values: dict[str, float]) -> None:
+        """Before anything is saved: a run that diverged keeps its last good checkpoint."""
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(
+                f"stage {self.name} diverged: {', '.join(bad)} is not finite at step {self.state.step}. Lower "
+                f"{self.name}_training.learning_rate and choose another output"
+            )

@@ -1,0 +1,94 @@
+"""The configuration of a training: which corpus, which stages, how large, on which workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lora_diffusion.synthesis.denoiser import DenoiserConfig
+from lora_diffusion.synthesis.diffusion import DiffusionConfig
+from lora_diffusion.synthesis.folder import LatentSampling
+from lora_diffusion.synthesis.training.dataset import DataConfig
+from lora_diffusion.synthesis.training.distributed import Parallel
+from lora_diffusion.synthesis.training.loop import LoopConfig
+from lora_diffusion.synthesis.training.stages import Condition
+from lora_diffusion.synthesis.vae import VAEConfig
+
+STAGES = ("pca", "vae", "denoiser")
+CONDITION_SIZE = 512
+
+
+@dataclass(frozen=True)
+class PCAConfig:
+    """`exact_rows`: up to so many rows all components are exact; beyond, `iterations` passes approach the first ones.
+
+    of: the components of the vectors, or of what a ridge regression from the embedding predicts of them: what the face
+        decides, without the optimiser's noise (exact rows only). `penalty`: of that regression.
+    """
+
+    num_components: int = 512
+    of: Literal["vectors", "predicted"] = "vectors"
+    penalty: float = 1e-2
+    exact_rows: int = 4096
+    iterations: int = 6
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """`num_workers` training processes; with `max_workers` set, Ray adds and removes some between the two as machines
+    come and go. `cpus`: for each, threads as well. `compute_dtype` auto: bfloat16 (autocast) on GPUs, float32 on CPUs.
+    `max_failures`: how often a worker may die before the run gives up; preempted spot machines do not count."""
+
+    num_workers: int = 1
+    max_workers: int | None = None
+    use_gpu: bool = False
+    cpus: int = 1
+    parallel: Parallel = "ddp"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1 or self.cpus < 1:
+            raise ValueError(f"num_workers and cpus must be at least 1, not {self.num_workers} and {self.cpus}")
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ValueError(f"max_workers is {self.max_workers}, fewer than num_workers, {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All of `jobs/train.py`. `stage`: one of pca, vae, denoiser, or all of them in order.
+
+    code_space: what the denoiser works in; `vector` and `pca` need no VAE.
+    layout_id: refuse a corpus of another one; None: whatever the corpus has.
+    standardise: `each` code number to unit variance, or all `together`, by one factor.
+    condition: what the denoiser sees of a person, the mean embedding of the photos or one photo's (see `DenoiserStage`).
+    latent_sampling: what the folder recommends to draw with.
+    keep_neighbours: put the people's embeddings and codes into the folder, too.
+    """
+
+    corpus: str = "runs/tiny/corpus"
+    output: str = "runs/tiny/training"
+    stage: Literal["all", "pca", "vae", "denoiser"] = "all"
+    code_space: Literal["latent", "pca", "vector"] = "latent"
+    layout_id: str | None = None
+    recogniser: str = "tiny"
+    data: DataConfig = field(default_factory=DataConfig)
+    pca: PCAConfig = field(default_factory=PCAConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae_training: LoopConfig = field(default_factory=LoopConfig)
+    start_from_pca: bool = True  # the VAE's linear path begins as the PCA
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    denoiser_training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5000))
+    standardise: Literal["each", "together"] = "each"
+    condition: Condition = "mean"
+    latent_sampling: LatentSampling = field(default_factory=LatentSampling)
+    keep_neighbours: bool = True
+    tensorboard: bool = True
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        if self.stage != "all":
+            return (self.stage,)
+        return tuple(stage for stage in STAGES if stage != "vae" or self.code_space == "latent")

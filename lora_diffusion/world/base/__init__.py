@@ -1,0 +1,1 @@
+"""Training of `tiny-sd`, the small Stable Diffusion of the embedded world."""

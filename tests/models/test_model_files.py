@@ -1,0 +1,105 @@
+"""Models in a bucket, against a real S3 server."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_pipeline import tiny_pipeline
+
+from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, FaceError
+from lora_diffusion.models import files as model_files
+from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.models.stable_diffusion import BaseModel
+from lora_diffusion.storage import open_store
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(model_files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_fetched_once_and_again_when_it_has_changed(bucket: str, cache: Path) -> None:
+    store = open_store(f"s3://{bucket}/model")
+    files = {"index.json": b"{}", "unet/weights": bytes(range(256)) * 9}
+    for name, data in files.items():
+        store.write(name, data)
+    first = fetch_folder(store.uri)
+    assert contents(first) == files
+    written = (first / "unet/weights").stat().st_mtime_ns
+    assert fetch_folder(store.uri + "/") == first
+    assert (first / "unet/weights").stat().st_mtime_ns == written
+
+    files["unet/weights"] = files["unet/weights"][::-1]  # of the same size
+    store.write("unet/weights", files["unet/weights"])
+    second = fetch_folder(store.uri)
+    assert second != first
+    assert contents(second) == files
+    assert sorted(path.name for path in cache.iterdir()) == sorted([first.name, second.name])
+
+
+def test_processes_that_fetch_at_once_leave_one_whole_folder(bucket: str, cache: Path) -> None:
+    store = open_store(f"s3://{bucket}/model")
+    for i in range(20):
+        store.write(f"{i}", bytes([i]) * 1000)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: fetch_folder(store.uri), range(4)))
+    assert len(folders) == 1
+    assert contents(folders.pop()) == {f"{i}": bytes([i]) * 1000 for i in range(20)}
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_fetch_that_breaks_leaves_nothing_behind(bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    store = open_store(f"s3://{bucket}/model")
+    store.write("a", b"a")
+    store.write("b", b"b")
+    whole = s3fs.S3FileSystem.get_file
+
+    def half(self: Any, source: str, target: str) -> None:
+        if source.endswith("b"):
+            raise OSError("connection lost")
+        whole(self, source, target)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "get_file", half)
+    with pytest.raises(ValueError, match=r"cannot fetch s3://.*connection lost"):
+        fetch_folder(store.uri)
+    assert list(cache.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv(model_files.CACHE_VARIABLE, str(cache))
+    assert contents(fetch_folder(store.uri)) == {"a": b"a", "b": b"b"}
+
+
+def test_a_base_model_loads_from_a_bucket_and_is_the_one_that_was_put_there(bucket: str, tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    store = open_store(f"s3://{bucket}/models/tiny")
+    for name, data in contents(tmp_path / "tiny").items():
+        store.write(name, data)
+    expected = BaseModel.from_pretrained(str(tmp_path / "tiny")).fingerprint
+    assert BaseModel.from_pretrained(store.uri).fingerprint == expected
+
+
+def test_a_recogniser_loads_from_a_bucket(bucket: str) -> None:
+    store = open_store(f"s3://{bucket}/models/recogniser")
+    for name, data in contents(BUNDLED["tiny"]).items():
+        store.write(name, data)
+    picture = np.zeros((64, 64, 3), np.uint8)
+    (answer,) = FaceEmbedder(EmbedderConfig(model=store.uri)).embed_batch([picture])
+    assert isinstance(answer, FaceError)
+    assert answer.reason == "no_face"
+
+
+def test_an_empty_place_is_an_error_that_names_it(bucket: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"cannot load a base model from 's3://{bucket}/none': cannot fetch.*no files"
+    ):
+        BaseModel.from_pretrained(f"s3://{bucket}/none")

@@ -1,0 +1,120 @@
+"""What the entry point and the deployment files promise, without starting anything."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from lora_diffusion.config import load_config
+from lora_diffusion.serving.config import ServeConfig
+from serve.graph import DEPLOYMENTS, build
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ("configs/serve_tiny.yaml", "configs/serve_sd15.yaml")
+
+
+def options_of(application: Any) -> dict[str, Any]:
+    """Deployment name -> deployment, of all that hang together in an application."""
+    found: dict[str, Any] = {}
+
+    def visit(node: Any) -> None:
+        deployment = node._bound_deployment
+        found[deployment.name] = deployment
+        for argument in (*deployment.init_args, *deployment.init_kwargs.values()):
+            if hasattr(argument, "_bound_deployment"):
+                visit(argument)
+
+    visit(application)
+    return found
+
+
+def test_entry_point_is_a_serve_config_and_python_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve run serve/app.py` parses an existing file as YAML; `serve run serve.app:app` imports it."""
+    text = (ROOT / "serve/app.py").read_text()
+    config = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (application,) = config.applications
+    assert config.http_options.host == "127.0.0.1"
+    module, _, name = application.import_path.partition(":")
+    assert getattr(importlib.import_module(module), name) is build
+    assert (ROOT / application.args["config"]).is_file()
+    assert importlib.import_module("serve.app").app is build
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_deployment_scales_by_itself_and_has_bounded_queues(path: str) -> None:
+    deployments = options_of(build({"config": path}))
+    assert set(deployments) == DEPLOYMENTS == set(load_config(ServeConfig, ROOT / path).deployments)
+    for name in ("Embedder", "Denoiser", "Decoder", "Renderer"):
+        config = deployments[name]._deployment_config
+        assert config.autoscaling_config is not None, name
+        assert 0 < config.max_queued_requests < 1000, name
+    assert deployments["Library"]._deployment_config.num_replicas == 1  # it holds state
+
+
+def test_a_replica_that_stops_may_finish_what_it_has() -> None:
+    """A request in hand may have to wait for new replicas of the other stages: as long as a request may take."""
+    deployments = options_of(build({"limits.max_seconds": 77, "deployments.Library.graceful_shutdown_timeout_s": 5}))
+    patience = {
+        name: deployment._deployment_config.graceful_shutdown_timeout_s for name, deployment in deployments.items()
+    }
+    assert patience.pop("Library") == 5
+    assert set(patience.values()) == {77}
+
+
+def test_two_cores_hold_the_tiny_world() -> None:
+    actors = [deployment.ray_actor_options for deployment in options_of(build({})).values()]
+    assert sum(options["num_cpus"] for options in actors) <= 2
+    assert not any(options.get("num_gpus") for options in actors)
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_a_queue_holds_at_least_a_batch(path: str) -> None:
+    config = load_config(ServeConfig, ROOT / path)
+    for name in ("embedder", "denoiser", "decoder", "renderer"):
+        options = config.deployments[name.capitalize()]
+        assert options["max_ongoing_requests"] >= getattr(config.batch, name)
+
+
+def test_arguments_and_environment_override_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_DIFFUSION_SERVE", "synthesizer=/some/where limits.max_images=3")
+    config = build({"config": CONFIGS[0], "limits.max_samples": 2})._bound_deployment.init_args[0]
+    assert (config.synthesizer, config.limits.max_images, config.limits.max_samples) == ("/some/where", 3, 2)
+    with pytest.raises(ValueError, match="max_images"):
+        build({"limits.max_image": 3})
+    with pytest.raises(ValueError, match="Painter"):
+        build({"deployments.Painter": "{num_replicas: 1}"})
+
+
+def serve_configs() -> dict[str, dict[str, Any]]:
+    service = yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    return {
+        "serve.yaml": yaml.safe_load((ROOT / "deploy/serve.yaml").read_text()),
+        "rayservice.yaml": yaml.safe_load(service["spec"]["serveConfigV2"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
+def test_production_files_fit_serves_schema_and_our_graph(name: str) -> None:
+    values = serve_configs()[name]
+    (application,) = ServeDeploySchema.model_validate(values).applications
+    assert {deployment.name for deployment in application.deployments} <= DEPLOYMENTS
+    config = build(application.args)._bound_deployment.init_args[0]
+    assert values["http_options"]["request_timeout_s"] > config.limits.max_seconds
+    reloaded = [deployment.user_config["synthesizer"] for deployment in application.deployments]
+    assert reloaded == [config.synthesizer] * 2  # a fresh start and a reload serve the same
+
+
+def test_gateway_embedder_and_library_start_without_torch() -> None:
+    code = (
+        "import sys; import serve.graph, lora_diffusion.serving.faces, lora_diffusion.serving.library; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

@@ -1,0 +1,41 @@
+"""A small world for tests of the corpus job: eight rendered people, a silent base model, two steps of fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny_pipeline import tiny_pipeline
+
+from lora_diffusion.config import from_dict
+from lora_diffusion.factory import CorpusConfig
+from lora_diffusion.world.people.dataset import FacesConfig, FacesFolder, FacesWriter
+
+PEOPLE = range(20_000, 20_008)
+
+
+def make_world(folder: Path) -> Path:
+    """`people/` with two photos of each of PEOPLE, `base/` with a random pipeline of 16 px."""
+    torch.manual_seed(0)
+    tiny_pipeline().save_pretrained(folder / "base")
+    people = FacesFolder(str(folder / "people"), FacesConfig(views=2))
+    FacesWriter(str(folder / "people"), FacesConfig(views=2))({"numbers": people.missing(PEOPLE)})
+    people.finish()
+    return folder
+
+
+def settings(world: Path) -> dict[str, object]:
+    """As a YAML file would hold them."""
+    return {
+        "base": str(world / "base"),
+        "people_per_group": 2,
+        "photos": {"min_photos": 2},
+        "lora": {"target_modules": ["to_q", "to_v"]},
+        "finetune": {"steps": 2},
+        "score": {"num_inference_steps": 2, "seeds_per_prompt": 1},
+        "workers": {"embed_cpus": 0.1, "finetune_cpus": 0.1, "finetune_max": 1},
+    }
+
+
+def make_config(world: Path, **values: object) -> CorpusConfig:
+    return from_dict(CorpusConfig, {**settings(world), **values})

@@ -1,0 +1,59 @@
+"""Builds a corpus on a cluster of three Ray nodes on this machine, and takes one away in the middle.
+
+python lose_a_node.py CONFIG OUTPUT
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+
+import ray
+from ray.cluster_utils import Cluster
+
+JOB = Path(__file__).parents[2] / "jobs" / "build_corpus.py"
+
+
+def main(config: str, output: str) -> int:
+    folder = tempfile.mkdtemp(prefix="ray")
+    memory = 150_000_000
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": memory, "temp_dir": folder, "include_dashboard": False},
+    )
+    nodes = [cluster.add_node(num_cpus=2, object_store_memory=memory) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    spec = importlib.util.spec_from_file_location("build_corpus_job", JOB)
+    assert spec is not None
+    assert spec.loader is not None
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+
+    def lose_one() -> None:
+        while not list(Path(output, "shards").glob("*.parquet")):
+            time.sleep(0.05)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        print("a node was lost", flush=True)
+        time.sleep(5)
+        cluster.add_node(num_cpus=2, object_store_memory=memory)
+
+    threading.Thread(target=lose_one, daemon=True).start()
+    # Two CPUs for each fine-tuning worker: the head, with one, takes none.
+    words = ["workers.finetune_cpus=2", "workers.finetune_max=2", "workers.embed_cpus=0.5"]
+    code: int = job.main(["--config", config, f"output={output}", *words])
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
