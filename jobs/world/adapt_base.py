@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # jobs/ and the library
 
 from settings import add_settings, read_settings
 
@@ -81,7 +81,7 @@ def run(config: CorpusConfig, adaptation: AdaptationConfig, faces_uri: str, work
             print(f"step {step}/{adaptation.steps}, {shown}, {left:.0f} s left", flush=True)
 
     adapter.run(report)
-    # float16 on disk but for the text encoder, as in base_recipe.train_base
+    # float16 on disk but for the text encoder, as in world.base.recipe.train_base
     pipe.to("cpu")
     pipe.unet.half()
     pipe.vae.half()

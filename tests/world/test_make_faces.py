@@ -17,7 +17,7 @@ from lora_diffusion.storage import open_store
 from lora_diffusion.world.people import render, sample_person, sample_view
 from lora_diffusion.world.people.dataset import SCHEMA, FacesConfig, FacesFolder, FacesWriter
 
-JOB = Path(__file__).parents[2] / "jobs" / "make_faces.py"
+JOB = Path(__file__).parents[2] / "jobs" / "world" / "make_faces.py"
 SMALL = FacesConfig(views=2, size=32)
 PEOPLE = range(20_000, 20_003)
 

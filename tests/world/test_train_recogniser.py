@@ -14,7 +14,7 @@ import pytest
 from lora_diffusion.world.people import sample_person
 from lora_diffusion.world.recognisers.data import HAIR_LATENTS, ShardSpec, load_people, render_shard, with_other_hair
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "train_recogniser.py"
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "world" / "train_recogniser.py"
 
 
 def run(work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
