@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # jobs/ and the library
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lora_diffusion.world.people import head, precompute
 

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # jobs/ and the library
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_diffusion.config import from_dict, load_config, to_dict
 from lora_diffusion.world.base.recipe import TrainBaseConfig, load_faces, train_base
