@@ -8,11 +8,14 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo serve test browser lint bench clean
+.PHONY: demo serve test test-fast browser lint bench clean
 
+# torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
+	  || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # The embedded world from end to end. People are rendered and fine-tuned on a local Ray; a small VAE and a denoiser learn from
@@ -38,6 +41,10 @@ serve: $(READY)
 # Two processes, as many as cores: a third is no faster. A file stays in one, as its tests share a Ray and what was trained.
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What one runs at every save: no Ray, no S3 server, no browser, nothing that trains for long.
+test-fast: $(READY)
+	$(BIN)/pytest -n 2 -m "not ray and not s3 and not browser and not slow"
 
 # The page's tests need a Chromium. Where none can be had they are skipped, and say so.
 browser:

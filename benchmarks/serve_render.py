@@ -28,7 +28,7 @@ from common import write_result
 
 from lora_diffusion.lora import formats
 from lora_diffusion.models.stable_diffusion import BaseModel, resolve_model
-from lora_diffusion.render import initial_noise, make_scheduler, render
+from lora_diffusion.rendering import initial_noise, make_scheduler, render
 from lora_diffusion.serving.engine import Picture, RenderEngine
 from lora_diffusion.serving.library import LoRALibrary, LoRARecord
 from lora_diffusion.synthesis import Synthesizer

@@ -32,7 +32,7 @@ from lora_diffusion.factory import CorpusConfig
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.render import render
+from lora_diffusion.rendering import render
 
 PROMPT_PARTS = ("expression", "pose", "light", "background", "cloth")  # what a prompt may ask for, scored apart
 NOT_ASKED = -1

@@ -23,7 +23,7 @@ from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.render import render
+from lora_diffusion.rendering import render
 
 _SCORE_SEED, _CLASS_SEED = 1_000, 500_000  # far from each other and from what a user would type
 

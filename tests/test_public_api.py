@@ -1,0 +1,32 @@
+"""`import lora_diffusion`: quick, lazy, and everything it names is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import lora_diffusion
+
+
+def test_import_is_quick_and_brings_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import lora_diffusion; spent = time.perf_counter() - start; "
+        "print(spent, *{'torch', 'ray', 'numpy', 'diffusers'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert float(answer[0]) < 0.3, "seconds"
+    assert answer[1:] == []
+
+
+@pytest.mark.parametrize("name", lora_diffusion.__all__)
+def test_every_public_name_loads_and_is_documented(name: str) -> None:
+    value = getattr(lora_diffusion, name)
+    assert callable(value)
+    assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_an_unknown_name_says_which_there_are() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'Synthesiser'; there are .*Synthesizer"):
+        lora_diffusion.Synthesiser  # noqa: B018
