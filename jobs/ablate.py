@@ -12,7 +12,6 @@ command goes on where a killed one stopped: finished runs are not trained again,
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from lora_diffusion.config import load_config, to_yaml
 from lora_diffusion.evaluation.ablation import AblationConfig, Variant, plan, run_name, train_parts, train_run
 from lora_diffusion.evaluation.ablation_pipeline import ablate
 from lora_diffusion.evaluation.ablation_results import Record
-from lora_diffusion.storage import StoreError
+from lora_diffusion.storage import StoreError, placed
 from lora_diffusion.synthesis.training.dataset import take_snapshot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -42,7 +41,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "ablate.yaml"
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        config = load_config(AblationConfig, args.config, args.overrides)
+        config = placed(load_config(AblationConfig, args.config, args.overrides))
         return dry_run(config) if args.dry_run else run(config, args.ray_address)
     except (ValueError, StoreError, ray.exceptions.RayError) as error:
         cause = find_cause(error, USER_ERRORS, (ray.exceptions.RayError,))
@@ -91,28 +90,11 @@ class TrainOnRay:
 
 def in_tasks(function: Callable[..., Any], config: AblationConfig, variants: Sequence[Variant]) -> Iterator[Any]:
     """Results as they come. A task's process is used again: the models are small."""
-    config = absolute(config)  # workers have working directories of their own
     task = ray.remote(num_cpus=config.evaluation.worker_cpus)(function)
     waiting = [task.remote(config, variant) for variant in variants]
     while waiting:
         (ready,), waiting = ray.wait(waiting, num_returns=1)
         yield ray.get(ready)
-
-
-def absolute(config: AblationConfig) -> AblationConfig:
-    """The same with absolute local paths."""
-
-    def resolve(path: str) -> str:
-        return os.path.abspath(path) if path and "://" not in path else path
-
-    evaluation = config.evaluation
-    return dataclasses.replace(
-        config,
-        evaluation=dataclasses.replace(
-            evaluation, corpus=resolve(evaluation.corpus), output=resolve(evaluation.output)
-        ),
-        corpora={name: resolve(path) for name, path in config.corpora.items()},
-    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from lora_diffusion.factory import (
 )
 from lora_diffusion.factory.planning import Begun
 from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of, planned_table
-from lora_diffusion.storage import StoreError, open_store
+from lora_diffusion.storage import StoreError, open_store, placed
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
 CONTACT_SHEET, SUMMARY = "contact_sheet.png", "summary.txt"
@@ -96,7 +96,7 @@ def dry_run(config: CorpusConfig) -> int:
 
 
 def run(config: CorpusConfig, ray_address: str) -> int:
-    given, config = config, planning.absolute(config)  # workers have working directories of their own
+    given, config = config, placed(config)  # workers have working directories of their own
     open_store(config.output, attempts=2).exists("corpus.json")  # a wrong address shows at once
     connect(ray_address)
     if planning.must_render(config):

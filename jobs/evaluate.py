@@ -25,7 +25,7 @@ from causes import find_cause
 from lora_diffusion.config import load_config, to_yaml
 from lora_diffusion.evaluation import EvaluationConfig
 from lora_diffusion.evaluation.pipeline import evaluate
-from lora_diffusion.storage import StoreError
+from lora_diffusion.storage import StoreError, placed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from local_ray import connect
@@ -37,7 +37,7 @@ DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "evaluate.yam
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        config = load_config(EvaluationConfig, args.config, args.overrides)
+        config = placed(load_config(EvaluationConfig, args.config, args.overrides))
         if args.dry_run:
             print(to_yaml(config))
             return 0

@@ -13,7 +13,6 @@ The same command goes on where a killed one stopped, to the same losses. <output
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
@@ -39,7 +38,7 @@ from ray.train.torch import TorchTrainer
 
 from lora_diffusion.config import from_dict, load_config, to_dict, to_yaml
 from lora_diffusion.provenance import commit
-from lora_diffusion.storage import Store, StoreError, open_store
+from lora_diffusion.storage import Store, StoreError, open_store, placed
 from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
 from lora_diffusion.synthesis.training.dataset import RowCache, read_rows
 from lora_diffusion.synthesis.training.distributed import Group
@@ -55,7 +54,7 @@ USER_ERRORS = (ValueError, StoreError)
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
-        config = absolute(load_config(TrainConfig, args.config, args.overrides))
+        config = placed(load_config(TrainConfig, args.config, args.overrides))
         if args.dry_run:
             print(to_yaml(config))
             print(describe(config, snapshot_of(config)))
@@ -84,16 +83,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         args.config = Path(args.overrides.pop(0))
     args.config = args.config or DEFAULT_CONFIG
     return args
-
-
-def absolute(config: TrainConfig) -> TrainConfig:
-    """Workers have working directories of their own."""
-
-    def place(uri: str) -> str:
-        return uri if not uri or "://" in uri else str(Path(uri).expanduser().absolute())
-
-    data = dataclasses.replace(config.data, cache=place(config.data.cache))
-    return dataclasses.replace(config, corpus=place(config.corpus), output=place(config.output), data=data)
 
 
 def run(config: TrainConfig, ray_address: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.storage import local_place, open_store, place
 
 PROMPT = "a photo of sks person"
 FORMATS = ("diffusers", "peft", "kohya", "vector")
@@ -66,9 +67,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.partition("\n\n")[2] if __doc__ else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    one.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="of one person; several are averaged")
+    one.add_argument("photos", nargs="+", type=file, metavar="PHOTO", help="of one person; several are averaged")
     one.add_argument("--prompt", default=PROMPT, help=f"call the person `sks person` (default: {PROMPT})")
-    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the LoRA and the pictures")
+    one.add_argument(
+        "--out", type=address, required=True, metavar="FOLDER", help="or s3://...: gets the LoRA and the pictures"
+    )
     one.add_argument("--format", choices=FORMATS, default="diffusers", help="of the LoRA (default: diffusers)")
     one.add_argument("--num-images", type=at_least(0), default=1, metavar="N", help="0: the LoRA only (default: 1)")
     one.add_argument("--seed", type=at_least(0), help="of the LoRA (default: a random one, told at the end)")
@@ -94,6 +97,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     where.add_argument("--base", metavar="MODEL", help="in this process (default: the synthesiser's)")
     where.add_argument("--device", default="cpu", help="in this process (default: cpu)")
     return parser.parse_args(arguments)
+
+
+def file(text: str) -> Path:
+    try:
+        return local_place(text, "a photo")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def address(text: str) -> str:
+    try:
+        return place(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def at_least(least: int) -> Any:
@@ -178,15 +195,14 @@ def quieten() -> None:
 
 
 def write(outcome: Outcome, args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / ("lora.zip" if args.format == "peft" else "lora.safetensors")
-    path.write_bytes(outcome.lora)
-    print(f"{path}  {args.format}, seed {outcome.seed}")
+    store = open_store(args.out)
+    name = "lora.zip" if args.format == "peft" else "lora.safetensors"
+    store.write(name, outcome.lora)
+    print(f"{store.uri}/{name}  {args.format}, seed {outcome.seed}")
     for picture in outcome.pictures:
-        path = args.out / f"{picture.seed}.png"
-        path.write_bytes(picture.data)
+        store.write(f"{picture.seed}.png", picture.data)
         likeness = "" if picture.similarity is None else f"  similarity {picture.similarity:.3f}"
-        print(f"{path}{likeness}")
+        print(f"{store.uri}/{picture.seed}.png{likeness}")
 
 
 if __name__ == "__main__":

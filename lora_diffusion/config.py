@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
+from lora_diffusion.storage import local_place
+
 Config = TypeVar("Config")
 
 _NONE_WORDS = frozenset({"", "null", "none", "~"})
@@ -27,7 +29,7 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     Raises ValueError for an unknown key (with the valid ones and the nearest of them), a value of the wrong type, a
     malformed override, or a file that is missing or no YAML mapping.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = _read_yaml(local_place(path, "a config file")) if path is not None else {}
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key.strip():

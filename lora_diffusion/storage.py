@@ -1,5 +1,8 @@
 """Where things lie: a folder of this machine or `s3://bucket/prefix`, behind the few operations that a corpus needs.
 
+`place` turns what a person typed into such an address: every path of a configuration, a command line or a call goes
+through it.
+
 A write is whole or not at all, in both: locally a temporary name, fsync and rename; on S3 one PUT (or one completed
 multipart upload). S3's address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, or a profile or instance role). Throttling answers (503 SlowDown, 500, 429) and
@@ -8,19 +11,30 @@ broken connections are tried again, with growing pauses, before they become an e
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterable, Iterator
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 
 _TEMPORARY = ".tmp"
 _ATTEMPTS = 8  # pauses double from 1 s to at most 20 s, times a random factor: about 40 s in all
+
+# What a configuration's text names, for `placed`: something to read, something to write, or a path or else a name.
+Place = Annotated[str, "place"]
+Output = Annotated[str, "output"]
+PlaceOrName = Annotated[str, "place or name"]
+SHIPPED = ("tiny", "tiny-b", "tiny-sd", "tiny-start")  # names that win over a folder of the same name here
+Config = TypeVar("Config")
 
 
 class StoreError(OSError):
@@ -134,21 +148,119 @@ class Store:
         return StoreError(f"cannot {verb} {where}: {_reason(error, self.local)}")
 
 
-def open_store(uri: str | Path, attempts: int = _ATTEMPTS) -> Store:
-    """The store at `uri`: a local path, `file://...` or `s3://bucket/prefix`. Touches nothing yet.
+def place(text: str | os.PathLike[str]) -> str:
+    """What a person typed as an address: an absolute local path, or `s3://bucket/prefix`.
 
-    `attempts`: how often an S3 request is tried. Raises ValueError for another scheme or an S3 address without bucket.
+    `~` and a variable at the beginning (`$SCRATCH/x`) are filled in, `file:///x` is a path, and `s3:/bucket/x`, which is
+    what `Path("s3://bucket/x")` holds, is `s3://bucket/x`. Touches nothing. Raises ValueError for anything else.
     """
-    uri = str(uri)
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "file":
-        root = os.path.abspath(os.path.expanduser(rest if separator else uri))
-        return Store(uri.rstrip("/") or "/", fsspec.filesystem("file"), root, local=True)
+    typed = os.fspath(text)
+    if not typed.strip() or "\0" in typed:
+        raise ValueError(f"{typed!r} is no path: give a local folder or s3://bucket/prefix")
+    scheme, slashes, rest = _address(typed) or ("", "", typed)
+    if not scheme:
+        return _local(typed)
+    if scheme == "file":
+        host, _, path = rest.partition("/") if len(slashes) == 2 else ("", "", rest)
+        if host not in ("", "localhost"):
+            raise ValueError(f"{typed!r} names the machine {host}: give file:///path, or the path alone")
+        return _local("/" * bool(slashes) + unquote(path))
     if scheme not in ("s3", "s3a"):
-        raise ValueError(f"cannot open {uri!r}: give a local folder or s3://bucket/prefix")
-    root = rest.strip("/")
-    if not root:
-        raise ValueError(f"cannot open {uri!r}: an S3 address needs a bucket, as in s3://bucket/prefix")
+        raise ValueError(f"cannot open {typed!r}: give a local folder or s3://bucket/prefix")
+    if not rest.strip("/"):
+        raise ValueError(f"cannot open {typed!r}: an S3 address needs a bucket, as in s3://bucket/prefix")
+    return f"s3://{rest.strip('/')}"
+
+
+def _address(typed: str) -> tuple[str, str, str] | None:
+    """Scheme, slashes and rest of `scheme:/rest`; None for a path."""
+    found = re.fullmatch(r"([a-z][\w+.-]+):(/*)(.*)", typed.strip(), re.IGNORECASE | re.DOTALL)
+    if not found or not (found[2] or found[1].lower() in ("s3", "s3a", "file")):
+        return None
+    return found[1].lower(), found[2], found[3]
+
+
+def _local(typed: str) -> str:
+    path = os.path.expanduser(typed)
+    if path.startswith("~"):
+        raise ValueError(
+            f"{typed}: this machine has no user {path[1:].partition('/')[0]!r}; for a folder of this name, ./{typed}"
+        )
+    if path.startswith("$"):
+        path = os.path.expandvars(path)
+        if path.startswith("$"):
+            raise ValueError(
+                f"{typed}: there is no environment variable {path.partition('/')[0]}; for a folder, ./{typed}"
+            )
+    return os.path.abspath(path)
+
+
+def place_or_name(text: str | os.PathLike[str]) -> str:
+    """As `place` for an address, or a path that is one at sight or exists; a name (shipped, of a hub) stays as it is."""
+    typed = os.fspath(text)
+    if typed in SHIPPED:
+        return typed
+    is_path = _address(typed) or typed.startswith(("/", ".", "~", "$")) or os.path.exists(typed)
+    return place(typed) if is_path else typed
+
+
+def local_place(text: str | os.PathLike[str], what: str) -> Path:
+    """`place`, for what can lie only on this machine. `what`: its name in the ValueError about a bucket."""
+    found = place(text)
+    if found.startswith("s3://"):
+        raise ValueError(f"{what} must lie on this machine, not at {found}")
+    return Path(found)
+
+
+def placed(config: Config) -> Config:
+    """The dataclass with each `Place`, `Output` and `PlaceOrName` in it, and in its sections, turned into an address.
+
+    Empty text stays empty. Raises ValueError with the key, also for a relative output where Ray's temporary copy of the
+    user's folder is the working directory: it is thrown away with the job.
+    """
+    return typing.cast(Config, _placed(config, ""))
+
+
+def _placed(config: Any, where: str) -> Any:
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changed = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), where + field.name
+        marks = _marks(hints[field.name])
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _placed(value, key + ".")
+        elif marks and isinstance(value, Mapping):
+            changed[field.name] = {name: _one(text, marks, f"{key}.{name}") for name, text in value.items()}
+        elif marks and value:
+            changed[field.name] = _one(value, marks, key)
+    return dataclasses.replace(config, **{name: value for name, value in changed.items() if value is not None})
+
+
+def _marks(hint: Any) -> set[str]:
+    own = {mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, str)}
+    return own.union(*(_marks(inner) for inner in typing.get_args(hint)))
+
+
+def _one(text: str, marks: set[str], key: str) -> str:
+    try:
+        found = place_or_name(text) if "place or name" in marks else place(text)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    copy = next((str(folder) for folder in Path.cwd().parents if folder.name == "working_dir_files"), None)
+    if copy and "output" in marks and not os.path.isabs(text) and Path(found).is_relative_to(copy):
+        raise ValueError(
+            f"{key}={text} would lie in Ray's temporary copy of your folder, which is deleted after the job: give an "
+            "absolute path on a disk that all machines share, or s3://bucket/prefix"
+        )
+    return found
+
+
+def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS) -> Store:
+    """The store at `place(uri)`. Touches nothing yet. `attempts`: how often an S3 request is tried. Raises ValueError."""
+    address = place(uri)
+    if not address.startswith("s3://"):
+        return Store(address, fsspec.filesystem("file"), address, local=True)
+    root = address.removeprefix("s3://")
     filesystem = fsspec.filesystem(
         "s3",
         skip_instance_cache=True,
@@ -161,7 +273,7 @@ def open_store(uri: str | Path, attempts: int = _ATTEMPTS) -> Store:
     )
     # botocore tries a request again; s3fs's own tries matter where a connection breaks while an answer is being read.
     filesystem.retries = min(4, attempts)
-    return Store(f"s3://{root}", filesystem, root, local=False)
+    return Store(address, filesystem, root, local=False)
 
 
 def _write_local(path: Path, data: bytes) -> None:

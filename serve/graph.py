@@ -24,6 +24,7 @@ from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.faces import Embedder
 from lora_diffusion.serving.library import Library
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
+from lora_diffusion.storage import placed
 from serve.api import build_api
 from serve.logs import set_up_logs
 from serve.metrics import Metrics
@@ -68,7 +69,7 @@ def build(arguments: dict[str, Any]) -> Application:
     given = {**arguments, **{key: value for key, _, value in (word.partition("=") for word in words)}}
     path = Path(given.pop("config", None) or DEFAULT_CONFIG)
     overrides = [f"{key}={value}" for key, value in given.items()]
-    config = load_config(ServeConfig, path if path.exists() else ROOT / path, overrides)
+    config = placed(load_config(ServeConfig, path if path.exists() else ROOT / path, overrides))
     options = config.deployments
     settings = replace(config, deployments={})  # so that nobody restarts because somebody else scales differently
     # a rolling update may find all replicas of a stage new: whoever has a request in hand waits for them as it does

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_diffusion.config import from_dict, load_config, to_dict
+from lora_diffusion.storage import placed
 from lora_diffusion.world.base.recipe import TrainBaseConfig, load_faces, train_base
 
 
@@ -76,16 +77,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     try:
-        config = load_config(TrainBaseConfig, arguments.config, arguments.overrides)
+        config = placed(load_config(TrainBaseConfig, arguments.config, arguments.overrides))
     except ValueError as error:
         print(f"train_base: {error}", file=sys.stderr)
         return 2
-    # workers change their directory, so every path of this machine is made absolute here
-    places = {key: str(Path(getattr(config.recipe, key)).absolute()) for key in ("work", "out")}
-    if "://" not in config.recipe.faces:
-        places["faces"] = str(Path(config.recipe.faces).absolute())
     values = to_dict(config)
-    values["recipe"].update(places)
     if arguments.dry_run:
         print(json.dumps(values, indent=2))
         return 0
@@ -95,7 +91,6 @@ def main() -> int:
     from ray.train.torch import TorchTrainer
 
     connect(arguments.ray_address, config.num_workers * config.cpus_per_worker + 1, log_to_driver=True)
-    storage = config.storage if "://" in config.storage else str(Path(config.storage).absolute())
     trainer = TorchTrainer(
         worker,
         train_loop_config={"config": values},
@@ -104,7 +99,9 @@ def main() -> int:
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker},
         ),
-        run_config=RunConfig(name=config.name, storage_path=storage, failure_config=FailureConfig(max_failures=3)),
+        run_config=RunConfig(
+            name=config.name, storage_path=config.storage, failure_config=FailureConfig(max_failures=3)
+        ),
     )
     result = trainer.fit()
     print(json.dumps({"metrics": result.metrics, "out": config.recipe.out}, indent=2, default=str))

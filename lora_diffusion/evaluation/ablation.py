@@ -26,7 +26,7 @@ from lora_diffusion.corpus import Statistics
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.lora.canonical import canonicalize
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import Store, open_store
+from lora_diffusion.storage import Place, Store, open_store
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.codes import KINDS, Kind
 from lora_diffusion.synthesis.denoiser import DenoiserConfig, with_equal_parameters
@@ -83,7 +83,7 @@ class AblationConfig:
     main_factors: tuple[str, ...] = ("conditioning", "code_space", "people", "prediction_type")
     people: tuple[int, ...] = (250, 500, 1000)
     code_spaces: tuple[Kind, ...] = KINDS
-    corpora: dict[str, str] = field(default_factory=dict)
+    corpora: dict[str, Place] = field(default_factory=dict)
     seeds: int = 3
     other_seeds: int = 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_diffusion.evaluation.similarity import RenderConfig
+from lora_diffusion.storage import Output, Place, PlaceOrName
 from lora_diffusion.synthesis.training.dataset import DataConfig
 
 
@@ -30,14 +31,14 @@ class EvaluationConfig:
     batch_people: LoRAs drawn together. workers: 0 is one for each CPU (or GPU).
     """
 
-    corpus: str = "runs/tiny/corpus"
-    held_out: str = "runs/tiny/held_out"
-    output: str = "runs/tiny/evaluation"
-    synthesizers: dict[str, str] = field(default_factory=dict)
-    people: str = ""
-    base: str = ""
+    corpus: Place = "runs/tiny/corpus"
+    held_out: Place = "runs/tiny/held_out"
+    output: Output = "runs/tiny/evaluation"
+    synthesizers: dict[str, PlaceOrName] = field(default_factory=dict)
+    people: Place = ""
+    base: PlaceOrName = ""
     device: str = "auto"
-    second_recogniser: str | None = "tiny-b"
+    second_recogniser: PlaceOrName | None = "tiny-b"
     prompt_scorer: str | None = None
     limit: int | None = 48
     condition_photos: int = 1
@@ -49,7 +50,7 @@ class EvaluationConfig:
     diversity_people: int = 12
     diversity_samples: int = 4
     reference: str = ""
-    ablations: str = ""
+    ablations: Place = ""
     pictures_people: int = 12
     batch_people: int = 16
     workers: int = 0

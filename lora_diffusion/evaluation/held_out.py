@@ -31,7 +31,8 @@ Pixels = NDArray[np.uint8]
 def corpus_config(reader: CorpusReader, config: EvaluationConfig) -> CorpusConfig:
     """How the held-out corpus was made, with this evaluation's photos and base model where it names others."""
     made = from_dict(CorpusConfig, reader.manifest.config)
-    return replace(made, people=config.people or made.people, base=config.base or made.base, device=config.device)
+    people, base = config.people or made.people, config.base or made.base
+    return replace(made, people=people, base=base, device=config.device, output=reader.store.uri)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,11 +36,11 @@ from lora_diffusion.evaluation.report import write_report
 from lora_diffusion.evaluation.results import tabulate
 from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Scores, score_key
 from lora_diffusion.factory import CorpusConfig, PersonRef
-from lora_diffusion.factory.planning import absolute, find, list_people
+from lora_diffusion.factory.planning import find, list_people
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.provenance import provenance
-from lora_diffusion.storage import open_store
+from lora_diffusion.storage import open_store, placed
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.training.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
 
@@ -100,7 +100,7 @@ class Evaluation:
         self.corpus, self.held_reader = CorpusReader(config.corpus), CorpusReader(config.held_out)
         self.store = open_store(config.output)
         identities, vectors_KN = choose(self.held_reader, self.corpus, config.limit)
-        self.made = absolute(corpus_config(self.held_reader, config))
+        self.made = placed(corpus_config(self.held_reader, config))
         people = list_people(replace(self.made, limit=None))
         answers = workers.embed(config, self.made, [find(people, name) for name in identities])
         self.held = gather(identities, vectors_KN, dict(answers))

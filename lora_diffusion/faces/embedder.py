@@ -8,7 +8,6 @@ Axes: B images, E embedding (512), P people.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from insightface.utils import face_align
 from numpy.typing import NDArray
 
 from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.storage import Place, PlaceOrName, local_place, place_or_name
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -56,13 +56,13 @@ class EmbedderConfig:
     threads: onnxruntime threads within an operator; 1 is right for one worker on each core.
     """
 
-    model: str = "tiny"
+    model: PlaceOrName = "tiny"
     det_size: int | None = None
     det_thresh: float = 0.5
     min_face: int = 12
     several_faces: Literal["error", "largest"] = "error"
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    root: str = "~/.insightface"
+    root: Place = "~/.insightface"
     allow_download: bool = False
     threads: int = 1
 
@@ -184,18 +184,20 @@ def model_folder(config: EmbedderConfig) -> Path:
     """The folder of ONNX files that `config.model` names. Raises ValueError that says where it looked and what to do."""
     if config.model in BUNDLED:
         return BUNDLED[config.model]
-    if "://" in config.model:
-        return fetch_folder(config.model)
-    folder = Path(config.model).expanduser()
+    model = place_or_name(config.model)
+    if model.startswith("s3://"):
+        return fetch_folder(model)
+    folder = Path(model)
     if folder.is_dir():
         if not any(folder.glob("*.onnx")):
             raise ValueError(f"{folder} holds no .onnx file. A model folder needs a detector and a recogniser.")
         return folder
-    if os.sep in config.model or "/" in config.model:
+    if "/" in model:
         raise ValueError(
-            f"There is no folder {config.model}. Give a folder of ONNX files, one of {sorted(BUNDLED)}, or a pack."
+            f"There is no folder {model}. Give a folder of ONNX files, one of {sorted(BUNDLED)}, or a pack."
         )
-    pack = Path(config.root).expanduser() / "models" / config.model
+    root = local_place(config.root, "embedder.root")
+    pack = root / "models" / config.model
     if any(pack.glob("*.onnx")):
         return pack
     if not config.allow_download:
@@ -203,19 +205,19 @@ def model_folder(config: EmbedderConfig) -> Path:
             f"The insightface pack {config.model!r} is not in {pack}. Unpack it there, set allow_download: true to fetch "
             f"it, or use one of the bundled models: {', '.join(sorted(BUNDLED))}."
         )
-    return _download(config.model, config.root)
+    return _download(config.model, root)
 
 
-def _download(name: str, root: str) -> Path:
+def _download(name: str, root: Path) -> Path:
     from insightface.utils import ensure_available
 
     fetch: Callable[..., str] = ensure_available
     try:
-        return Path(fetch("models", name, root=root))
+        return Path(fetch("models", name, root=str(root)))
     except Exception as error:
         raise ValueError(
             f"The insightface pack {name!r} could not be fetched ({error}). Without network, unpack it by hand into "
-            f"{Path(root).expanduser() / 'models' / name}."
+            f"{root / 'models' / name}."
         ) from error
 
 

@@ -9,6 +9,7 @@ from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.schema import VECTOR_DTYPES
 from lora_diffusion.faces.embedder import EmbedderConfig
 from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.storage import Output, Place, PlaceOrName
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LoRAConfig:
     rank: int = 1
     alpha: float = 1.0
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    start: str | None = None
+    start: PlaceOrName | None = None
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class CorpusConfig:
     seconds_per_lora: what the cost estimate assumes until some shards have been measured.
     """
 
-    people: str
-    output: str
-    base: str = "tiny-sd"
+    people: Place
+    output: Output
+    base: PlaceOrName = "tiny-sd"
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     vector_dtype: Literal["float32", "float16"] = "float32"

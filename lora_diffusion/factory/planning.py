@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -78,21 +77,6 @@ def describe(config: CorpusConfig, begun: Begun, workers: int) -> str:
         people = sum(len(shard.identities) for shard in todo)
         lines.append("cost: " + report.estimate(config, people, manifest.vector_size, workers, measured))
     return "\n".join(lines)
-
-
-def absolute(config: CorpusConfig) -> CorpusConfig:
-    """The same with absolute local paths, for processes that run elsewhere on this machine."""
-
-    def resolve(path: str, always: bool = False) -> str:
-        return os.path.abspath(path) if "://" not in path and (always or os.path.isdir(path)) else path
-
-    return dataclasses.replace(
-        config,
-        people=resolve(config.people, always=True),
-        output=resolve(config.output, always=True),
-        base=resolve(config.base),
-        embedder=dataclasses.replace(config.embedder, model=resolve(config.embedder.model)),
-    )
 
 
 def list_people(config: CorpusConfig) -> dict[str, PersonRef]:

@@ -25,6 +25,7 @@ from lora_diffusion.lora.objective import NoiseSchedule
 from lora_diffusion.lora.photo_data import PersonPhotos, PhotoData
 from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.models.stable_diffusion import ASSETS, BaseModel
+from lora_diffusion.storage import local_place
 
 EMBEDDED = {"tiny-start": ASSETS / "tiny-start" / "vector.safetensors"}
 
@@ -122,8 +123,8 @@ def load_start(name_or_path: str, layout: LoRALayout, base_fingerprint: str | No
 
     Raises `ValueError` if it does not fit the layout, or says that it was learned with another base model.
     """
-    path = EMBEDDED.get(name_or_path, name_or_path)
     try:
+        path = EMBEDDED.get(name_or_path) or local_place(name_or_path, "a start")
         learned_with = formats.read_metadata(path).get("base")
         if base_fingerprint and learned_with and learned_with != base_fingerprint:
             raise ValueError(f"it was learned with base model {learned_with}, this one is {base_fingerprint}")

@@ -10,7 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_diffusion.storage import open_store
+from lora_diffusion.storage import local_place, open_store
 
 CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"
 DEFAULT_CACHE = "~/.cache/lora-diffusion"
@@ -33,7 +33,7 @@ def fetch_folder(uri: str, threads: int = 8) -> Path:
             raise ValueError("there are no files")
         tags = sorted((name, entry["size"], entry["ETag"]) for name, entry in entries.items())
         key = hashlib.sha256(json.dumps([store.uri, tags]).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
+        cache = local_place(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE, CACHE_VARIABLE)
         target = cache / key
         if target.is_dir():
             return target

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.storage import place_or_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = {"tiny-sd": ASSETS / "tiny-sd"}
@@ -26,9 +27,8 @@ def resolve_model(name_or_path: str) -> str:
 
     Anything else is a path or a hub id and stays as it is. Raises ``ValueError`` if a bucket gives nothing.
     """
-    if "://" in name_or_path:
-        return str(fetch_folder(name_or_path))
-    return str(EMBEDDED.get(name_or_path, name_or_path))
+    name = place_or_name(name_or_path)
+    return str(fetch_folder(name) if name.startswith("s3://") else EMBEDDED.get(name, name))
 
 
 @dataclass

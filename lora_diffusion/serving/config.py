@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_diffusion.storage import PlaceOrName
+
 
 @dataclass(frozen=True)
 class LimitsConfig:
@@ -88,8 +90,8 @@ class ServeConfig:
     deployments: Ray Serve options by deployment (Gateway, Embedder, Denoiser, Decoder, Renderer, Library).
     """
 
-    base: str = "tiny-sd"
-    synthesizer: str = "tiny"
+    base: PlaceOrName = "tiny-sd"
+    synthesizer: PlaceOrName = "tiny"
     licence: str = ""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

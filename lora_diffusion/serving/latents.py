@@ -22,6 +22,7 @@ from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
 from lora_diffusion.serving.messages import Code, DecodeTask, LatentTask
+from lora_diffusion.storage import place_or_name
 from lora_diffusion.synthesis.synthesizer import EMBEDDED, Synthesizer
 
 Floats = NDArray[np.float32]
@@ -30,9 +31,10 @@ KEPT_MODELS = 2
 
 def synthesizer_folder(name_or_path: str) -> Path:
     """The folder of a shipped synthesiser, a local one, or a copy of one in a bucket. Raises ValueError."""
-    if "://" in name_or_path:
-        return fetch_folder(name_or_path)
-    folder = Path(EMBEDDED.get(name_or_path, name_or_path)).expanduser()
+    name = place_or_name(name_or_path)
+    if name.startswith("s3://"):
+        return fetch_folder(name)
+    folder = Path(EMBEDDED.get(name, name))
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no synthesiser in {folder}: give a folder that Synthesizer.save_pretrained wrote")
     return folder

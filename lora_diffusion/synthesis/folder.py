@@ -131,21 +131,23 @@ def read_folder(path: str | Path) -> Parts:
     try:
         config = store.read_json("config.json")
     except FileNotFoundError as error:
-        raise ValueError(f"no synthesiser at {path}: it has no config.json. Train one with jobs/train.py") from error
+        raise ValueError(
+            f"no synthesiser at {store.uri}: it has no config.json. Train one with jobs/train.py"
+        ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{path}/config.json is none of a synthesiser: expected format {FORMAT!r}")
+        raise ValueError(f"{store.uri}/config.json is none of a synthesiser: expected format {FORMAT!r}")
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"the synthesiser at {path} has format version {config.get('format_version')}, this release reads "
+            f"the synthesiser at {store.uri} has format version {config.get('format_version')}, this release reads "
             f"{FORMAT_VERSION}: install the release of lora_diffusion that wrote it"
         )
     try:
         files = {name: _float32(safetensors.torch.load(store.read(f"{name}.safetensors"))) for name in config["files"]}
         return _parts(config, files)
     except FileNotFoundError as error:
-        raise ValueError(f"the synthesiser at {path} is not whole: {error}. Copy it again") from error
+        raise ValueError(f"the synthesiser at {store.uri} is not whole: {error}. Copy it again") from error
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the synthesiser at {path} cannot be read: {error}. Copy it again") from error
+        raise ValueError(f"the synthesiser at {store.uri} cannot be read: {error}. Copy it again") from error
 
 
 def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) -> Parts:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.storage import place
 from lora_diffusion.synthesis.edits import AttributeDirections
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 
@@ -70,7 +71,7 @@ def directions(synthesizer: Synthesizer, corpus: str, labels: str | Labels) -> A
 
 
 def read_labels(path: str) -> Labels:
-    rows = pq.read_table(path).to_pylist()
+    rows = pq.read_table(place(path)).to_pylist()
     if not rows or "identity" not in rows[0]:
         raise ValueError(f"{path} has no column `identity`")
     return {

@@ -161,7 +161,7 @@ def test_the_command_makes_a_lora_without_pictures(address: str, tmp_path: Path)
     ("words", "message"),
     [
         (["no-such.jpg"], "no-such.jpg"),
-        ([str(ADA), "--synthesizer", "no-such-folder"], "no synthesiser at no-such-folder"),
+        ([str(ADA), "--synthesizer", "no-such-folder"], "no synthesiser at .*/no-such-folder: it has no config.json"),
         (["no-such.jpg", "--server", "http://127.0.0.1:9"], "no-such.jpg"),
         ([str(ADA), "--server", "http://127.0.0.1:9", "--timeout", "0.5"], "cannot be reached.*serve run"),
     ],

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lora_diffusion.corpus.plan import shard_name
 from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
-from lora_diffusion.storage import Store, open_store
+from lora_diffusion.storage import Place, Store, local_place, open_store
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, damaged, take_snapshot
 
 __all__ = [
@@ -59,7 +59,7 @@ class DataConfig:
     `max_people`: only so many rows, drawn evenly by name (for curves over the size of the corpus); None: all.
     """
 
-    cache: str = ""
+    cache: Place = ""
     validation_fraction: float = 0.1
     min_similarity: float | None = None
     max_people: int | None = None
@@ -121,7 +121,8 @@ class RowCache:
 
     def __init__(self, snapshot: CorpusSnapshot, folder: str = "") -> None:
         self.snapshot = snapshot
-        root = Path(folder).expanduser() if folder else Path(tempfile.gettempdir()) / f"lora-diffusion-{os.getuid()}"
+        default = Path(tempfile.gettempdir()) / f"lora-diffusion-{os.getuid()}"
+        root = local_place(folder, "data.cache") if folder else default
         self.folder = root / f"{snapshot.key}-{CACHE_VERSION}"
         self._filled: np.ndarray | None = None
 

@@ -91,7 +91,7 @@ def take_snapshot(uri: str) -> CorpusSnapshot:
         index: (count, sizes[f"{shard_name(index)}.parquet"]) for index, count in zip(reader.shards, rows, strict=True)
     }
     snapshot = CorpusSnapshot(
-        uri=uri,
+        uri=reader.store.uri,
         layout=reader.manifest.layout,
         base=reader.manifest.base,
         recipe_id=reader.manifest.recipe_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lora_diffusion.storage import Output, Place, PlaceOrName
 from lora_diffusion.synthesis.denoiser import DenoiserConfig
 from lora_diffusion.synthesis.diffusion import DiffusionConfig
 from lora_diffusion.synthesis.folder import LatentSampling
@@ -66,12 +67,12 @@ class TrainConfig:
     keep_neighbours: put the people's embeddings and codes into the folder, too.
     """
 
-    corpus: str = "runs/tiny/corpus"
-    output: str = "runs/tiny/training"
+    corpus: Place = "runs/tiny/corpus"
+    output: Output = "runs/tiny/training"
     stage: Literal["all", "pca", "vae", "denoiser"] = "all"
     code_space: Literal["latent", "pca", "vector"] = "latent"
     layout_id: str | None = None
-    recogniser: str = "tiny"
+    recogniser: PlaceOrName = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
     pca: PCAConfig = field(default_factory=PCAConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_diffusion.storage import open_store
+from lora_diffusion.storage import Output, Place, open_store
 from lora_diffusion.world.base import parts
 from lora_diffusion.world.base import training as bt
 
@@ -26,9 +26,9 @@ CAPTION_VARIANTS = 8
 class BaseRecipe:
     """What ``jobs/world/train_base.py`` does. ``faces``: a folder that ``jobs/world/make_faces.py`` wrote (people of the base split)."""
 
-    faces: str = "runs/base_faces"
-    work: str = "runs/base"
-    out: str = "runs/base/tiny-sd"
+    faces: Place = "runs/base_faces"
+    work: Output = "runs/base"
+    out: Output = "runs/base/tiny-sd"
     device: str = "cpu"
     model: parts.BaseModelConfig = field(default_factory=parts.BaseModelConfig)
     autoencoder: bt.TrainingConfig = field(
@@ -42,7 +42,7 @@ class BaseRecipe:
         )
     )
     compile: bool = False  # torch.compile for UNet and text encoder: two minutes at the start, then 1.45 times as fast
-    perceptual: str | None = None  # safetensors of a FaceRecogniser; None: L1 and L2 only
+    perceptual: Place | None = None  # safetensors of a FaceRecogniser; None: L1 and L2 only
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TrainBaseConfig:
     use_gpu: bool = False
     cpus_per_worker: int = 2
     name: str = "tiny-sd"
-    storage: str = "runs/ray"
+    storage: Output = "runs/ray"
 
 
 Progress = Callable[[str, int, dict[str, float]], None]
