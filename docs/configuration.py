@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Write docs/reference/configuration.md: every key of every job, with type, default and meaning, from the dataclasses.
+
+The meaning of a key is its `name: ...` entry in the docstring of its class, or the comment beside or above the field.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.evaluation.ablation import AblationConfig
+from lora_diffusion.evaluation.config import EvaluationConfig
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.serving.config import ServeConfig
+from lora_diffusion.synthesis.training.train_config import TrainConfig
+
+TARGET = Path(__file__).parent / "reference" / "configuration.md"
+JOBS = {
+    "jobs/build_corpus.py": CorpusConfig,
+    "jobs/train.py": TrainConfig,
+    "jobs/evaluate.py": EvaluationConfig,
+    "jobs/ablate.py": AblationConfig,
+    "serve/app.py": ServeConfig,
+}
+HEAD = """# Configuration
+
+Every key of every job. A key is set in a YAML file or on the command line as `key.sub=value`; an unknown key is an error
+that lists the valid ones. This page is written by `docs/configuration.py` from the dataclasses: do not edit it.
+"""
+
+
+def meanings(cls: type[Any]) -> dict[str, str]:
+    """Field -> meaning, of one dataclass."""
+    found: dict[str, str] = {}
+    lines = textwrap.dedent(inspect.getsource(cls)).splitlines()
+    for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        beside = re.search(r"#\s*(.*)$", lines[node.end_lineno - 1][node.end_col_offset :])  # type: ignore[operator]
+        above, row = [], node.lineno - 2
+        while lines[row].strip().startswith("#"):
+            above.insert(0, lines[row].strip().lstrip("# "))
+            row -= 1
+        if beside or above:
+            found[node.target.id] = beside[1] if beside else " ".join(above)
+    names = {field.name for field in dataclasses.fields(cls)}
+    entry: list[str] = []
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        start = re.match(r"([\w`]+(?:, [\w`]+)*): (.*)", line)
+        if start and (keys := start[1].replace("`", "").split(", ")) and set(keys) <= names:
+            entry = keys
+            found.update(dict.fromkeys(keys, start[2]))
+        elif line.startswith(" ") and entry:
+            found.update({key: f"{found[key]} {line.strip()}" for key in entry})
+        else:
+            entry = []
+    return found
+
+
+def rows(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of a dataclass and of those inside it."""
+    hints, means = typing.get_type_hints(cls), meanings(cls)
+    for field in dataclasses.fields(cls):
+        key, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from rows(hint, f"{key}.")
+            continue
+        if field.default is not dataclasses.MISSING:
+            default = repr_of(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = repr_of(field.default_factory())
+        else:
+            default = "required"
+        yield key, type_of(hint), default, means.get(field.name, "")
+
+
+def type_of(hint: Any) -> str:
+    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    text = re.sub(r"\b(typing|collections\.abc|types)\.|\b\w+(?:\.\w+)+\.(?=[A-Z])", "", text)
+    text = re.sub(r"Literal\[(.*?)\]", lambda m: " or ".join(m[1].replace("'", "").split(", ")), text)
+    return text.replace("NoneType", "None").replace("None", "null")
+
+
+def repr_of(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(repr_of(item) for item in value) + "]"
+    return '""' if value == "" else str(value)
+
+
+def page() -> str:
+    parts = [HEAD]
+    for job, cls in JOBS.items():
+        parts.append(f"\n## {job}\n\n{inspect.cleandoc(cls.__doc__ or '').splitlines()[0]}\n")
+        parts.append("| key | type | default | meaning |\n|---|---|---|---|")
+        for row in rows(cls):
+            cells = [f"`{cell}`" if i < 3 else cell for i, cell in enumerate(row)]
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page())
