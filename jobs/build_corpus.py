@@ -6,7 +6,7 @@
     python jobs/build_corpus.py --config configs/sd15.yaml --dry-run
 
 The same command goes on where a killed one stopped: nothing is done twice, nothing is lost. New people in the same place
-are appended. Exit code 0: every person is in shards/ or in failures/. docs/FORMAT.md says what comes out.
+are appended. Exit code 0: every person is in shards/ or in failures/. docs/reference/formats.md says what comes out.
 """
 
 from __future__ import annotations

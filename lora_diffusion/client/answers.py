@@ -1,4 +1,4 @@
-"""What the endpoint answers, as plain objects. Field by field: docs/API.md."""
+"""What the endpoint answers, as plain objects. Field by field: docs/reference/http-api.md."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ RETRIED = (429, 502, 503)
 
 
 class ApiError(Exception):
-    """The server refused: `reason` is for programs (docs/API.md lists them), the message says what to do."""
+    """The server refused: `reason` is for programs (docs/reference/http-api.md lists them), the message says what to do."""
 
     def __init__(
         self, status: int, reason: str, detail: str, request_id: str | None = None, errors: Any = None

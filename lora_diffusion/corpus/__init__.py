@@ -1,4 +1,4 @@
-"""A corpus of LoRA vectors: Parquet shards with one row for each person. Format: docs/FORMAT.md."""
+"""A corpus of LoRA vectors: Parquet shards with one row for each person. Format: docs/reference/formats.md."""
 
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.plan import Plan, ShardPlan

@@ -68,7 +68,7 @@ class CorpusReader:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Columns of the people; see docs/FORMAT.md. Raises ValueError if no shard is committed."""
+        """Columns of the people; see docs/reference/formats.md. Raises ValueError if no shard is committed."""
         if not self.shards:
             raise ValueError(f"the corpus at {self.store.uri} has no people yet")
         with self.store.open(f"shards/{shard_name(self.shards[0])}.parquet") as file:

@@ -8,7 +8,7 @@
 | vector    | one `.safetensors`, the flat vector and its layout         | this package                               |
 
 Rows of weights2weights' corpus are plain tensors: `from_weights2weights`, `to_weights2weights`.
-Only safetensors and JSON are read, never a pickle. `docs/FORMAT.md` has the contents; key names lie in `foreign.py`.
+Only safetensors and JSON are read, never a pickle. `docs/reference/formats.md` has the contents; key names lie in `foreign.py`.
 
 Axes: N vector length, R rank, I / O features in / out.
 """

@@ -6,7 +6,7 @@
     edits.safetensors      attribute directions, if any
     neighbours.safetensors embeddings and codes of corpus people, if any: the nearest-neighbour control
 
-No pickle. docs/FORMAT.md describes the fields. Axes: P people, C condition, Z code size.
+No pickle. docs/reference/formats.md describes the fields. Axes: P people, C condition, Z code size.
 """
 
 from __future__ import annotations

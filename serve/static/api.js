@@ -1,4 +1,4 @@
-// The HTTP API (docs/API.md): JSON, files and server-sent events, with problems as errors that say what to do.
+// The HTTP API (docs/reference/http-api.md): JSON, files and server-sent events, with problems as errors that say what to do.
 
 const RETRIES = 4;
 let key = sessionStorage.getItem("api-key") ?? "";

@@ -211,7 +211,7 @@ def test_the_commands_are_shell_and_install_the_extras_that_exist(cluster: Clust
 def test_the_documented_submission_reaches_the_job_word_for_word() -> None:
     from ray.dashboard.modules.job.cli import submit
 
-    text = (ROOT / "docs/CLUSTER.md").read_text()
+    text = (ROOT / "docs/guides/cluster.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("ray job submit --working-dir"))
     context = submit.make_context("submit", shlex.split(line)[3:])
     assert context.params["working_dir"] == "."

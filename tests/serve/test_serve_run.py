@@ -1,4 +1,4 @@
-"""The service as docs/SERVING.md starts it for load, behind HAProxy: by HTTP, and its page in a real Chromium.
+"""The service as docs/guides/serve.md starts it for load, behind HAProxy: by HTTP, and its page in a real Chromium.
 
 One `serve run` for both. The page's tests are skipped where there is no Chromium, HAProxy's where there is none (it comes with
 Ray on Linux): the page then stands behind Ray's own proxy.

@@ -1,7 +1,7 @@
 """The whole way from a corpus to a synthesiser: statistics, PCA, VAE, denoiser, folder. `jobs/train.py` runs it on Ray.
 
 Each stage leaves its result in the run's folder (or bucket) and is skipped when it is there, so the same call goes on
-where a killed one stopped. docs/TRAINING.md says what lies where.
+where a killed one stopped. docs/guides/train.md says what lies where.
 
 Axes: P rows, N vector length, M varying parameters, Z code size, C condition.
 """
