@@ -70,3 +70,14 @@ def test_configuration_reference_is_current() -> None:
     spec.loader.exec_module(configuration)
     written = (ROOT / "docs" / "reference" / "configuration.md").read_text()
     assert written == configuration.page(), "write it anew: python docs/configuration.py"
+
+
+def test_readme_is_one_screen_and_a_short_read() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1200, "words"
+    assert len(text[: text.index("```bash")].split()) <= 250, "words before the first command"
+    results = text[text.index("## Results") :]
+    table = [line for line in results[: results.index("\n## ")].splitlines() if line.startswith("| ")]
+    assert len(table) - 1 <= 10, "rows of results"
+    for row in table[1:]:
+        assert all(len(re.findall(r"\d+(?:\.\d+)?", cell)) <= 2 for cell in row.split("|")[2:4]), f"one figure a cell: {row}"
