@@ -80,4 +80,6 @@ def test_readme_is_one_screen_and_a_short_read() -> None:
     table = [line for line in results[: results.index("\n## ")].splitlines() if line.startswith("| ")]
     assert len(table) - 1 <= 10, "rows of results"
     for row in table[1:]:
-        assert all(len(re.findall(r"\d+(?:\.\d+)?", cell)) <= 2 for cell in row.split("|")[2:4]), f"one figure a cell: {row}"
+        assert all(len(re.findall(r"\d+(?:\.\d+)?", cell)) <= 2 for cell in row.split("|")[2:4]), (
+            f"one figure a cell: {row}"
+        )
