@@ -240,6 +240,7 @@ def compile_model(unet: nn.Module) -> nn.Module:
     return torch.compile(copy.deepcopy(unet), backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_whole_graph_equals_eager_and_is_compiled_once(
     smallest_unet: UNet2DConditionModel, checkpointing: bool

@@ -321,6 +321,7 @@ def test_bfloat16_base_trains_float32_vectors(layout: LoRALayout) -> None:
     assert (rounded != result.vectors_KN).mean() > 0.9  # the optimiser kept more digits than the base has
 
 
+@pytest.mark.slow
 def test_compiled_fine_tuning_equals_eager(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     base = dataclasses.replace(base, unet=tiny_unet(config=SMALLEST))

@@ -61,6 +61,7 @@ def test_A_is_learned_from_all_people(base: BaseModel, layout: LoRALayout) -> No
     assert not torch.equal(first, both)
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_faster_from_the_learned_start() -> None:
     """With A frozen, on people that the start never saw, of the shipped base model."""
     from lora_diffusion.world.people import render, sample_person, sample_view
@@ -108,6 +109,7 @@ def test_start_of_another_base_is_refused(base: BaseModel, layout: LoRALayout, t
         load_start(str(path), layout, "0123456789abcdef")
 
 
+@pytest.mark.slow
 def test_job_learns_a_start_that_the_corpus_job_takes(tmp_path: Path) -> None:
     draw = FacesWriter(str(tmp_path / "people"), FacesConfig(views=4))
     draw({"numbers": [200, 201, 202]})

@@ -166,6 +166,7 @@ def test_wrong_counts_are_refused() -> None:
     assert sample_codes(model, None, [], 1.0, 5, diffusion=process).shape == (0, Z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction_type", "conditioning"), [*((kind, "adalora") for kind in TYPES), ("v_prediction", "adanorm")]
 )

@@ -18,6 +18,8 @@ from lora_diffusion.world.base.adaptation import AdaptationConfig, BaseAdapter
 from lora_diffusion.world.base.adaptation_faces import AdaptationFaces
 from lora_diffusion.world.people.dataset import FacesConfig, FacesFolder, FacesWriter
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = FinetuneConfig(
     steps=5, batch_size=2, learning_rate=2e-2, warmup_steps=2, timestep_range=(100, 900), train_A=False

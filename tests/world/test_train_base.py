@@ -62,6 +62,7 @@ def test_the_job_trains_a_pipeline_once(tmp_path: Path) -> None:
     assert (tmp_path / "work/progress.jsonl").read_text().splitlines() == lines  # not one step more
 
 
+@pytest.mark.slow
 def test_a_wrong_key_is_told_before_anything_starts(tmp_path: Path) -> None:
     result = run(tmp_path, "recipe.denoiser.stepz=4")
     assert result.returncode == 2

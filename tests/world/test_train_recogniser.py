@@ -14,6 +14,8 @@ import pytest
 from lora_diffusion.world.people import sample_person
 from lora_diffusion.world.recognisers.data import HAIR_LATENTS, ShardSpec, load_people, render_shard, with_other_hair
 
+pytestmark = pytest.mark.slow
+
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "world" / "train_recogniser.py"
 
 
