@@ -53,10 +53,10 @@ def nearest(made: Made) -> schemas.Nearest | None:
 
 
 def lora(
-    made: Made, config: ServeConfig, similarity: float | None = None, position: float | None = None
+    made: Made, config: ServeConfig, root: str, similarity: float | None = None, position: float | None = None
 ) -> schemas.LoRA:
-    """A LoRA of the library, as JSON."""
-    url = f"/v1/loras/{made.decoded.lora_id}"
+    """A LoRA of the library, as JSON. root: what stands before the paths of this server."""
+    url = f"{root}/v1/loras/{made.decoded.lora_id}"
     return schemas.LoRA(
         id=made.decoded.lora_id,
         seed=made.sampled.seed if made.sampled else None,
@@ -84,11 +84,14 @@ def file(made: Made, format: str, similarity: float | None = None) -> Response:
 class Pictures:
     """The pictures of one task, drawn for one client."""
 
-    def __init__(self, studio: Studio, made: Made, task: DrawTask, deadline: float, format: str | None = None) -> None:
+    def __init__(
+        self, studio: Studio, made: Made, task: DrawTask, deadline: float, root: str = "", format: str | None = None
+    ) -> None:
         self._studio = studio
         self._made = made
         self._task = task
         self._deadline = deadline
+        self._root = root
         self._format = format
 
     async def answer(self, how: Wanted) -> Any:
@@ -119,7 +122,7 @@ class Pictures:
         similarity = float(np.mean(scores)) if scores else None
         content = self._made.decoded.file
         return schemas.PersonalizeResponse(
-            lora=lora(self._made, self._studio.config, similarity),
+            lora=lora(self._made, self._studio.config, self._root, similarity),
             images=images,
             file=None if content is None or self._format is None else _file_of(content, self._format),
         )
@@ -138,7 +141,7 @@ class Pictures:
     ) -> AsyncIterator[bytes]:
         images = []
         try:
-            yield event("lora", lora(self._made, self._studio.config))
+            yield event("lora", lora(self._made, self._studio.config, self._root))
             async for item in _chain(first, events):
                 if isinstance(item, DrawnImage):
                     image = self._image(item)

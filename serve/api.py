@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import mimetypes
 from importlib import resources
 from pathlib import Path
@@ -14,17 +13,29 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Match
 
 from lora_diffusion import __version__
-from lora_diffusion.faces.photos import PhotoError
 from lora_diffusion.serving.errors import ServingError
+from serve.access import Access, AdmissionControl
 from serve.docs import describe
-from serve.guard import Guard
-from serve.problems import ApiError, as_problem
+from serve.middleware import TIMEOUT, Deadline, Errors, FixedHeaders, Lenient, Log, RequestId
+from serve.problems import ApiError, invalid
 from serve.routes import Routes
+from serve.routing import Gate, Route, public
 from serve.studio import Studio, together
 
-log = logging.getLogger("lora_diffusion.serve")
+METHODS = ("GET", "HEAD", "POST", "DELETE")
+EXPOSED = [
+    "X-Request-Id",
+    "X-LoRA-Id",
+    "X-LoRA-Seed",
+    "X-LoRA-Similarity",
+    "X-Image-Seed",
+    "Content-Disposition",
+    "Retry-After",
+]
 STATIC = Path(__file__).parent / "static"
 READY_SECONDS = 5.0
 CSP = "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -33,33 +44,59 @@ DESCRIPTION = (
 )
 
 
-def build_api(studio: Studio) -> FastAPI:
-    """The application with all its routes."""
-    app = FastAPI(title="LoRA Diffusion", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(Routes(studio).router)
+def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
+    """The application with all its routes. echo_request_id: False where a proxy before it sends that header.
+
+    Raises ValueError for keys that let everybody in by mistake.
+    """
+    limits, access = studio.config.limits, studio.config.access
+    layers = [
+        Middleware(RequestId, echo=echo_request_id),
+        Middleware(Log, metrics=studio.metrics),
+        Middleware(FixedHeaders),
+        Middleware(Errors, limits=limits),
+        Middleware(Deadline, limits=limits),
+        Middleware(Lenient),
+    ]
+    if access.cors_origins:
+        layers.insert(
+            0,
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(access.cors_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", TIMEOUT],
+                expose_headers=EXPOSED,
+            ),
+        )
+    app = FastAPI(
+        title="LoRA Diffusion",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=layers,
+    )
+    app.state.gate = Gate(Access(access), AdmissionControl(limits, studio.metrics), limits)
+    app.router.route_class = Route
+    Routes(studio).add_to(app)
     _add_operations(app, studio)
     _add_page(app)
     _add_docs(app)
-    _add_problems(app, studio)
+    _add_problems(app)
     describe(app, DESCRIPTION)
-    app.add_middleware(Guard, config=studio.config, metrics=studio.metrics)
-    if studio.config.access.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(studio.config.access.cors_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Timeout-Seconds"],
-        )
     return app
 
 
 def _add_operations(app: FastAPI, studio: Studio) -> None:
     @app.get("/healthz", tags=["operations"])
+    @public
     async def healthz() -> dict[str, str]:
         """The gateway is alive."""
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["operations"])
+    @public
     async def readyz() -> dict[str, str]:
         """All stages answer."""
         stages = (studio.embedder, studio.denoiser, studio.decoder, studio.renderer, studio.library)
@@ -67,12 +104,11 @@ def _add_operations(app: FastAPI, studio: Studio) -> None:
             async with asyncio.timeout(READY_SECONDS):
                 await together(stage.ready() for stage in stages)
         except (TimeoutError, ServingError):
-            raise ApiError(
-                "not_ready", "Some stages do not answer yet. Try again a little later.", headers={"Retry-After": "2"}
-            ) from None
+            raise ApiError("not_ready", headers={"Retry-After": "2"}) from None
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["operations"], include_in_schema=False)
+    @public
     async def metrics() -> Response:
         studio.metrics.library(await studio.library.stats())
         content, media_type = studio.metrics.exposition()
@@ -108,34 +144,34 @@ def _add_docs(app: FastAPI) -> None:
 
 
 def _constant(content: bytes, media_type: str, headers: dict[str, str]) -> Any:
+    @public
     async def page() -> Response:
         return Response(content, media_type=media_type, headers=headers)
 
     return page
 
 
-def _add_problems(app: FastAPI, studio: Studio) -> None:
-    """What a request can do wrong is answered with a problem document; the guard does so for errors of ours."""
-
-    async def problem(request: Request, error: Exception) -> Response:
-        answer = as_problem(error, studio.config.limits.retry_after_seconds)
-        assert answer is not None
-        return answer.response(request.state.request_id)
+def _add_problems(app: FastAPI) -> None:
+    """FastAPI's and Starlette's refusals as problem documents; `Errors` does so for everything else."""
 
     async def http_problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        reason = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "malformed_body")
-        detail = {"not_found": "There is nothing here; /docs lists what there is."}.get(reason, str(error.detail))
-        headers = dict(error.headers or {})
-        return ApiError(reason, detail, headers=headers).response(request.state.request_id)
+        if error.status_code == 405:
+            matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+            methods = {method for route in matching for method in getattr(route, "methods", ())}
+            allowed = ", ".join(name for name in METHODS if name in methods or (name == "HEAD" and "GET" in methods))
+            detail = f"This path takes {allowed}; {request.method} is none of them."
+            answer = ApiError("method_not_allowed", detail, headers={"Allow": allowed})
+        else:
+            reason = "not_found" if error.status_code == 404 else "malformed_body"
+            answer = ApiError(reason, "" if reason == "not_found" else str(error.detail))
+        return answer.response(request.state.request_id)
 
-    async def invalid(request: Request, error: Exception) -> Response:
+    async def invalid_request(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        errors = [{"where": ".".join(map(str, e["loc"][1:])), "message": e["msg"]} for e in error.errors()[:20]]
-        detail = f"{errors[0]['where']}: {errors[0]['message']}"
-        return ApiError("invalid_request", detail, errors=errors).response(request.state.request_id)
+        body = getattr(request.scope["route"], "body_field", None)
+        schema = body.field_info.annotation if body else None
+        return invalid(error.errors(), schema).response(request.state.request_id)
 
-    for kind in (ApiError, ServingError, PhotoError, TimeoutError):
-        app.add_exception_handler(kind, problem)
     app.add_exception_handler(HTTPException, http_problem)
-    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(RequestValidationError, invalid_request)

@@ -1,41 +1,47 @@
-"""The body of a request, read within bounds and checked: JSON or multipart/form-data into one schema."""
+"""The body of a request, read within bounds: JSON or multipart/form-data into names and values."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
+import zlib
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from email.message import Message
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from lora_diffusion.serving.config import LimitsConfig
-from serve.problems import ApiError, invalid
+from serve.problems import ApiError
+from serve.schemas import Upload, from_base64
 
-Schema = TypeVar("Schema", bound=BaseModel)
 # In a form these names hold JSON text.
 JSON_FIELDS = frozenset({"embedding", "latent", "edits", "a", "b", "positions"})
+PHOTO_FIELDS = ("photo", "photos", "photo[]", "photos[]")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_request(request: Request, schema: type[Schema], limits: LimitsConfig) -> Schema:
-    """Raises ApiError: too large, too slow, of another media type, malformed, or not as `schema` says."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+async def read_values(request: Request, limits: LimitsConfig) -> dict[str, Any]:
+    """Raises ApiError: too large, too slow, of another media type or coding, or malformed."""
+    header = Message()
+    header["content-type"] = request.headers.get("content-type", "")
+    media_type = header.get_content_type() if header["content-type"] else "of no type"
+    charset = header.get_content_charset("utf-8")
     if media_type not in ("application/json", "multipart/form-data"):
         raise ApiError(
             "unsupported_media_type",
-            f"The body is {media_type or 'of no type'}; send application/json, or multipart/form-data with the photo as a file.",
+            f"The body is {media_type}; send application/json, or multipart/form-data with the photo as a file.",
         )
+    if charset not in ("utf-8", "utf8", "us-ascii"):
+        raise ApiError("unsupported_media_type", f"The body is in {charset}; send it in UTF-8.")
     data = await read_body(request, limits)
     values = _json(data) if media_type == "application/json" else await _form(request, data, limits)
     if not isinstance(values, dict):
         raise ApiError("malformed_body", "The JSON body must be an object of names and values.")
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        raise invalid(error, schema) from None
+    return values
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:
@@ -44,6 +50,13 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
         "body_too_large",
         f"At most {limits.max_body_bytes / 1e6:g} MB are accepted. Scale the photos down, or send fewer.",
     )
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", "gzip", "x-gzip"):
+        raise ApiError(
+            "unsupported_media_type",
+            f"The body is encoded as {coding}; send it as it is, or with gzip.",
+            headers={"Accept-Encoding": "gzip, identity"},
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limits.max_body_bytes:
         raise too_large
@@ -56,16 +69,32 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
                     raise too_large
     except TimeoutError:
         raise ApiError("slow_body", f"The body did not arrive within {limits.body_seconds:g} s.") from None
-    return bytes(data)
+    if coding == "identity":
+        return bytes(data)
+    unzip = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        plain = unzip.decompress(data, limits.max_body_bytes + 1)
+    except zlib.error:
+        raise ApiError("malformed_body", "The body is said to be gzip, and is not.") from None
+    if len(plain) > limits.max_body_bytes:
+        raise too_large
+    if not unzip.eof:
+        raise ApiError("malformed_body", "The gzip body is cut short.")
+    return plain
 
 
 def _json(data: bytes) -> Any:
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        values = json.loads(data, parse_constant=_no_constant)
+        if SURROGATE.search(data):
+            json.dumps(values, ensure_ascii=False).encode()
+        return values
     except json.JSONDecodeError as error:
         what = f"{error.msg}, at line {error.lineno}, column {error.colno}"
     except UnicodeDecodeError:
         what = "it is not UTF-8"
+    except UnicodeEncodeError:
+        what = "a text in it holds half of a surrogate pair"
     except RecursionError:
         what = "it is nested too deeply"
     except ValueError as error:
@@ -99,12 +128,23 @@ async def _form(request: Request, data: bytes, limits: LimitsConfig) -> dict[str
         raise ApiError("malformed_body", f"The multipart body cannot be read: {message}") from None
     values: dict[str, Any] = {}
     for name, value in form.multi_items():
-        content: Any = await value.read() if isinstance(value, UploadFile) else value
-        if name in ("photo", "photos"):
-            content = content.encode("utf-8", "replace") if isinstance(content, str) else content
-            values.setdefault("photos", []).append(content)
-        elif name in JSON_FIELDS and isinstance(content, str):
-            values[name] = _json(content.encode("utf-8", "replace"))
+        content: Any = Upload(await value.read(), value.filename or "") if isinstance(value, UploadFile) else value
+        if name in PHOTO_FIELDS:
+            values.setdefault("photos", []).append(content if isinstance(content, Upload) else _photo(content))
+        elif name in values:
+            raise ApiError("malformed_body", "The multipart body has two parts of one name that may be there once.")
+        elif name in JSON_FIELDS:
+            values[name] = _json(content.data if isinstance(content, Upload) else content.encode("utf-8", "replace"))
+        elif name == "lora_file":
+            values[name] = content if isinstance(content, Upload) else _photo(content)
         else:
-            values[name] = content
+            values[name] = content.data if isinstance(content, Upload) else content
     return values
+
+
+def _photo(text: str) -> Upload:
+    """Of a part without a file name: base64, or the file's own bytes, which were read as Latin-1 as they are not UTF-8."""
+    try:
+        return from_base64(text)
+    except ValueError:
+        return Upload(text.encode("latin-1", "replace"))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from lora_diffusion.serving.config import LimitsConfig
 from lora_diffusion.serving.messages import Floats
 from serve.problems import ApiError
 
-# field of a request -> its limit
+# field of a request -> the limit of its value, or of its length
 BOUNDS = {
     "num_images": "max_images",
     "num_samples": "max_samples",
@@ -19,8 +19,6 @@ BOUNDS = {
     "latent_inference_steps": "max_inference_steps",
     "guidance_scale": "max_guidance_scale",
     "num": "max_interpolations",
-}
-LENGTHS = {
     "photos": "max_photos",
     "positions": "max_interpolations",
     "prompt": "max_prompt_chars",
@@ -28,18 +26,16 @@ LENGTHS = {
 }
 
 
-def check_limits(request: Any, limits: LimitsConfig) -> None:
+def check_limits(request: BaseModel, limits: LimitsConfig) -> None:
     """Raises ApiError for the first field that asks for more than this server gives."""
-    for bounds, measure in ((BOUNDS, lambda value: value), (LENGTHS, len)):
-        for field, limit in bounds.items():
-            value = getattr(request, field, None)
-            if value is not None and measure(value) > getattr(limits, limit):
-                what = f"{field} is {measure(value)}" if measure is not len else f"{field} has a length of {len(value)}"
-                detail = f"{what}; this server allows at most {getattr(limits, limit):g}."
-                raise ApiError("invalid_request", detail, errors=[{"where": field, "message": detail}])
-    prompt = getattr(request, "prompt", None)
-    if prompt is not None and not prompt.strip():
-        raise ApiError("invalid_request", "prompt is blank: say what to draw, for example `a photo of sks person`.")
+    for field, limit in BOUNDS.items():
+        value, most = getattr(request, field, None), getattr(limits, limit)
+        size = len(value) if isinstance(value, str | list) else value
+        if size is not None and size > most:
+            unit = " characters" if isinstance(value, str) else " entries"
+            what = f"has {size:,}{unit}" if isinstance(value, str | list) else f"is {size:,}"
+            message = f"{what}; this server allows at most {most:,}."
+            raise ApiError("invalid_request", f"{field} {message}", errors=[{"where": field, "message": message}])
 
 
 def unit_embedding(values: Sequence[float], size: int) -> Floats:

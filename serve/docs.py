@@ -1,4 +1,4 @@
-"""OpenAPI: what the body-reading routes accept, which FastAPI cannot see, and problem documents as their errors."""
+"""OpenAPI: requests as forms, and problem documents as their errors, beside what FastAPI sees by itself."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from serve import schemas
 from serve.body import JSON_FIELDS
 from serve.problems import MEDIA_TYPE
 
-REF = "#/components/schemas/{model}"
 FILES = {"photos": "photo", "lora_file": "lora_file"}
 
 
-def accepts(schema: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads `schema` as JSON or as a form."""
-    form = schema.__name__.replace("Request", "Form")
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": REF.format(model=schema.__name__)}},
-                "multipart/form-data": {"schema": {"$ref": REF.format(model=form)}},
-            },
-        }
-    }
+def form_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads `schema` as a form, too: files are files, what is nested is JSON text."""
+    own = schema.model_json_schema()
+    properties = {}
+    for name, value in own["properties"].items():
+        if name == "photos":
+            properties["photo"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
+        elif name == "lora_file":
+            properties[name] = {"type": "string", "format": "binary"}
+        elif name in JSON_FIELDS:
+            properties[name] = {"type": "string", "description": "JSON"}
+        else:
+            properties[name] = value
+    required = [FILES.get(name, name) for name in own.get("required", [])]
+    form = {"type": "object", "properties": properties, **({"required": required} if required else {})}
+    return {"requestBody": {"content": {"multipart/form-data": {"schema": form}}}}
 
 
 def describe(app: FastAPI, description: str) -> None:
@@ -37,12 +40,7 @@ def describe(app: FastAPI, description: str) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=description, routes=app.routes)
             components = document.setdefault("components", {}).setdefault("schemas", {})
-            for schema in _requests():
-                own = schema.model_json_schema(ref_template=REF)
-                components.update(own.pop("$defs", {}))
-                components[schema.__name__] = own
-                components[schema.__name__.replace("Request", "Form")] = _form(own)
-            components["Problem"] = schemas.Problem.model_json_schema(ref_template=REF)
+            components["Problem"] = schemas.Problem.model_json_schema()
             for name in ("HTTPValidationError", "ValidationError"):
                 components.pop(name, None)
             for path in document["paths"].values():
@@ -50,30 +48,9 @@ def describe(app: FastAPI, description: str) -> None:
                     operation["responses"].pop("422", None)
                     operation["responses"]["default"] = {
                         "description": "a problem document (RFC 9457)",
-                        "content": {MEDIA_TYPE: {"schema": {"$ref": REF.format(model="Problem")}}},
+                        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
                     }
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _requests() -> list[type[BaseModel]]:
-    kinds = [getattr(schemas, name) for name in dir(schemas) if name.endswith("Request") and name != "Request"]
-    return sorted(kinds, key=lambda kind: str(kind.__name__))
-
-
-def _form(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same request as a form: files are files, what is nested is JSON text."""
-    properties = {}
-    for name, value in schema["properties"].items():
-        if name == "photos":
-            properties["photo"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
-        elif name == "lora_file":
-            properties[name] = {"type": "string", "format": "binary"}
-        elif name in JSON_FIELDS:
-            properties[name] = {"type": "string", "description": "JSON"}
-        else:
-            properties[name] = value
-    required = [FILES.get(name, name) for name in schema.get("required", [])]
-    return {"type": "object", "properties": properties, **({"required": required} if required else {})}

@@ -25,6 +25,7 @@ from lora_diffusion.serving.faces import Embedder
 from lora_diffusion.serving.library import Library
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
 from lora_diffusion.storage import placed
+from serve.access import read_keys
 from serve.api import build_api
 from serve.logs import set_up_logs
 from serve.metrics import Metrics
@@ -46,7 +47,7 @@ class Gateway:
         self._studio = Studio(config, Metrics(), **remotes)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._studio)
+        return build_api(self._studio, echo_request_id=False)
 
 
 class DecoderReplica(Decoder):
@@ -81,6 +82,7 @@ def build(arguments: dict[str, Any]) -> Application:
         bound: Application = deployment.options(name=name, **deployed_as).bind(settings, **arguments)
         return bound
 
+    read_keys(config.access)  # refused here, and not in a replica that is started again and again
     if unknown := sorted(set(options) - DEPLOYMENTS):
         raise ValueError(f"deployments: there is no {unknown[0]!r}; there are {', '.join(sorted(DEPLOYMENTS))}")
     library = bind("Library", Library)

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
-from lora_diffusion.faces.photos import PhotoError
+from lora_diffusion.faces.photos import PhotoError, PhotoReason
 from lora_diffusion.serving.errors import ServingError
 
 MEDIA_TYPE = "application/problem+json"
-STATUS = {
-    "malformed_body": 400,
-    "unauthorized": 401,
-    "not_found": 404,
-    "unknown_lora": 404,
-    "method_not_allowed": 405,
-    "not_acceptable": 406,
-    "slow_body": 408,
-    "stale_latent": 409,
-    "body_too_large": 413,
-    "too_large": 413,
-    "unsupported_media_type": 415,
-    "rate_limited": 429,
-    "internal_error": 500,
-    "overloaded": 503,
-    "not_ready": 503,
-    "deadline_exceeded": 504,
+PROBLEMS = {
+    "malformed_body": (400, "The body is no valid JSON: Expecting value, at line 1, column 1."),
+    "unauthorized": (401, "This server wants an API key: send it as `Authorization: Bearer KEY`."),
+    "not_found": (404, "There is nothing at this path; GET /docs lists what there is."),
+    "unknown_lora": (404, "This LoRA has expired. Make it again."),
+    "method_not_allowed": (405, "This path takes GET, HEAD, DELETE; PUT is none of them."),
+    "not_acceptable": (406, "Accept application/json, text/event-stream, image/png, image/jpeg, image/webp."),
+    "slow_body": (408, "The body did not arrive within 20 s."),
+    "stale_latent": (409, "The latent belongs to a synthesiser that is not loaded. Make it again from the photo."),
+    "body_too_large": (413, "At most 20 MB are accepted. Scale the photos down, or send fewer."),
+    "too_large": (413, "ada.png: The photo has 60 megapixels; at most 50 are decoded. Scale it down."),
+    "unsupported_media_type": (415, "The body is of no type; send application/json, or multipart/form-data."),
+    "invalid_request": (422, "sed: there is no such field here; did you mean seed?"),
+    "no_face": (422, "ada.jpg shows no face that can be used. Send one where it is larger, frontal and lit."),
+    "several_faces": (422, "ada.jpg shows 2 faces. Crop it to one person, or send faces=largest."),
+    "bad_lora": (422, "The file is no LoRA for this base model: it is empty."),
+    "unknown_attribute": (422, "No attribute 'hat'; there are: smile, age."),
+    "diverged": (422, "The synthesiser gave no finite LoRA. Try another seed, or less guidance."),
+    "rate_limited": (429, "More than 60 requests a minute. Try again in 2 s."),
+    "internal_error": (500, "An error of ours, noted under this request id. Try again."),
+    "overloaded": (503, "64 requests are being worked on already. Try again a little later."),
+    "not_ready": (503, "Some stages do not answer yet. Try again a little later."),
+    "deadline_exceeded": (504, "The request's time was up. Allow it more time, or ask for less."),
 }
-"""reason -> status; what is not here is 422: understood, but unusable."""
+"""reason -> status, and how its detail may read. Reasons that are not here, as those of unreadable photos, are 422."""
+PHOTO_REASONS = ("no_face", "several_faces", *get_args(PhotoReason))
 TITLES = {422: "Unprocessable request", 413: "Content too large"}
 
 
@@ -42,20 +49,17 @@ class ApiError(Exception):
     def __init__(
         self,
         reason: str,
-        detail: str,
+        detail: str = "",
         *,
         headers: dict[str, str] | None = None,
         errors: list[dict[str, Any]] | None = None,
     ) -> None:
-        super().__init__(detail)
         self.reason = reason
-        self.detail = detail
+        self.status, usual = PROBLEMS.get(reason, (422, "ada.jpg: The photo cannot be used."))
+        self.detail = detail or usual
         self.headers = headers or {}
         self.errors = errors
-
-    @property
-    def status(self) -> int:
-        return STATUS.get(self.reason, 422)
+        super().__init__(self.detail)
 
     def document(self, request_id: str | None = None) -> dict[str, Any]:
         return {
@@ -77,7 +81,7 @@ def as_problem(error: BaseException, retry_after_seconds: float) -> ApiError | N
     if isinstance(error, ApiError):
         return error
     if isinstance(error, TimeoutError):
-        return ApiError("deadline_exceeded", "The request's time was up. Allow it more time, or ask for less.")
+        return ApiError("deadline_exceeded")
     if isinstance(error, PhotoError | ServingError):
         problem = ApiError(error.reason, str(error))
         if problem.status == 503:
@@ -86,20 +90,32 @@ def as_problem(error: BaseException, retry_after_seconds: float) -> ApiError | N
     return None
 
 
-def invalid(error: ValidationError, schema: type[BaseModel]) -> ApiError:
-    """What is wrong with a body, place by place, without repeating what was sent: it may be a face."""
-    errors = [
-        {"where": ".".join(str(part) for part in e["loc"]), "message": _message(e, schema)}
-        for e in error.errors(include_url=False, include_input=False, include_context=False)[:20]
-    ]
-    first = errors[0]
-    where = f"{first['where']}: " if first["where"] else ""
-    return ApiError("invalid_request", f"{where}{first['message']}", errors=errors)
+def invalid(errors: Sequence[Any], schema: type[BaseModel] | None = None) -> ApiError:
+    """What is wrong with a request, place by place, without repeating what was sent: it may be a face.
+
+    errors: pydantic's, with FastAPI's "body", "path" or "query" as the first part of each place.
+    """
+    told = [{"where": _where(e), "message": _message(e, schema)} for e in errors[:20]]
+    first = told[0]
+    return ApiError(
+        "invalid_request", f"{first['where']}: {first['message']}" if first["where"] else first["message"], errors=told
+    )
 
 
-def _message(error: ErrorDetails, schema: type[BaseModel]) -> str:
-    if error["type"] != "extra_forbidden":
-        return error["msg"].removeprefix("Value error, ")
-    known = list(schema.model_fields) if len(error["loc"]) == 1 else []
-    close = difflib.get_close_matches(str(error["loc"][-1])[:64], known, n=1)
-    return f"there is no such field here{f'; did you mean {close[0]}?' if close else ''}"
+def _where(error: Any) -> str:
+    """Half of a surrogate pair in a name cannot be answered as UTF-8."""
+    return ".".join(str(part) for part in error["loc"][1:]).encode("utf-8", "replace").decode()
+
+
+def _message(error: Any, schema: type[BaseModel] | None) -> str:
+    kind, place = error["type"], error["loc"]
+    if kind == "extra_forbidden":
+        known = list(schema.model_fields) if schema and len(place) == 2 else []
+        close = difflib.get_close_matches(str(place[-1])[:64], known, n=1)
+        return f"there is no such field here{f'; did you mean {close[0]}?' if close else ''}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "string_pattern_mismatch":
+        digits = error["ctx"]["pattern"].rpartition("{")[2].rstrip("}$")
+        return f"is no id: an id has {digits} hexadecimal digits, as in the answer that gave it"
+    return str(error["msg"]).removeprefix("Value error, ")

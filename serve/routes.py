@@ -2,58 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, get_type_hints
 
 import numpy as np
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import FastAPI, Path, Request, Response
 
 from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask
 from serve import answers, schemas
-from serve.body import read_request
 from serve.checks import check_limits, unit_embedding
-from serve.docs import accepts
+from serve.docs import form_of
 from serve.problems import ApiError
 from serve.studio import Made, Sampled, Studio, new_seed, together
 
-Schema = TypeVar("Schema", bound=schemas.Request)
 # the API says it of latents where pictures have the same setting
 LATENT_NAMES = {"guidance_scale": "latent_guidance_scale", "num_inference_steps": "latent_inference_steps"}
 
 
 class Routes:
-    """`router` has the routes; all of them work on `studio`."""
+    """The endpoints of /v1; all of them work on `studio`."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         self.config = studio.config
         self._embedding_size = 0
-        self.router = router = APIRouter(prefix="/v1")
+
+    def add_to(self, app: FastAPI) -> None:
         created = {"status_code": 201, "response_model": schemas.LorasResponse}
-        for path, method, requested, options in (
-            ("/embeddings", self.embeddings, schemas.EmbeddingsRequest, {"response_model": schemas.EmbeddingsResponse}),
-            ("/latents", self.latents, schemas.LatentsRequest, {"response_model": schemas.LatentsResponse}),
-            ("/loras", self.loras, schemas.LorasRequest, created),
-            ("/images", self.images, schemas.ImagesRequest, {"response_model": schemas.ImagesResponse}),
-            (
-                "/personalize",
-                self.personalize,
-                schemas.PersonalizeRequest,
-                {"response_model": schemas.PersonalizeResponse},
-            ),
-            ("/edits", self.edits, schemas.EditsRequest, created),
-            ("/interpolations", self.interpolations, schemas.InterpolationsRequest, created),
+        for path, endpoint, options in (
+            ("/embeddings", self.embeddings, {"response_model": schemas.EmbeddingsResponse}),
+            ("/latents", self.latents, {"response_model": schemas.LatentsResponse}),
+            ("/loras", self.loras, created),
+            ("/images", self.images, {"response_model": schemas.ImagesResponse}),
+            ("/personalize", self.personalize, {"response_model": schemas.PersonalizeResponse}),
+            ("/edits", self.edits, created),
+            ("/interpolations", self.interpolations, created),
         ):
-            router.post(path, openapi_extra=accepts(requested), **options)(method)
-        router.get("/loras/{lora_id}", response_model=schemas.LoRA)(self.lora)
-        router.delete("/loras/{lora_id}", status_code=204)(self.delete_lora)
-        router.get("/model", response_model=schemas.ModelResponse)(self.model)
+            app.post(f"/v1{path}", openapi_extra=form_of(get_type_hints(endpoint)["asked"]), **options)(
+                self._limited(endpoint)
+            )
+        app.get("/v1/loras/{lora_id}", response_model=schemas.LoRA)(self.lora)
+        app.delete("/v1/loras/{lora_id}", status_code=204)(self.delete_lora)
+        app.get("/v1/model", response_model=schemas.ModelResponse)(self.model)
+
+    def _limited(self, endpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """The endpoint, for requests within the limits of this server."""
+
+        @wraps(endpoint)
+        async def within(asked: schemas.Request, request: Request) -> Any:
+            check_limits(asked, self.config.limits)
+            return await endpoint(asked, request)
+
+        return within
 
     # -- one step of the way each ---------------------------------------------------------------------------------------
 
-    async def embeddings(self, request: Request) -> schemas.EmbeddingsResponse:
+    async def embeddings(self, asked: schemas.EmbeddingsRequest, request: Request) -> schemas.EmbeddingsResponse:
         """The faces of each photo, with their embeddings."""
-        asked = await self._read(request, schemas.EmbeddingsRequest)
         found = await self.studio.faces(asked.photos, deadline(request))
         return schemas.EmbeddingsResponse(
             photos=[
@@ -74,9 +81,8 @@ class Routes:
             ]
         )
 
-    async def latents(self, request: Request) -> schemas.LatentsResponse:
+    async def latents(self, asked: schemas.LatentsRequest, request: Request) -> schemas.LatentsResponse:
         """Codes of a person: small, and enough to make the LoRA later."""
-        asked = await self._read(request, schemas.LatentsRequest)
         samples = await self._samples(asked, request, asked.num_samples)
         return schemas.LatentsResponse(
             latents=[
@@ -88,9 +94,8 @@ class Routes:
             nearest=answers.nearest(Made(Decoded(""), samples[0])),
         )
 
-    async def loras(self, request: Request) -> Any:
+    async def loras(self, asked: schemas.LorasRequest, request: Request) -> Any:
         """LoRAs of a person. With `format`, the file itself."""
-        asked = await self._read(request, schemas.LorasRequest)
         if asked.format and asked.num_samples > 1:
             raise ApiError(
                 "invalid_request",
@@ -103,35 +108,34 @@ class Routes:
         if asked.format:
             return answers.file(made[0], asked.format, scores[0])
         return schemas.LorasResponse(
-            loras=[answers.lora(m, self.config, score) for m, score in zip(made, scores, strict=True)]
+            loras=[answers.lora(m, self.config, root_of(request), score) for m, score in zip(made, scores, strict=True)]
         )
 
-    async def images(self, request: Request) -> Any:
+    async def images(self, asked: schemas.ImagesRequest, request: Request) -> Any:
         """Pictures of a person."""
-        asked = await self._read(request, schemas.ImagesRequest)
         return await self._draw(asked, request, None)
 
-    async def personalize(self, request: Request) -> Any:
+    async def personalize(self, asked: schemas.PersonalizeRequest, request: Request) -> Any:
         """LoRA and scored pictures in one go."""
-        asked = await self._read(request, schemas.PersonalizeRequest)
         return await self._draw(asked, request, asked.format)
 
-    async def edits(self, request: Request) -> schemas.LorasResponse:
+    async def edits(self, asked: schemas.EditsRequest, request: Request) -> schemas.LorasResponse:
         """The LoRA of a changed person."""
-        asked = await self._read(request, schemas.EditsRequest)
         code = await self.studio.denoiser.edit(await self._code(asked), asked.edits)
         made = await self.studio.decode([Sampled(code)], self._deviation(asked), deadline(request))
-        return schemas.LorasResponse(loras=[answers.lora(made[0], self.config)])
+        return schemas.LorasResponse(loras=[answers.lora(made[0], self.config, root_of(request))])
 
-    async def interpolations(self, request: Request) -> schemas.LorasResponse:
+    async def interpolations(self, asked: schemas.InterpolationsRequest, request: Request) -> schemas.LorasResponse:
         """LoRAs on the way from one person to another."""
-        asked = await self._read(request, schemas.InterpolationsRequest)
         positions = asked.positions or np.linspace(0, 1, asked.num or 2).tolist()
         a, b = await together([self._code(asked.a), self._code(asked.b)])
         codes = await self.studio.denoiser.interpolate(a, b, positions)
         made = await self.studio.decode([Sampled(code) for code in codes], self._deviation(asked), deadline(request))
         return schemas.LorasResponse(
-            loras=[answers.lora(m, self.config, position=at) for m, at in zip(made, positions, strict=True)]
+            loras=[
+                answers.lora(m, self.config, root_of(request), position=at)
+                for m, at in zip(made, positions, strict=True)
+            ]
         )
 
     # -- LoRAs by their id ----------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ class Routes:
         """What is known of a LoRA, or with `format` its file."""
         if format is None:
             await self.studio.library.get(lora_id)
-            return answers.lora(Made(Decoded(lora_id)), self.config)
+            return answers.lora(Made(Decoded(lora_id)), self.config, root_of(request))
         return answers.file(Made(Decoded(lora_id, await self.studio.decoder.file(lora_id, format))), format)
 
     async def delete_lora(self, lora_id: str = Path(pattern=schemas.LORA_ID)) -> Response:
@@ -173,12 +177,6 @@ class Routes:
 
     # -- what they share ------------------------------------------------------------------------------------------------
 
-    async def _read(self, request: Request, schema: type[Schema]) -> Schema:
-        asked = await read_request(request, schema, self.config.limits)
-        check_limits(asked, self.config.limits)
-        request.state.take_place()
-        return asked
-
     async def _samples(self, asked: Any, request: Request, count: int) -> list[Sampled]:
         """Codes of the person in the request's photos, embedding or latent."""
         if getattr(asked, "latent", None) is not None:
@@ -208,7 +206,7 @@ class Routes:
                 "invalid_request", "num_samples draws from photos or an embedding; a latent or a file is one LoRA."
             )
         if getattr(asked, "lora_file", None) is not None:
-            return [Made(await self.studio.decoder.accept(asked.lora_file, format))]
+            return [Made(await self.studio.decoder.accept(asked.lora_file.data, format))]
         samples = await self._samples(asked, request, count)
         return await self.studio.decode(samples, self._deviation(asked), deadline(request), format)
 
@@ -240,7 +238,7 @@ class Routes:
             image_format=answers.image_format(request, asked),
             reference_C=made.sampled.embedding_C if made.sampled else None,
         )
-        return await answers.Pictures(self.studio, made, task, deadline(request), format).answer(how)
+        return await answers.Pictures(self.studio, made, task, deadline(request), root_of(request), format).answer(how)
 
     async def _score(self, made: Made, until: float) -> float | None:
         """Similarity of one picture, drawn with the server's prompt for scores."""
@@ -267,6 +265,11 @@ class Routes:
 def deadline(request: Request) -> float:
     """Unix time at which the caller stops waiting."""
     return float(request.state.deadline)
+
+
+def root_of(request: Request) -> str:
+    """What stands before the paths of this server: Serve's route_prefix, or where it is mounted."""
+    return str(request.scope.get("root_path", "")).rstrip("/")
 
 
 def _given(value: Any, default: Any) -> Any:

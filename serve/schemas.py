@@ -8,10 +8,11 @@ are written as JSON. Unknown keys are errors. Limits of a server (images, steps,
 from __future__ import annotations
 
 import base64
-import binascii
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_SEED = 2**53 - 1  # what JavaScript holds exactly
 LORA_ID = r"^[0-9a-f]{32}$"
@@ -20,25 +21,56 @@ FileFormat = Literal["diffusers", "peft", "kohya", "vector", "latent"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
-def _from_base64(value: Any) -> Any:
-    """Bytes of a file part stay as they are; text of a JSON body is base64."""
+@dataclass(frozen=True)
+class Upload:
+    """A file that came. name: as the sender named it, or "" in JSON."""
+
+    data: bytes
+    name: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The name within a sentence: without folders and what no terminal shows, or "" if it says nothing."""
+        name = "".join(c for c in PurePosixPath(self.name.replace("\\", "/")).name if c.isprintable())
+        return name[:80] if "." in name.strip(".") else ""
+
+
+def from_base64(value: Any) -> Any:
+    """Text of a JSON body is base64: plain or URL-safe, wrapped or not, padded or not, or a data URL. Uploads pass."""
     if not isinstance(value, str):
         return value
+    head, comma, rest = value.partition(",")
+    text = rest if comma and head.lstrip().startswith("data:") and head.rstrip().endswith(";base64") else value
+    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
+        return Upload(base64.b64decode(text + "=" * (-len(text) % 4), validate=True))
+    except ValueError:
         raise ValueError("is not valid base64") from None
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank: say what to draw, for example `a photo of sks person`")
+    return text
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair: send valid Unicode") from None
+    return text
+
+
 File = Annotated[
-    bytes,
-    BeforeValidator(_from_base64),
-    Field(min_length=1),
+    Upload,
+    BeforeValidator(from_base64),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 4}),
 ]
+Text = Annotated[str, AfterValidator(_unicode)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Floats = Annotated[list[Number], Field(min_length=1, max_length=65_536)]
-LoRAId = Annotated[str, Field(pattern=LORA_ID, description="id of a LoRA that this server made or was given")]
+LoRAId = Annotated[Text, Field(pattern=LORA_ID, description="id of a LoRA that this server made or was given")]
 
 
 class Request(BaseModel):
@@ -83,8 +115,10 @@ class LatentSampling(Request):
 
 
 class ImageOptions(Request):
-    prompt: str = Field(min_length=1, description="call the person `sks person`")
-    negative_prompt: str | None = None
+    prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(
+        description="call the person `sks person`", json_schema_extra={"minLength": 1}
+    )
+    negative_prompt: Text | None = None
     num_images: int = Field(1, ge=1, description="picture i has image_seed + i")
     image_seed: int | None = Field(None, ge=0, le=MAX_SEED)
     guidance_scale: Number | None = Field(None, ge=1)
@@ -144,7 +178,7 @@ class PersonalizeRequest(PhotoSource, LatentSampling, ImageOptions):
 
 
 class EditsRequest(LatentOrLoRA):
-    edits: dict[str, Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]] = Field(
+    edits: dict[Text, Annotated[float, Field(ge=-5, le=5, allow_inf_nan=False)]] = Field(
         min_length=1,
         max_length=32,
         description="attribute (GET /v1/model lists them) -> strength, in standard deviations",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_diffusion.faces.photos import PhotoError
 from lora_diffusion.serving.batcher import Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
@@ -33,6 +34,7 @@ from lora_diffusion.serving.messages import (
 from serve.metrics import Metrics
 from serve.problems import ApiError
 from serve.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
+from serve.schemas import Upload
 
 
 @dataclass(frozen=True)
@@ -76,18 +78,23 @@ class Studio:
         self.renderer = renderer
         self.library = library
 
-    async def faces(self, photos: Sequence[bytes], deadline: float) -> list[FoundFaces]:
-        """Raises PhotoError."""
-        answers = await together(self.embedder.detect(photo, deadline) for photo in photos)
-        for _, timing in answers:
-            self.metrics.stage(timing)
-        return [found for found, _ in answers]
+    async def faces(self, photos: Sequence[Upload], deadline: float) -> list[FoundFaces]:
+        """Raises PhotoError, which names the photo."""
+        return await together(self._faces(photo, _name(photo, i, photos), deadline) for i, photo in enumerate(photos))
 
-    async def embedding(self, photos: Sequence[bytes], which: str, deadline: float) -> Floats:
+    async def _faces(self, photo: Upload, name: str, deadline: float) -> FoundFaces:
+        try:
+            found, timing = await self.embedder.detect(photo.data, deadline)
+        except PhotoError as error:
+            raise PhotoError(error.reason, f"{name}: {error}" if name else str(error)) from None
+        self.metrics.stage(timing)
+        return found
+
+    async def embedding(self, photos: Sequence[Upload], which: str, deadline: float) -> Floats:
         """(C,) unit vector of the one person in the photos. Raises ApiError for no face, or several."""
         vectors = []
         for i, found in enumerate(await self.faces(photos, deadline)):
-            name = f"Photo {i + 1}" if len(photos) > 1 else "The photo"
+            name = _name(photos[i], i, photos) or "The photo"
             if not found.faces:
                 raise ApiError(
                     "no_face", f"{name} shows no face that can be used. Send one where it is larger, frontal and lit."
@@ -166,6 +173,11 @@ class Studio:
                 await asyncio.sleep(PAUSE_SECONDS * attempt)
             finally:
                 await stream.aclose()
+
+
+def _name(photo: Upload, index: int, photos: Sequence[Upload]) -> str:
+    """As the sender named it, else its number among several, else nothing."""
+    return photo.shown or (f"Photo {index + 1}" if len(photos) > 1 else "")
 
 
 async def together(calls: Any) -> list[Any]:

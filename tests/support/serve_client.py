@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ LOOP = asyncio.new_event_loop()  # one for all, as the stages work in it
 
 
 class Client:
-    """Calls the API."""
+    """Calls the API. root_path: what a server puts before its paths, as Serve does with its route_prefix."""
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, root_path: str = "") -> None:
         self.loop = LOOP
         self.app = build_api(studio)
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, root_path=root_path)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
     def __call__(self, method: str, path: str, **options: Any) -> httpx.Response:
@@ -62,6 +63,20 @@ class Client:
 
     def json(self, path: str, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         return self("POST", path, json=fields, headers=headers)
+
+
+def variant(studio: Studio, denoiser: Any = None, root_path: str = "", **changes: Any) -> Client:
+    """The same stages behind another configuration."""
+    changed = Studio(
+        replace(studio.config, **changes),
+        studio.metrics,
+        embedder=studio.embedder,
+        denoiser=denoiser or studio.denoiser,
+        decoder=studio.decoder,
+        renderer=studio.renderer,
+        library=studio.library,
+    )
+    return Client(changed, root_path)
 
 
 @pytest.fixture(scope="session")
