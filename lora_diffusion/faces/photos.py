@@ -7,7 +7,10 @@ into the failures table. Nothing is decoded before the header says how many pixe
 from __future__ import annotations
 
 import io
+import re
+import stat
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +20,38 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 PhotoReason = Literal[
-    "empty_file", "not_an_image", "svg", "animated", "too_large", "too_small", "truncated", "unreadable"
+    "empty_file",
+    "not_an_image",
+    "svg",
+    "heif",
+    "animated",
+    "too_large",
+    "too_small",
+    "truncated",
+    "unreadable",
+    "duplicate",  # in a corpus: another photo of this person has the same bytes
 ]
 
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 500_000_000  # of a file: 50 megapixels without compression, 16 bits a channel and transparency, are 400 MB
 MIN_SIDE = 16
-# The JPEG reader also opens MPO, the JPEG with a second picture that phones and stereo cameras write.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+# The JPEG reader also opens MPO, the JPEG with a second picture that phones and stereo cameras write. HEIF needs the
+# package pillow-heif. Formats without a signature (TGA) or that run other programs (EPS, WMF) are left out.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "QOI", "PSD", "SGI")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".heic", ".heics", ".heif", ".heifs", ".hif", ".avif", ".avifs", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".qoi", ".psd", ".sgi", ".rgb", ".rgba", ".bw"),
+)
+SIGNATURE_BYTES = 16
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]|BM.{4}\0\0\0\0|GIF8[79]a|P[1-6Ff]\s"
+    rb"|.{4}ftyp(avif|avis|hei[cmsx]|hev[cmsx]|mif1|msf1)|\0\0\0\x0cjP  |\xffO\xffQ|qoif|8BPS\0\x01|\x01\xda[\0\x01][\x01\x02]",
+    re.DOTALL,
+)
+_HEIF = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
+_SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_JPEG_END = b"\xff\xd9"
 
 
 class PhotoError(ValueError):
@@ -38,21 +66,62 @@ class PhotoError(ValueError):
         return type(self), (self.reason, str(self))
 
 
-def load_photo(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """RGB uint8 (H, W, 3) of a photo, upright.
+def looks_like_photo(head: bytes) -> bool:
+    """Whether a file that begins with these `SIGNATURE_BYTES` is an image that `load_photo` may read."""
+    return _SIGNATURE.match(head) is not None
+
+
+def special_file(mode: int) -> str | None:
+    """What `st_mode` is that can be neither read as a file nor listed as a folder: "a pipe", ...; None for the usual."""
+    return _SPECIAL.get(stat.S_IFMT(mode))
+
+
+def check_size(size: int) -> None:
+    """Raises PhotoError for a file of more than `MAX_BYTES`."""
+    if size > MAX_BYTES:
+        raise PhotoError("too_large", f"The file has {size / 1e6:,.0f} MB; a photo has at most {MAX_BYTES / 1e6:g} MB.")
+
+
+def load_photo(
+    source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, faults: list[PhotoReason] | None = None
+) -> Pixels:
+    """RGB uint8 (H, W, 3) of a photo, upright. What it is, is decided by its content, not by its name.
 
     EXIF orientation is applied; CMYK, palette, grey, 16-bit and float images become 8-bit RGB; what is transparent
-    becomes white. Raises PhotoError for a file that is empty, no image, an animation, of more than `max_pixels` (told
-    from the header, nothing is decoded), smaller than 16 px, or cut short. OSError of a path that cannot be read passes.
+    becomes white. A JPEG without its last bytes is read, and "truncated" appended to `faults`. Raises PhotoError for a
+    file that is empty, no image, an animation, of more than `max_pixels` (told from the header, nothing is decoded),
+    smaller than 16 px, cut short, or no plain file. OSError of a path that cannot be read passes.
     """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    data = source if isinstance(source, bytes) else _read(Path(source))
     if not data:
         raise PhotoError("empty_file", "The file has 0 bytes. Upload it again.")
+    try:
+        return _decode(data, max_pixels)
+    except PhotoError as error:
+        pixels = _jpeg_without_end(data, max_pixels) if error.reason == "truncated" else None
+        if pixels is None:
+            raise
+        if faults is not None:
+            faults.append("truncated")
+        return pixels
+
+
+def _read(path: Path) -> bytes:
+    status = path.stat()
+    special = special_file(status.st_mode)  # reading one may never end
+    if special:
+        raise PhotoError("unreadable", f"{path} is {special}, not a file.")
+    check_size(status.st_size)
+    return path.read_bytes()
+
+
+def _decode(data: bytes, max_pixels: int) -> Pixels:
+    formats = (*FORMATS, "HEIF") if _HEIF.match(data) and _heif_reader() else FORMATS
     with warnings.catch_warnings():
         # Pillow warns of large images on its own scale; ours is checked below, before anything is decoded.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_header(image, max_pixels)
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
@@ -70,10 +139,47 @@ def load_photo(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> P
             raise PhotoError(reason, f"The image is cut short or damaged: {error}.") from error
 
 
+@cache
+def _heif_reader() -> bool:
+    """Whether pillow-heif is installed; then Pillow can use it."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _jpeg_without_end(data: bytes, max_pixels: int) -> Pixels | None:
+    """The picture of a JPEG that lacks its end marker and perhaps a few bytes before it; None if more is missing.
+
+    It is decoded twice, with nothing and with other bytes in the place of what is missing: what both show is in the file.
+    """
+    scan = data.rfind(b"\xff\xda")  # the last scan; in the compressed data this pair of bytes does not occur
+    if not data.startswith(b"\xff\xd8\xff") or scan < 0:
+        return None
+    data = data.removesuffix(b"\xff")
+    compressed = data[scan + 14 :] or b"U"
+    try:
+        picture = _decode(data + _JPEG_END, max_pixels)
+        filling = compressed * (1 + max(len(data), picture.size // 32) // len(compressed))
+        other = _decode(data + filling + _JPEG_END, max_pixels)
+    except PhotoError:
+        return None
+    return picture if (picture == other).all(axis=2).mean() >= 0.98 else None
+
+
 def _unidentified(data: bytes) -> PhotoError:
     start = data[:512].lstrip().lower()
     if b"<svg" in start or (start.startswith(b"<?xml") and b"svg" in data[:4096].lower()):
         return PhotoError("svg", "SVG is a drawing, not a photo. Send JPEG, PNG or WebP.")
+    if _HEIF.match(data):
+        detail = (
+            "HEIC photos need the package pillow-heif (pip install 'lora-diffusion[heic]'). Install it, or send JPEG."
+        )
+        return PhotoError("heif", detail)
+    if data.startswith(b"version https://git-lfs"):
+        return PhotoError("not_an_image", "The file is a Git LFS pointer, not the photo itself. Run git lfs pull.")
     return PhotoError("not_an_image", "The file is no image that we read. Send JPEG, PNG, WebP, AVIF, TIFF or BMP.")
 
 
@@ -87,8 +193,8 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
         )
     if min(width, height) < MIN_SIDE:
         raise PhotoError("too_small", f"The photo is {width} × {height} px; a face needs at least {MIN_SIDE} px.")
-    # Of an MPO the first picture is the photo.
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+    # Of an MPO the first picture is the photo, of HEIF the main one, of PSD what all layers give.
+    if image.format not in ("MPO", "HEIF", "PSD") and getattr(image, "n_frames", 1) > 1:
         frames = getattr(image, "n_frames", 0)
         raise PhotoError("animated", f"The {image.format} file holds {frames} frames. Send one still photo.")
 

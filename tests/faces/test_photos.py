@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
+from lora_diffusion.faces.photos import FORMATS, SUFFIXES, PhotoError, load_photo, looks_like_photo, prepare_photo
 
 
 def gradient(height: int = 48, width: int = 64) -> np.ndarray:
@@ -33,10 +34,17 @@ def reason_of(data: bytes | str | Path, **options: int) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF"])
-def test_every_format_gives_the_same_rgb(kind: str) -> None:
-    options = {"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}
-    pixels = load_photo(encoded(Image.fromarray(gradient()), kind, **options))
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "AVIF", "PPM", "JPEG2000", "QOI", "SGI", "HEIF"]
+)
+def test_every_format_gives_the_same_rgb_whatever_the_name(kind: str, tmp_path: Path) -> None:
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    options = {"quality": 95} if kind in ("JPEG", "MPO", "WEBP", "AVIF", "HEIF") else {}
+    data = encoded(Image.fromarray(gradient()), kind, **options)
+    assert looks_like_photo(data[:16])
+    (tmp_path / "photo.txt").write_bytes(data)
+    pixels = load_photo(tmp_path / "photo.txt")
     assert pixels.dtype == np.uint8
     assert pixels.flags.writeable
     assert np.abs(pixels.astype(int) - gradient()).mean() < (4 if options else 0.01)
@@ -49,6 +57,46 @@ def test_a_path_reads_as_its_bytes(tmp_path: Path) -> None:
     assert np.array_equal(load_photo(str(path)), gradient())
     with pytest.raises(FileNotFoundError):
         load_photo(tmp_path / "absent.png")
+
+
+def test_every_suffix_that_pillow_knows_for_these_formats_is_a_photos() -> None:
+    Image.init()
+    assert {suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO")} <= set(
+        SUFFIXES
+    )
+
+
+def test_text_looks_like_no_photo() -> None:
+    for text in (
+        b"",
+        b"BMW and other cars",
+        b"P1n code of the",
+        b"Photo by Ada Love",
+        b"{}",
+        b"PK\x03\x04" + b"0" * 12,
+    ):
+        assert not looks_like_photo(text[:16]), text
+
+
+def test_heic_without_its_reader_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_diffusion.faces.photos._heif_reader", lambda: False)
+    data = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + b"\0" * 100
+    assert reason_of(data) == "heif"
+    with pytest.raises(PhotoError, match=r"pip install 'lora-diffusion\[heic\]'"):
+        load_photo(data)
+
+
+@pytest.mark.parametrize("make", ["fifo", "device", "huge"])
+def test_what_is_no_plain_file_is_refused_before_it_is_read(make: str, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    if make == "fifo":
+        os.mkfifo(path)
+    elif make == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(10**12)
+    assert reason_of(path) == ("too_large" if make == "huge" else "unreadable")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -131,6 +179,41 @@ def test_a_file_cut_short_is_refused(kind: str, share: float) -> None:
 def test_a_jpeg_cut_in_half_is_called_truncated() -> None:
     data = encoded(Image.fromarray(gradient(256, 256)), "JPEG", quality=95)
     assert reason_of(data[: len(data) // 2]) == "truncated"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}], ids=str
+)
+@pytest.mark.parametrize("missing", [1, 2, 3, 6])
+def test_a_jpeg_without_its_last_bytes_is_read(missing: int, options: dict[str, object]) -> None:
+    data = encoded(Image.fromarray(gradient(256, 256)), "JPEG", quality=90, **options)
+    faults: list[str] = []
+    pixels = load_photo(data[:-missing], faults=faults)
+    assert faults == ["truncated"]
+    whole = load_photo(data, faults=faults)
+    assert faults == ["truncated"], "the whole file has no fault"
+    assert (pixels == whole).all(axis=2).mean() > 0.98
+
+
+# Not the end of the last scan of a progressive file: it holds the finest bits only.
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [(options, share) for options in ({}, {"restart_marker_rows": 1}) for share in (0.02, 0.3, 0.6, 0.95)]
+    + [({"progressive": True}, share) for share in (0.02, 0.3, 0.6)],
+    ids=str,
+)
+@pytest.mark.parametrize("picture", ["smooth", "noise", "white below"])
+def test_a_jpeg_that_lacks_part_of_its_picture_is_truncated(
+    picture: str, share: float, options: dict[str, object]
+) -> None:
+    pixels = gradient(256, 256)
+    if picture == "noise":
+        pixels = np.random.default_rng(0).integers(0, 256, pixels.shape, dtype=np.uint8)
+    if picture == "white below":
+        pixels[200:] = 255
+    data = encoded(Image.fromarray(pixels), "JPEG", quality=90, **options)
+    start = data.find(b"\xff\xda") + 20
+    assert reason_of(data[: start + int((len(data) - start) * share)]) == "truncated"
 
 
 def test_a_text_file_named_png_is_refused(tmp_path: Path) -> None:
