@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +62,18 @@ def test_python_blocks_import_what_there_is(name: str) -> None:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("lora_diffusion", "serve")):
                 exec(compile(ast.Module([node], []), name, "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/guides/notebook.md", "docs/guides/edits.md"])
+def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a reader would type them, with a photo `ada.jpg` beside them."""
+    shutil.copy(ROOT / "serve/static/people/80512.jpg", tmp_path / "ada.jpg")
+    (tmp_path / "lora_diffusion").symlink_to(ROOT / "lora_diffusion")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S):
+        exec(compile(block, name, "exec"), names)
 
 
 def test_configuration_reference_is_current() -> None:
