@@ -1,7 +1,7 @@
 """A corpus of LoRA vectors: Parquet shards with one row for each person. Format: docs/reference/formats.md."""
 
 from lora_diffusion.corpus.manifest import Manifest
-from lora_diffusion.corpus.plan import Plan, ShardPlan
+from lora_diffusion.corpus.plan import CorpusError, Plan, ShardPlan
 from lora_diffusion.corpus.reader import CorpusReader, ShardInfo
 from lora_diffusion.corpus.schema import Failure, Person, matrix, person_schema
 from lora_diffusion.corpus.statistics import Statistics
@@ -9,6 +9,7 @@ from lora_diffusion.corpus.writer import CorpusConflict, ShardWriter, count, ext
 
 __all__ = [
     "CorpusConflict",
+    "CorpusError",
     "CorpusReader",
     "Failure",
     "Manifest",

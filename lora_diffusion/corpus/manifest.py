@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lora_diffusion
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.storage import Store
 
 FORMAT = "lora-diffusion-corpus"
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had no photo_embeddings
 FILE = "corpus.json"
+GROUPS = ("people_per_group", "groups_per_shard")
 _PACKAGES = ("torch", "diffusers", "transformers", "insightface", "onnxruntime", "numpy", "pyarrow", "pillow")
 
 
@@ -56,17 +59,39 @@ class Manifest:
         return {**ids, "recipe_id": self.recipe_id, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
-        """Inverse of `to_dict`. Raises ValueError for another format or version."""
-        if values.get("format") != FORMAT:
-            raise ValueError(f"not a corpus: its {FILE} has format {values.get('format')!r}, expected {FORMAT!r}")
+    def from_dict(cls, values: Any) -> Manifest:
+        """Inverse of `to_dict`. Raises ValueError for another format or version, or fields that are missing or no objects."""
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = f"format {values.get('format')!r}" if isinstance(values, dict) else f"a {type(values).__name__}"
+            raise ValueError(f"not a corpus: its {FILE} holds {found}, expected an object with format {FORMAT!r}")
         if values.get("format_version") not in READABLE:
             raise ValueError(
                 f"the corpus has format version {values.get('format_version')}, this release reads {READABLE}: "
                 "install the release of lora_diffusion that wrote it"
             )
-        names = ("layout", "base", "recipe", "config", "versions", "state", "counts", "format_version")
-        return cls(**{name: values[name] for name in names})
+        objects = ("layout", "base", "recipe", "config", "versions", "counts")
+        if bad := [name for name in objects if not isinstance(values.get(name), dict)]:
+            raise ValueError(f"{FILE} was edited or cut: {', '.join(bad)} missing or no object. Restore it from a copy")
+        manifest = cls(
+            **{name: values[name] for name in objects},
+            state=str(values.get("state")),
+            format_version=values["format_version"],
+        )
+        LoRALayout.from_dict(manifest.layout)
+        groups = manifest.recipe.get("groups")
+        if not isinstance(groups, dict) or not all(type(groups.get(name)) is int for name in GROUPS):
+            raise ValueError(f"{FILE} was edited or cut: its recipe names no groups. Restore it from a copy")
+        if not isinstance(manifest.base.get("fingerprint"), str):
+            raise ValueError(f"{FILE} was edited or cut: its base has no fingerprint. Restore it from a copy")
+        return manifest
+
+    @classmethod
+    def read(cls, store: Store) -> Manifest:
+        """Of the corpus in `store`. Raises FileNotFoundError if there is none, ValueError if it cannot be understood."""
+        try:
+            return cls.from_dict(store.read_json(FILE))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{store.uri}/{FILE}: {error}") from error
 
     def differences(self, other: Manifest) -> list[str]:
         """What of format or recipe differs, one line each: `finetune.steps: 80 there, 100 now` (there: self)."""

@@ -7,9 +7,14 @@ and with it the same bits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+
+
+class CorpusError(ValueError):
+    """A corpus, or what is to be written into it, is not what its plan says."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,22 @@ class ShardPlan:
 
     def group_of(self, position: int) -> int:
         """Index within the shard of the group that fine-tunes `position`."""
-        assert position in self.positions
+        if position not in self.positions:
+            raise CorpusError(f"position {position} is none of shard {self.name}, which holds {self.positions}")
         return (position - self.start) // self.people_per_group
 
 
 def shard_name(index: int) -> str:
     return f"{index:05d}"
+
+
+_NUMBERED = re.compile(r"([0-9]{5}|[1-9][0-9]{5,})\.(parquet|safetensors)")
+
+
+def file_index(name: str, suffix: str = "parquet") -> int | None:
+    """The number of a file that a corpus wrote, as `00012.parquet`; None for any other name (`._00012.parquet`, a copy)."""
+    found = _NUMBERED.fullmatch(name)
+    return int(found[1]) if found and found[2] == suffix else None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ Any Parquet reader reads `shards/*.parquet` as well; this one also knows the lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +19,13 @@ import pyarrow.parquet as pq
 
 from lora_diffusion.corpus import manifest as manifests
 from lora_diffusion.corpus.manifest import Manifest
-from lora_diffusion.corpus.plan import Plan, ShardPlan, shard_name
+from lora_diffusion.corpus.plan import CorpusError, Plan, ShardPlan, file_index, shard_name
 from lora_diffusion.corpus.schema import Failure, failures_from_table, matrix, parquet_metadata
 from lora_diffusion.corpus.statistics import Statistics
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import Store, open_store
+from lora_diffusion.storage import Store, StoreError, open_store
+
+_COUNTS = ("num_people", "num_failure_rows")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,33 @@ class ShardInfo:
     failures: tuple[Failure, ...]
 
 
+def read_statistics(store: Store, names: Sequence[str], size: int) -> Statistics:
+    """Of all files, merged in their order. Raises CorpusError with the name of one that is damaged or of other vectors."""
+
+    def parts() -> Iterator[Statistics]:
+        for name, data in zip(names, store.read_many(names), strict=True):
+            try:
+                part = Statistics.from_bytes(data)
+            except ValueError as error:
+                raise CorpusError(f"{store.uri}/{name} cannot be read: {error}") from error
+            if len(part.mean) != size:
+                raise CorpusError(
+                    f"{store.uri}/{name} is of vectors of {len(part.mean)} numbers, the corpus' have {size}"
+                )
+            yield part
+
+    return Statistics.merged(parts(), size)
+
+
+def _read(file: IO[bytes], columns: Sequence[str] | None = None) -> pa.Table:
+    """With the pages' checksums compared, where they have some; a page's header is not in its checksum, so rows are counted."""
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    table = parquet.read(columns=None if columns is None else list(columns))
+    if len(table) != parquet.metadata.num_rows:
+        raise CorpusError(f"it has {len(table)} rows of {parquet.metadata.num_rows}")
+    return table
+
+
 class CorpusReader:
     """A corpus at `uri` (folder or s3://), complete or still growing: what is committed now.
 
@@ -42,7 +73,7 @@ class CorpusReader:
     def __init__(self, uri: str | Path | Store) -> None:
         self.store = uri if isinstance(uri, Store) else open_store(uri)
         try:
-            self.manifest = Manifest.from_dict(self.store.read_json(manifests.FILE))
+            self.manifest = Manifest.read(self.store)
         except FileNotFoundError as error:
             raise ValueError(
                 f"no corpus at {self.store.uri}: it has no {manifests.FILE}. Make one with jobs/build_corpus.py"
@@ -52,27 +83,52 @@ class CorpusReader:
     @cached_property
     def plan(self) -> Plan:
         """Who lies where."""
-        names = sorted(self.store.files("plan"))
         groups = self.manifest.recipe["groups"]
-        parts = (
-            tuple(pq.read_table(pa.BufferReader(data))["identity"].to_pylist())
-            for data in self.store.read_many(f"plan/{name}" for name in names)
-        )
-        return Plan(tuple(parts), groups["people_per_group"], groups["groups_per_shard"])
+        numbers = self._numbers("plan")
+        if numbers != list(range(len(numbers))):
+            raise CorpusError(f"{self.store.uri}/plan has parts {numbers}: one is missing. Restore it from a copy")
+        parts = self._map(lambda part: self._column(f"plan/{shard_name(part)}.parquet", "identity"), numbers)
+        return Plan(tuple(map(tuple, parts)), groups["people_per_group"], groups["groups_per_shard"])
 
     @cached_property
     def shards(self) -> list[int]:
-        """Indices of the committed shards, ascending."""
-        names = self.store.files("shards")
-        return sorted(int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet"))
+        """Indices of the committed shards, ascending. What lies beside them and is none of the plan is left alone."""
+        planned = len(self.plan.shards)
+        return self._numbers("shards", lambda index: not planned or index < planned)
+
+    def _numbers(self, folder: str, known: Callable[[int], bool] = lambda _: True) -> list[int]:
+        """The numbers of our files in `folder`, ascending; a warning names the others, once."""
+        names = sorted(self.store.files(folder))
+        numbers = {name: file_index(name) for name in names}
+        ours = sorted(index for index in numbers.values() if index is not None and known(index))
+        if others := [name for name, index in numbers.items() if index not in ours]:
+            text = f"{self.store.uri}/{folder}: left alone, as no file of this corpus: {', '.join(map(repr, others))}"
+            warnings.warn(text, stacklevel=3)
+        return ours
+
+    def _parquet(self, name: str, read: Callable[[IO[bytes]], Any]) -> Any:
+        """`read` of an opened file. Raises CorpusError with its name for whatever a damaged file makes Arrow raise."""
+        try:
+            with self.store.open(name) as file:
+                return read(file)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.store.uri}/{name} does not exist") from None
+        except StoreError:
+            raise
+        except (pa.ArrowException, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's; Parquet's own have no number
+                raise StoreError(f"cannot read {self.store.uri}/{name}: {error}") from error
+            raise CorpusError(f"{self.store.uri}/{name} cannot be read: {error or type(error).__name__}") from error
+
+    def _column(self, name: str, column: str) -> list[Any]:
+        return list(self._parquet(name, lambda file: _read(file, [column])[column].to_pylist()))
 
     @cached_property
     def schema(self) -> pa.Schema:
         """Columns of the people; see docs/reference/formats.md. Raises ValueError if no shard is committed."""
         if not self.shards:
             raise ValueError(f"the corpus at {self.store.uri} has no people yet")
-        with self.store.open(f"shards/{shard_name(self.shards[0])}.parquet") as file:
-            return pq.read_schema(file)
+        return self._parquet(f"shards/{shard_name(self.shards[0])}.parquet", pq.read_schema)
 
     def __len__(self) -> int:
         """Number of people with a LoRA."""
@@ -82,8 +138,7 @@ class CorpusReader:
         """One table for each shard, in order: constant memory whatever the size of the corpus."""
         wanted = list(columns) if columns is not None else None
         for index in self.shards:
-            with self.store.open(f"shards/{shard_name(index)}.parquet") as file:
-                yield pq.read_table(file, columns=wanted)
+            yield self._parquet(f"shards/{shard_name(index)}.parquet", lambda file: _read(file, wanted))
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All people, in the order of their positions. Leave out `vector` where it is not needed: it is the bulk."""
@@ -101,8 +156,8 @@ class CorpusReader:
             rows = sorted(row - start for row in wanted if start <= row < start + size)
             start += size
             if rows:
-                with self.store.open(f"shards/{shard_name(index)}.parquet") as file:
-                    tables.append(pq.read_table(file, columns=list(columns)).take(rows).replace_schema_metadata(None))
+                table = self._parquet(f"shards/{shard_name(index)}.parquet", lambda file: _read(file, list(columns)))
+                tables.append(table.take(rows).replace_schema_metadata(None))
         return pa.concat_tables(tables) if tables else self.table(columns)
 
     @property
@@ -122,10 +177,9 @@ class CorpusReader:
     def statistics(self) -> Statistics:
         """Of the complete corpus as gathered while it was written; of an incomplete one, merged from its shards now."""
         if self.manifest.state == "complete":
-            return Statistics.from_bytes(self.store.read("statistics.safetensors"))
+            return read_statistics(self.store, ["statistics.safetensors"], self.layout.size)
         names = [f"statistics/{shard_name(index)}.safetensors" for index in self.shards]
-        parts = map(Statistics.from_bytes, self.store.read_many(names))
-        return Statistics.merged(parts, self.layout.size)
+        return read_statistics(self.store, names, self.layout.size)
 
     def failures(self) -> list[Failure]:
         """People without a LoRA and photos that were left out, with reasons."""
@@ -154,31 +208,35 @@ class CorpusReader:
 
     def _verify_one(self, shard: ShardPlan, statistics: dict[str, int]) -> ShardInfo | dict[int, str]:
         try:
-            with self.store.open(f"shards/{shard.name}.parquet") as file:
-                parquet = pq.ParquetFile(file)
-                metadata = parquet_metadata(parquet.schema_arrow)
-                done = parquet.read(columns=["identity"])["identity"].to_pylist()
+            metadata = self._metadata(shard.index)
+            done = self._column(f"shards/{shard.name}.parquet", "identity")
             failures = self._failures(shard.index, metadata)
-        except (pa.ArrowInvalid, ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError) as error:
             return {shard.index: f"cannot be read: {error}"}
         failed = [failure.identity for failure in failures if failure.photo is None]
-        if metadata["recipe_id"] != self.manifest.recipe_id:
-            return {shard.index: f"was made with recipe {metadata['recipe_id']}, not {self.manifest.recipe_id}"}
+        if metadata.get("recipe_id") != self.manifest.recipe_id:
+            return {shard.index: f"was made with recipe {metadata.get('recipe_id')}, not {self.manifest.recipe_id}"}
         if sorted(done + failed) != sorted(shard.identities):
             return {shard.index: f"holds {len(done)} people and {len(failed)} failed, not the planned ones"}
         if f"{shard.name}.safetensors" not in statistics:
             return {shard.index: "has no statistics"}
         return ShardInfo(shard.index, len(done), tuple(failures))
 
-    def _metadata(self, index: int) -> dict[str, int]:
-        with self.store.open(f"shards/{shard_name(index)}.parquet") as file:
-            return parquet_metadata(pq.read_schema(file))
+    def _metadata(self, index: int) -> dict[str, Any]:
+        def read(file: IO[bytes]) -> dict[str, Any]:
+            metadata = parquet_metadata(pq.read_schema(file))
+            if metadata.get("shard") != index or not all(type(metadata.get(key)) is int for key in _COUNTS):
+                raise CorpusError(f"it is shard {metadata.get('shard')} of another place, or was edited")
+            return metadata
 
-    def _failures(self, index: int, metadata: dict[str, int]) -> list[Failure]:
+        return dict(self._parquet(f"shards/{shard_name(index)}.parquet", read))
+
+    def _failures(self, index: int, metadata: dict[str, Any]) -> list[Failure]:
         if not metadata["num_failure_rows"]:
             return []
-        data = self.store.read(f"failures/{shard_name(index)}.parquet")
-        failures = failures_from_table(pq.read_table(pa.BufferReader(data)))
+        failures: list[Failure] = self._parquet(
+            f"failures/{shard_name(index)}.parquet", lambda file: failures_from_table(_read(file))
+        )
         if len(failures) != metadata["num_failure_rows"]:
             raise ValueError(f"failures of shard {index} are not those that were committed with it")
         return failures

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_diffusion.corpus.plan import CorpusError
+
 EMBEDDING_SIZE = 512
 METADATA_KEY = b"lora_diffusion"
 VECTOR_DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
@@ -113,7 +115,8 @@ def people_table(people: Sequence[Person], schema: pa.Schema) -> pa.Table:
 def _fixed_size_lists(rows: Sequence[np.ndarray], dtype: pa.DataType) -> pa.Array:
     size, numbers = dtype.list_size, dtype.value_type.to_pandas_dtype()
     matrix = np.stack(rows).astype(numbers) if rows else np.zeros((0, size), numbers)
-    assert matrix.shape == (len(rows), size), f"{matrix.shape} instead of {(len(rows), size)}"
+    if matrix.shape != (len(rows), size):
+        raise CorpusError(f"rows of shape {matrix.shape[1:]} for a column of {size} numbers each")
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel(), dtype.value_type), type=dtype)
 
 
@@ -148,7 +151,13 @@ def parquet_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
     table = table.replace_schema_metadata({METADATA_KEY: text.encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=False, row_group_size=max(1, len(table)), write_statistics=False
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        row_group_size=max(1, len(table)),
+        write_statistics=False,
+        write_page_checksum=True,  # a reader that checks them sees every flipped bit
     )
     return sink.getvalue().to_pybytes()
 
@@ -157,6 +166,11 @@ def parquet_metadata(schema: pa.Schema) -> dict[str, Any]:
     """What `parquet_bytes` put beside the columns. Raises ValueError if the file is none of ours."""
     raw = (schema.metadata or {}).get(METADATA_KEY)
     if raw is None:
-        raise ValueError("the Parquet file carries no lora_diffusion metadata: it is not a file of a corpus")
-    metadata: dict[str, Any] = json.loads(raw)
+        raise CorpusError("it carries no lora_diffusion metadata: it is not a file of a corpus")
+    try:
+        metadata = json.loads(raw)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise CorpusError("its lora_diffusion metadata is not a JSON object")
     return metadata

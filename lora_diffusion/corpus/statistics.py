@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 
@@ -68,5 +69,12 @@ class Statistics:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Statistics:
-        tensors = load(data)
-        return cls(int(tensors["count"][0]), tensors["mean"], tensors["M2"])
+        """Inverse of `to_bytes`. Raises ValueError for anything else."""
+        try:
+            tensors = load(data)
+            count, mean, M2 = tensors["count"], tensors["mean"], tensors["M2"]
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"no statistics of a corpus: {error}") from error
+        if count.shape != (1,) or mean.ndim != 1 or mean.shape != M2.shape or not mean.dtype == M2.dtype == np.float64:
+            raise ValueError(f"no statistics of a corpus: mean is {mean.dtype} {mean.shape}, M2 {M2.dtype} {M2.shape}")
+        return cls(int(count[0]), mean, M2)

@@ -6,6 +6,7 @@
     failures/00012.parquet           those who are not, and photos that were left out, with reasons (if there are any)
     statistics/00012.safetensors     count, mean, M2 of the shard's vectors
     statistics.safetensors           the same of all shards, once all are there
+    README.md                        dataset card that names the data files
 
 A shard is committed by the last of its three files, `shards/`; the other two are written before it and are worth
 nothing without it. Each file is written whole or not at all, a retry overwrites all three, so being killed between any
@@ -21,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 
 from lora_diffusion.corpus import manifest as manifests
+from lora_diffusion.corpus.card import write_card
 from lora_diffusion.corpus.manifest import Manifest
-from lora_diffusion.corpus.plan import Plan, ShardPlan, shard_name
-from lora_diffusion.corpus.reader import ShardInfo
+from lora_diffusion.corpus.plan import CorpusError, Plan, ShardPlan, shard_name
+from lora_diffusion.corpus.reader import ShardInfo, read_statistics
 from lora_diffusion.corpus.schema import (
     Failure,
     Person,
@@ -37,7 +39,7 @@ from lora_diffusion.corpus.statistics import Statistics
 from lora_diffusion.storage import Store
 
 
-class CorpusConflict(ValueError):
+class CorpusConflict(CorpusError):
     """The place already holds a corpus that was made otherwise."""
 
 
@@ -48,7 +50,7 @@ def open_corpus(store: Store, manifest: Manifest) -> Manifest:
     place cannot be written.
     """
     try:
-        there = Manifest.from_dict(store.read_json(manifests.FILE))
+        there = Manifest.read(store)
     except FileNotFoundError:
         store.write_json(manifests.FILE, manifest.to_dict())
         return manifest
@@ -87,7 +89,10 @@ class ShardWriter:
         failures = sorted(failures, key=lambda f: (f.position, f.photo is not None, f.photo or ""))
         failed = [failure.identity for failure in failures if failure.photo is None]
         answered = sorted([person.identity for person in people] + failed)
-        assert answered == sorted(shard.identities), f"shard {shard.index}: {answered} instead of {shard.identities}"
+        if answered != sorted(shard.identities):
+            raise CorpusError(
+                f"shard {shard.name} is planned for {sorted(shard.identities)}, not for {answered}: not committed"
+            )
         metadata = {
             **{key: self.manifest.to_dict()[key] for key in ("format", "format_version", "layout_id", "recipe_id")},
             **{key: self.manifest.to_dict()[key] for key in ("layout", "base", "config", "versions")},
@@ -108,13 +113,16 @@ class ShardWriter:
 def finish_corpus(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) -> Manifest:
     """Merge the statistics and write the counts. `infos` of all shards, each verified (`CorpusReader.verify`)."""
     indices = [info.index for info in infos]
-    assert indices == list(range(len(indices))), "all shards, in order"
+    if indices != list(range(len(indices))):
+        raise CorpusError(f"the corpus at {store.uri} is not complete: it has shards {indices}, in this order")
     names = [f"statistics/{shard_name(index)}.safetensors" for index in indices]
-    total = Statistics.merged(map(Statistics.from_bytes, store.read_many(names)), manifest.vector_size)
+    total = read_statistics(store, names, manifest.vector_size)
     counts = count(infos)
-    assert total.count == counts["num_people"], f"{total.count} vectors in the statistics, {counts} in the shards"
+    if total.count != counts["num_people"]:
+        raise CorpusError(f"{store.uri}: {total.count} people in the statistics, {counts['num_people']} in the shards")
     store.write("statistics.safetensors", total.to_bytes())
     manifest = replace(manifest, state="complete", counts=counts)
+    write_card(store, manifest, infos)
     store.write_json(manifests.FILE, manifest.to_dict())
     return manifest
 

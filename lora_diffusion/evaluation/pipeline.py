@@ -119,7 +119,8 @@ class Evaluation:
     def score(self, methods: Sequence[Method]) -> dict[str, Scores]:
         """Scores by `Method.id`; what is in the store is read, the rest is drawn in large batches and written there."""
         keys = {method.id: self._key(method) for method in methods}
-        assert len(keys) == len(methods), "two methods of one name"
+        if len(keys) != len(methods):
+            raise ValueError(f"two methods of one name: {sorted(method.id for method in methods)}")
         there = self.store.files(FOLDER)
         scores = {
             name: Scores.from_bytes(self.store.read(f"{FOLDER}/{key}.safetensors"))
@@ -146,7 +147,8 @@ class Evaluation:
             if len(answers[name]) == missing[name]:
                 scores[name] = Scores.of(answers.pop(name))
                 self.store.write(f"{FOLDER}/{keys[name]}.safetensors", scores[name].to_bytes())
-        assert not answers, f"no answer for {list(answers)}"
+        if answers:
+            raise RuntimeError(f"the workers gave no answer for {sorted(answers)}")
         return scores
 
     def _key(self, method: Method) -> str:

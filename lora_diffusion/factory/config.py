@@ -123,7 +123,8 @@ class CorpusConfig:
             )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1 or null (everybody), not {self.limit}")
-        assert self.vector_dtype in VECTOR_DTYPES
+        if self.vector_dtype not in VECTOR_DTYPES:
+            raise ValueError(f"vector_dtype must be one of {', '.join(VECTOR_DTYPES)}, not {self.vector_dtype!r}")
 
     def recipe(self, recogniser: str, start: str | None = None) -> dict[str, Any]:
         """Everything that decides the bits of a row. `recogniser`, `start`: fingerprints of what the names mean."""

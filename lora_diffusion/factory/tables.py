@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lora_diffusion.corpus.plan import ShardPlan
+from lora_diffusion.corpus.plan import CorpusError, ShardPlan
 from lora_diffusion.corpus.schema import FAILURE_SCHEMA, Failure
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.factory.people import PersonRef
@@ -102,7 +102,10 @@ def embedded_table(planned: pa.Table, people: Sequence[EmbeddedPerson]) -> pa.Ta
 def embedded_people(table: pa.Table, people_per_group: int) -> tuple[ShardPlan, list[EmbeddedPerson]]:
     """The shard and its people, of a table that holds exactly one shard."""
     rows = [row for row in table.to_pylist() if row["position"] != NOBODY]
-    assert len({row["shard"] for row in rows}) == 1, "a table of people must hold one whole shard"
+    if len({row["shard"] for row in rows}) != 1:
+        raise CorpusError(
+            f"a table with people of shards {sorted({row['shard'] for row in rows})}; expected one whole shard"
+        )
     people = [
         EmbeddedPerson(
             position=row["position"],
@@ -121,7 +124,8 @@ def embedded_people(table: pa.Table, people_per_group: int) -> tuple[ShardPlan, 
     ]
     identities = tuple(person.identity for person in people)
     shard = ShardPlan(rows[0]["shard"], rows[0]["start"], identities, people_per_group)
-    assert [person.position for person in people] == list(shard.positions)
+    if [person.position for person in people] != list(shard.positions):
+        raise CorpusError(f"shard {shard.name}: people {[person.position for person in people]}, not {shard.positions}")
     return shard, people
 
 

@@ -219,18 +219,21 @@ class LoRALayout:
         Raises:
             ValueError: another format version, modules out of order, or a `layout_id` that does not fit the content.
         """
-        if data.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"layout has format version {data.get('format_version')}; this code reads {FORMAT_VERSION}"
+        version = data.get("format_version") if isinstance(data, Mapping) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"layout has format version {version}; this code reads {FORMAT_VERSION}")
+        try:
+            shapes: dict[str, LayerShape] = {
+                str(name): (int(i), int(o), (int(kernel[0][0]), int(kernel[0][1]))) if kernel else (int(i), int(o))
+                for name, i, o, *kernel in data["modules"]
+            }
+            layout = cls.from_shapes(
+                shapes, rank=int(data["rank"]), alpha=float(data["alpha"]), target_modules=tuple(data["target_modules"])
             )
-        shapes: dict[str, LayerShape] = {
-            str(name): (int(i), int(o), (int(kernel[0][0]), int(kernel[0][1]))) if kernel else (int(i), int(o))
-            for name, i, o, *kernel in data["modules"]
-        }
-        layout = cls.from_shapes(
-            shapes, rank=data["rank"], alpha=data["alpha"], target_modules=tuple(data["target_modules"])
-        )
-        if [entry.name for entry in layout.entries] != list(shapes) or layout.layout_id != data["layout_id"]:
+            same = [entry.name for entry in layout.entries] == list(shapes) and layout.layout_id == data["layout_id"]
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise ValueError(f"layout was edited by hand or cut ({error!r}): read it again from the corpus") from error
+        if not same:
             raise ValueError(
                 f"layout says it is {data['layout_id']}, but its content is {layout.layout_id}: "
                 "it was edited by hand or cut; read it again from the corpus"

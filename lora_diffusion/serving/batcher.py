@@ -116,7 +116,8 @@ class Batcher(Generic[Item, Value]):
             answers: Sequence[Value | Exception] = await asyncio.get_running_loop().run_in_executor(
                 self._pool, self._work, [entry.item for entry in batch]
             )
-            assert len(answers) == len(batch), f"{self.name} gave {len(answers)} answers to {len(batch)} items"
+            if len(answers) != len(batch):  # or somebody would get somebody else's
+                raise RuntimeError(f"{self.name} gave {len(answers)} answers to {len(batch)} items")
         except Exception as error:
             answers = [error] * len(batch)
         ended = time.perf_counter()

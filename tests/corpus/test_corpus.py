@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,82 +17,22 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import DatasetCard
+from small_corpus import LAYOUT, MANIFEST, NAMES, RECIPE, build, make
 
 from lora_diffusion.corpus import (
     CorpusConflict,
+    CorpusError,
     CorpusReader,
-    Failure,
-    Manifest,
-    Person,
     Plan,
-    ShardPlan,
-    ShardWriter,
     Statistics,
-    extend_plan,
-    finish_corpus,
     matrix,
     open_corpus,
 )
+from lora_diffusion.corpus.card import MARK
 from lora_diffusion.corpus.schema import METADATA_KEY, parquet_metadata
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import Store, open_store
-
-LAYOUT = LoRALayout.from_shapes(
-    {"a.to_q": (5, 4), "a.to_v": (6, 4)}, rank=1, alpha=1.0, target_modules=("to_q", "to_v")
-)
-RECIPE = {"groups": {"people_per_group": 2, "groups_per_shard": 2}, "finetune": {"steps": 80, "seed": 0}}
-MANIFEST = Manifest(LAYOUT.to_dict(), {"name": "tiny-sd", "fingerprint": "0123456789abcdef"}, RECIPE)
-NAMES = ["ana", "../x", "a/b", "Zoë 😀", "bo", "cy", "dee", "ed", "flo"]
-
-
-def make(shard: ShardPlan) -> tuple[list[Person], list[Failure]]:
-    """The people of a shard; `cy` has no face, and one photo of `bo` was left out."""
-    people, failures = [], []
-    for position, identity in zip(shard.positions, shard.identities, strict=True):
-        if identity == "cy":
-            failures.append(Failure(position, identity, None, "embed", "no_face", "no photo shows a face"))
-            continue
-        if identity == "bo":
-            failures.append(Failure(position, identity, "2.jpg", "read", "truncated", "the file ends early"))
-        rng = np.random.default_rng(position)
-        people.append(
-            Person(
-                position=position,
-                identity=identity,
-                vector=rng.normal(1.0, 0.1, LAYOUT.size).astype(np.float32),
-                embedding=rng.normal(size=512).astype(np.float32),
-                photo_embeddings=rng.normal(size=(3, 512)).astype(np.float32),
-                similarity=0.5,
-                base_similarity=0.1,
-                photo_similarity=float("nan"),
-                loss=0.2,
-                steps=80,
-                seed=0,
-                num_photos=2,
-                num_photos_dropped=0,
-                photo_sha256=("ab", "cd"),
-                embed_seconds=0.1,
-                finetune_seconds=1.0,
-                score_seconds=0.2,
-            )
-        )
-    return people, failures
-
-
-def build(store: Store, names: list[str], dtype: str = "float32", order: int = 1) -> CorpusReader:
-    """The whole job, without the work: begin or continue, commit what is missing, finish."""
-    manifest = open_corpus(store, MANIFEST)
-    reader = CorpusReader(store)
-    plan = extend_plan(store, reader.plan, names)
-    infos, _ = reader.verify(plan.shards)
-    writer = ShardWriter(store, manifest, dtype)
-    for shard in plan.shards[::order]:
-        if shard.index not in {info.index for info in infos}:
-            writer.commit(shard, *make(shard))
-    infos, problems = CorpusReader(store).verify()
-    assert not problems
-    finish_corpus(store, manifest, infos)
-    return CorpusReader(store)
+from lora_diffusion.storage import Store, StoreError, open_store
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
@@ -311,3 +258,160 @@ def test_groups_and_shards_follow_from_positions() -> None:
     assert [plan.shards[0].group_of(position) for position in range(4)] == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="at least 1"):
         Plan((), 0, 1)
+
+
+# --- what protects data holds whatever Python's switches, and names what it refuses
+
+
+COMMIT = """
+import sys
+from small_corpus import MANIFEST, NAMES, make
+from lora_diffusion.corpus import CorpusError, CorpusReader, ShardWriter, extend_plan, finish_corpus, open_corpus
+from lora_diffusion.storage import open_store
+
+assert False, "asserts are on"
+store = open_store(sys.argv[1])
+manifest = open_corpus(store, MANIFEST)
+shards = extend_plan(store, CorpusReader(store).plan, NAMES).shards
+writer = ShardWriter(store, manifest)
+(first, failed), second = make(shards[0]), make(shards[1])
+for people, failures in ([], []), (first[1:], failed), ([*first, first[0]], failed), (first, second[1]), second:
+    try:
+        writer.commit(shards[0], people, failures)
+    except CorpusError:
+        continue
+    sys.exit(f"committed {people}")
+writer.commit(shards[1], *second)
+try:
+    finish_corpus(store, manifest, CorpusReader(store).verify()[0])
+except CorpusError:
+    print("all refused")
+"""
+
+
+def test_a_shard_that_is_not_what_was_planned_is_never_committed_even_without_asserts(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # or torch is compiled anew for -O each time
+    done = subprocess.run([sys.executable, "-O", "-c", COMMIT, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.stdout == "all refused\n", done.stderr
+    assert [path.name for path in tmp_path.glob("shards/*")] == ["00001.parquet"]
+    assert not (tmp_path / "statistics.safetensors").exists()
+
+
+def test_files_that_are_not_ours_are_left_alone_and_named_once(folder: Path) -> None:
+    calm = CorpusReader(folder).identities
+    strangers = ["plan/.DS_Store", "shards/._00000.parquet", "shards/00000 (1).parquet", "shards/٠٠٠٠٠.parquet"]
+    strangers += ["shards/00000.parquet.part", "shards/0.parquet", "shards/000001.parquet", "plan/notes.txt"]
+    for name in strangers:
+        (folder / name).write_bytes(b"\0\5\26\7 not ours")
+    (folder / "shards/00017.parquet").write_bytes((folder / "shards/00000.parquet").read_bytes())
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        reader = CorpusReader(folder)
+        assert reader.verify()[1] == {}
+        assert reader.identities == calm
+    assert len(warned) == 2
+    text = "".join(str(warning.message) for warning in warned)
+    assert all(repr(name.partition("/")[2]) in text for name in [*strangers, "shards/00017.parquet"])
+    with warnings.catch_warnings(action="ignore"):
+        assert build(reader.store, NAMES).identities == calm
+    assert all((folder / name).read_bytes() == b"\0\5\26\7 not ours" for name in strangers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "holds a list, expected an object"),
+        ("3", "holds a int"),
+        ("{}", "format None"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "JSON"),
+        ('{"format": "lora-diffusion-corpus", "format_version": 2}', "layout, base, recipe"),
+        ({"recipe": {}}, "recipe names no groups"),
+        ({"base": {}}, "base has no fingerprint"),
+        ({"layout": {**LAYOUT.to_dict(), "modules": [3]}}, "layout was edited by hand or cut"),
+        ({"layout": {**LAYOUT.to_dict(), "rank": 2}}, "its content is"),
+    ],
+)
+def test_a_manifest_that_is_none_is_one_sentence_with_its_place(folder: Path, text: str | dict, message: str) -> None:
+    whole = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(text if isinstance(text, str) else json.dumps({**whole, **text}))
+    for reading in (lambda: CorpusReader(folder), lambda: open_corpus(open_store(folder), MANIFEST)):
+        with pytest.raises((ValueError, StoreError), match=message) as raised:
+            reading()
+        assert f"{folder}/corpus.json" in str(raised.value)
+
+
+def test_a_damaged_file_is_named_and_nothing_else_is_raised(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    readings = (
+        lambda reader: reader.vectors(),
+        lambda reader: reader.failures(),
+        lambda reader: reader.sample(3, ["vector"]),
+        lambda reader: len(reader),
+    )
+    for name in ("plan/00000.parquet", "shards/00001.parquet", "failures/00001.parquet", "statistics.safetensors"):
+        whole = (folder / name).read_bytes()
+        for _ in range(30):
+            data = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.2 else whole)
+            for at in rng.integers(len(data), size=3) if data else ():
+                data[at] ^= 1 << rng.integers(8)
+            (folder / name).write_bytes(data)
+            for reading in (*readings, CorpusReader.verify, CorpusReader.statistics):
+                with contextlib.suppress(ValueError):
+                    reading(CorpusReader(folder))
+        (folder / name).write_bytes(b"")
+        with pytest.raises(CorpusError, match=re.escape(f"{folder}/{name} cannot be read")):
+            [reading(CorpusReader(folder)) for reading in (*readings, CorpusReader.statistics)]
+        (folder / name).write_bytes(whole)
+    (folder / "plan/00000.parquet").rename(folder / "plan/00001.parquet")
+    with pytest.raises(CorpusError, match=r"plan has parts \[1\]: one is missing"):
+        _ = CorpusReader(folder).plan
+
+
+def test_a_flipped_bit_of_a_vector_is_noticed(folder: Path) -> None:
+    shard = folder / "shards/00001.parquet"
+    whole, calm, noticed, rng = shard.read_bytes(), CorpusReader(folder).vectors(), 0, np.random.default_rng(0)
+    column = pq.ParquetFile(shard).metadata.row_group(0).column(pq.read_schema(shard).names.index("vector"))
+    for _ in range(50):
+        data = bytearray(whole)
+        at = column.data_page_offset + int(rng.integers(column.total_compressed_size))
+        data[at] ^= 1 << rng.integers(8)
+        shard.write_bytes(data)
+        try:
+            np.testing.assert_array_equal(CorpusReader(folder).vectors(), calm)  # the page's header has spare bits
+        except CorpusError:
+            noticed += 1
+    assert noticed >= 45
+
+
+# --- a folder that can be uploaded as it is
+
+
+def test_the_card_names_the_data_files(folder: Path) -> None:
+    import datasets
+
+    card = DatasetCard.load(folder / "README.md")
+    assert [config["config_name"] for config in card.data.to_dict()["configs"]] == ["people", "failures"]
+    assert "8 people" in card.text
+    assert "1 no_face" in card.text
+    (folder / "shards/._00000.parquet").write_bytes(b"\0\5\26\7")
+    (folder / "shards/00000 (1).parquet").write_bytes(b"\0\5\26\7")
+    reader = CorpusReader(folder)
+    with warnings.catch_warnings(action="ignore"):
+        identities, vectors = reader.identities, reader.vectors()
+    cache = {"cache_dir": str(folder / "cache"), "split": "train"}
+    people = datasets.load_dataset(str(folder), **cache)
+    assert people["identity"][:] == identities
+    np.testing.assert_array_equal(np.array(people["vector"][:], np.float32), vectors)
+    assert datasets.load_dataset(str(folder), "failures", **cache)["reason"][:] == ["truncated", "no_face"]
+
+
+def test_the_card_of_a_corpus_without_failures_names_none_and_follows_the_corpus(tmp_path: Path) -> None:
+    build(open_store(tmp_path), ["ana", "ed"])
+    assert "failures/[" not in (tmp_path / "README.md").read_text()
+    build(open_store(tmp_path), ["ana", "ed", "cy"])
+    assert "failures/[" in (tmp_path / "README.md").read_text()
+    mine = (tmp_path / "README.md").read_text().replace(MARK, "").replace("license: other", "license: cc0-1.0")
+    (tmp_path / "README.md").write_text(mine)
+    build(open_store(tmp_path), ["ana", "ed", "cy", "zoe"])
+    assert (tmp_path / "README.md").read_text() == mine, "the user's own"

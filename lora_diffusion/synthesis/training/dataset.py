@@ -80,7 +80,7 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
     slot = snapshot.starts[index]
     try:
         with store.open(f"shards/{shard_name(index)}.parquet") as file:
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, columns=list(COLUMNS)).replace_schema_metadata(None)
                 if "photo_embeddings" not in table.column_names:
@@ -182,7 +182,8 @@ class RowCache:
         (self.folder / "complete.json").write_text(json.dumps(self.snapshot.to_dict()))
 
     def open(self, config: DataConfig) -> CorpusRows:
-        assert self.complete, "finish() first"
+        if not self.complete:
+            raise RuntimeError(f"the rows of {self.snapshot.uri} in {self.folder} are not complete")
         arrays = {
             name: np.load(self.folder / f"{name}.npy", allow_pickle=False)
             for name in ("embeddings", "photos", "photo_counts", "similarity", "reason")

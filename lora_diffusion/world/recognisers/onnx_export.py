@@ -63,7 +63,8 @@ def halve_weights(model: onnx.ModelProto, smallest: int = 256) -> None:
         if weight.data_type != TensorProto.FLOAT or int(np.prod(weight.dims)) < smallest:
             continue
         values = numpy_helper.to_array(weight)
-        assert np.abs(values).max() < 6e4, f"{weight.name} does not fit into 16 bits"
+        if np.abs(values).max() >= 6e4:
+            raise ValueError(f"{weight.name} does not fit into 16 bits")
         name = weight.name
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), name + "_half"))
         casts.append(helper.make_node("Cast", [name + "_half"], [name], f"Cast_{len(casts)}", to=TensorProto.FLOAT))
