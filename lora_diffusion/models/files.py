@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,41 +17,45 @@ CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"
 DEFAULT_CACHE = "~/.cache/lora-diffusion"
 
 
-def fetch_folder(uri: str, threads: int = 8) -> Path:
-    """The local folder that holds what lies at `uri`, for libraries that take only a path.
+def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, threads: int = 8) -> Path:
+    """The local folder (or file) that holds what lies at `uri`, for libraries that take only a path.
 
-    A local `uri` is returned as it is. `s3://bucket/prefix` is copied to the folder that LORA_DIFFUSION_CACHE names
-    (or ~/.cache/lora-diffusion), under a name made of the address and all ETags: another content is another folder.
-    Several processes may fetch the same at once. Raises ValueError if nothing lies there or it cannot be fetched.
+    A local `uri` is returned as it is. Of `s3://bucket/prefix` the files whose names are `wanted` are copied to the
+    folder that LORA_DIFFUSION_CACHE names (or ~/.cache/lora-diffusion), under a name made of the address and all ETags:
+    another content is another folder. Several processes may fetch the same at once. Raises ValueError if nothing lies
+    there or it cannot be fetched.
     """
     store = open_store(uri)
     if store.local:
         return Path(store.root)
     try:
         found = store.filesystem.find(store.root, detail=True)
-        entries = {path[len(store.root) + 1 :]: entry for path, entry in found.items() if not path.endswith("/")}
-        if not entries:
+        file = store.root.rpartition("/")[2] if store.root in found else ""  # the address of one file
+        paths = {path[len(store.root) + 1 :] or file: path for path in found if not path.endswith("/")}
+        if not paths:
             raise ValueError("there are no files")
-        tags = sorted((name, entry["size"], entry["ETag"]) for name, entry in entries.items())
+        paths = {name: path for name, path in paths.items() if wanted(name)}
+        tags = sorted((name, found[path]["size"], found[path]["ETag"]) for name, path in paths.items())
         key = hashlib.sha256(json.dumps([store.uri, tags]).encode()).hexdigest()[:16]
         cache = local_place(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE, CACHE_VARIABLE)
         target = cache / key
         if target.is_dir():
-            return target
+            return target / file
         partial = cache / f".{key}.{secrets.token_hex(6)}.tmp"
+        partial.mkdir(parents=True)
 
         def fetch(name: str) -> None:
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            store.filesystem.get_file(store.path(name), str(path))
+            store.filesystem.get_file(paths[name], str(path))
 
         try:
             with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(fetch, entries))
+                list(pool.map(fetch, paths))
             _move(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return target
+        return target / file
     except Exception as error:
         raise ValueError(f"cannot fetch {uri}: {error}") from error
 

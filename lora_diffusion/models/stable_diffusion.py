@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.models.loading import EXPECTED, load_parts
 from lora_diffusion.storage import place_or_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -49,27 +50,22 @@ class BaseModel:
     def from_pretrained(
         cls, name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> BaseModel:
-        """Load a shipped model (``tiny-sd``), a diffusers folder, here or in a bucket, or a model of the hub.
+        """Load a shipped model (``tiny-sd``), a diffusers folder or a single file, here or in a bucket, or a model of the hub.
 
-        Raises ``ValueError`` if nothing can be loaded from there.
+        Raises ``ValueError`` that says what lies there, what was expected and the way out.
         """
-        from diffusers import StableDiffusionPipeline
-
         try:
-            pipe = StableDiffusionPipeline.from_pretrained(
-                resolve_model(name_or_path), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-            )
-        except (OSError, ValueError) as error:
+            name = place_or_name(name_or_path)
+            parts = load_parts(str(EMBEDDED.get(name, name)), dtype)
+        except ValueError as error:
             raise ValueError(
-                f"cannot load a base model from {name_or_path!r}: {error}\n"
-                f"Give a diffusers StableDiffusionPipeline folder (also s3://...), a hub id that this machine can reach, "
-                f"or one of the shipped models: {', '.join(EMBEDDED)}"
+                f"cannot load a base model from {str(name_or_path)!r}: {error}; {EXPECTED} ({', '.join(EMBEDDED)})"
             ) from error
-        return cls.from_pipeline(pipe, device, name_or_path)
+        return cls.from_pipeline(parts, device, name_or_path)
 
     @classmethod
     def from_pipeline(cls, pipe: Any, device: str | torch.device = "cpu", name: str = "") -> BaseModel:
-        """Take the parts of a loaded pipeline and freeze them (``eval``, no gradients)."""
+        """Take the parts of a loaded pipeline (or `Parts`) and freeze them (``eval``, no gradients)."""
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
             part.to(device).eval().requires_grad_(False)
         return cls(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name)

@@ -1,0 +1,139 @@
+"""From what a person calls a base model to the parts that we use of it, or one sentence that says why not.
+
+A diffusers folder (here, in a bucket, on the hub) is read part by part: what we never use (safety checker, feature
+extractor, image encoder) is never looked at. No pickle is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_diffusion.models import single_file
+from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.models.kinds import kind_of_class, kind_of_folder, read_json
+from lora_diffusion.models.parts import Parts, check_parts
+
+EXPECTED = (
+    "expected is Stable Diffusion 1.x or 2.x: a diffusers folder (also s3://bucket/prefix), a single .safetensors "
+    "checkpoint, a hub id that this machine can reach, or a shipped model"
+)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_USED = re.compile(r"model_index\.json|(unet|vae|text_encoder|tokenizer|scheduler)/[^/]*\.(json|txt|safetensors)")
+_CONFIGS = re.compile(r".*\.(json|txt)")
+
+
+def load_parts(place: str, dtype: torch.dtype = torch.float32) -> Parts:
+    """`place`: a folder, a file, s3://bucket/prefix or a hub id, as `storage.place_or_name` gives it. On the CPU, in `dtype`.
+
+    Raises ValueError: what lies there, or what is wrong with it.
+    """
+    path = _local(place)
+    parts = single_file.load(path, dtype) if path.is_file() else _load_folder(path, dtype)
+    check_parts(parts)
+    return parts
+
+
+def _local(place: str) -> Path:
+    """The file or folder of this machine that holds `place`; of a remote one only the files that we use."""
+    if "://" in place:
+        name = place.rpartition("/")[2]
+        if single_file.is_weights(name):
+            single_file.check_name(name)
+            return fetch_folder(place)
+        _check_folder(fetch_folder(place, lambda found: bool(_CONFIGS.fullmatch(found))))  # before gigabytes
+        return fetch_folder(place, lambda found: bool(_USED.fullmatch(found)))
+    path = Path(place)
+    if path.exists():
+        return path
+    if not _HUB_ID.fullmatch(place) or single_file.is_weights(place):
+        raise ValueError("there is no such file or folder")
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        return Path(StableDiffusionPipeline.download(place, use_safetensors=True, **unused))
+    except Exception as error:  # of a dozen types, among them those of HTTP libraries
+        raise ValueError(f"there is no such folder here, and the hub does not give it ({_first(error)})") from error
+
+
+def _check_folder(folder: Path) -> dict[str, Any]:
+    """What model_index.json says, if the folder is of the family that we load. Looks at configurations only."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"it is {kind_of_folder(folder)}")
+    index = read_json(folder / "model_index.json")
+    pipeline = kind_of_class(str(index.get("_class_name", "")))
+    if "text_encoder_2" in index or "transformer" in index or "unet" not in index:
+        raise ValueError(f"it is {pipeline}")
+    for part, wanted in _CLASSES.items():
+        config = read_json(folder / part / "config.json")
+        found = str(config.get("_class_name") or (config.get("architectures") or [wanted])[0])
+        if not found.startswith(wanted):
+            raise ValueError(f"it is {pipeline}, whose {part} is {kind_of_class(found)} instead of a {wanted}")
+    names = {path.name for path in (folder / "tokenizer").glob("*")}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise ValueError(
+            "its tokenizer/ is missing (tokenizer.json, or vocab.json and merges.txt): copy it from the model that this "
+            "one was made of"
+        )
+    return index
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> Parts:
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    index = _check_folder(folder)
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "torch_dtype": dtype}
+    loaded: dict[str, Any] = {}
+    for part, cls in (
+        ("unet", diffusers.UNet2DConditionModel),
+        ("vae", diffusers.AutoencoderKL),
+        ("text_encoder", CLIPTextModel),
+    ):
+        variant = _variant(folder, part)
+        try:
+            loaded[part], report = cls.from_pretrained(folder / part, variant=variant, **options)
+        except Exception as error:
+            raise ValueError(f"its {part} cannot be loaded ({_first(error)})") from error
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(f"its {part} lacks {len(missing)} weights, such as {missing[0]}: get the file again")
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    name = str(config.get("_class_name") or index.get("scheduler", ["", ""])[1])
+    try:
+        scheduler = getattr(diffusers, name).from_config(config)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"its scheduler ({name}) or tokenizer cannot be loaded ({_first(error)})") from error
+    # transformers gives 1e30 where tokenizer_config.json does not say it
+    tokenizer.model_max_length = min(tokenizer.model_max_length, loaded["text_encoder"].config.max_position_embeddings)
+    return Parts(**loaded, tokenizer=tokenizer, scheduler=scheduler)
+
+
+def _variant(folder: Path, part: str) -> str | None:
+    """The word in the weights' file names, as in `model.fp16.safetensors`; None for the plain names, which come first."""
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    shard = r"(-\d+-of-\d+)?"
+    names = [path.name for path in (folder / part).iterdir()]
+    found = [re.fullmatch(rf"{stem}{shard}(?:\.([\w]+))?{shard}\.safetensors", name) for name in names]
+    variants = {match[2] for match in found if match}
+    if variants:
+        return None if None in variants else sorted(variants, key=lambda word: word != "fp16")[0]
+    if any(name.endswith(".bin") for name in names):
+        raise ValueError(
+            f"its {part} is a pickle (.bin), which can run any code and is not opened; if you trust it, rewrite the folder "
+            f"by python -c \"from diffusers import StableDiffusionPipeline as P; P.from_pretrained('{folder}', "
+            f"safety_checker=None).save_pretrained('{folder}-safe')\""
+        )
+    raise ValueError(f"its {part}/ holds no {stem}.safetensors")
+
+
+def _first(error: Exception) -> str:
+    """The first line of what a library says, without its full stop."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
