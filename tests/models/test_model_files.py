@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, FaceError
@@ -86,6 +87,42 @@ def test_a_base_model_loads_from_a_bucket_and_is_the_one_that_was_put_there(buck
         store.write(name, data)
     expected = BaseModel.from_pretrained(str(tmp_path / "tiny")).fingerprint
     assert BaseModel.from_pretrained(store.uri).fingerprint == expected
+
+
+def test_of_a_bucket_only_what_is_used_is_fetched_and_of_another_family_no_weights(
+    bucket: str, cache: Path, tmp_path: Path
+) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    store = open_store(f"s3://{bucket}/models/tiny")
+    unused = {"safety_checker/model.safetensors": b"x", "v1-5-pruned.ckpt": b"x", "model.safetensors": b"x"}
+    for name, data in (contents(tmp_path / "tiny") | unused).items():
+        store.write(name, data)
+    BaseModel.from_pretrained(store.uri)
+    fetched = {name for folder in cache.iterdir() for name in contents(folder)}
+    assert "unet/diffusion_pytorch_model.safetensors" in fetched
+    assert not fetched & unused.keys()
+
+    xl = open_store(f"s3://{bucket}/models/xl")
+    for name, data in contents(tmp_path / "tiny").items():
+        xl.write(name, data)
+    xl.write_json("model_index.json", {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": [], "unet": []})
+    before = set(cache.iterdir())
+    with pytest.raises(ValueError, match=r"cannot load a base model from 's3://.*it is a Stable Diffusion XL model"):
+        BaseModel.from_pretrained(xl.uri)
+    (new,) = set(cache.iterdir()) - before
+    assert not list(new.rglob("*.safetensors"))
+
+
+def test_a_single_file_of_a_bucket_is_fetched_and_judged_and_a_pickle_is_not_fetched(
+    bucket: str, cache: Path, tmp_path: Path
+) -> None:
+    store = open_store(f"s3://{bucket}")
+    store.write("lora.safetensors", safetensors.numpy.save({"unet.lora_A.weight": np.zeros((1, 4), np.float32)}))
+    with pytest.raises(ValueError, match=r"lora.safetensors': it is a LoRA"):
+        BaseModel.from_pretrained(f"{store.uri}/lora.safetensors")
+    assert [path.name for folder in cache.iterdir() for path in folder.iterdir()] == ["lora.safetensors"]
+    with pytest.raises(ValueError, match=r"it is a pickle \(.ckpt\)"):
+        BaseModel.from_pretrained(f"{store.uri}/model.ckpt")
 
 
 def test_a_recogniser_loads_from_a_bucket(bucket: str) -> None:
