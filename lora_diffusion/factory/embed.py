@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion.corpus.schema import Failure
-from lora_diffusion.faces.embedder import FaceEmbedder, FaceEmbedding, FaceError, mean_embedding
+from lora_diffusion.faces.embedder import CROP_SIZE, FaceEmbedder, FaceEmbedding, FaceError, mean_embedding
 from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
@@ -73,6 +73,12 @@ class PersonEmbedder:
             failure = Failure(position, person.identity, None, "embed", "error", f"{type(error).__name__}: {error}")
             embedded = EmbeddedPerson(position, person.identity, failures=(failure,))
         return replace(embedded, seconds=time.perf_counter() - start)
+
+    def try_out(self) -> None:
+        """Raises what the models raise whoever is in the photo."""
+        noise_HW3 = np.random.default_rng(0).integers(0, 256, (CROP_SIZE, CROP_SIZE, 3), np.uint8)
+        self.embedder.embed_batch([noise_HW3])
+        self.embedder.embed_crops(noise_HW3[None])
 
     def _embed(self, position: int, person: PersonRef) -> EmbeddedPerson:
         photos = self.source.photos(person, self.config.photos.max_photos)

@@ -40,7 +40,7 @@ class ShardMaker:
         self.writer = ShardWriter(store, there, config.vector_dtype)
 
     def __call__(self, shard: ShardPlan, people: Sequence[EmbeddedPerson]) -> ShardReport:
-        """Raises StoreError or DeviceError; then nothing of this shard is committed."""
+        """Raises CommonFault, StoreError or DeviceError; then nothing of this shard is committed."""
         done: list[Person] = []
         failures = [failure for person in people for failure in person.failures]
         groups: dict[int, list[EmbeddedPerson]] = {}

@@ -19,6 +19,7 @@ from lora_diffusion.corpus import CorpusReader, Failure, Person, ShardPlan, open
 from lora_diffusion.faces.embedder import mean_embedding
 from lora_diffusion.factory import (
     AttemptsHere,
+    CommonFault,
     CorpusConfig,
     EmbeddedPerson,
     LoRAMaker,
@@ -250,6 +251,21 @@ def test_a_shard_is_committed_whole_and_one_of_another_base_is_refused(
     tiny_pipeline(seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match=r"this worker differs from the corpus at .*base.fingerprint"):
         ShardMaker(dataclasses.replace(config, base=str(other)), AttemptsHere())
+
+
+def test_a_fault_of_everybody_commits_nothing_and_once_it_is_mended_everybody_is_made(
+    config: CorpusConfig, embedded: list[EmbeddedPerson], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(config.output)
+    open_corpus(store, LoRAMaker(config).manifest())
+    shard = ShardPlan(0, 0, tuple(person.identity for person in embedded), people_per_group=2)
+    make = ShardMaker(config, AttemptsHere())
+    with monkeypatch.context() as patch:
+        patch.setattr(make.maker.base.tokenizer, "model_max_length", 10**30)  # as without tokenizer_config.json
+        with pytest.raises(CommonFault, match="OverflowError"):
+            make(shard, embedded)
+    assert store.files("shards") == store.files("failures") == {}
+    assert make(shard, embedded).num_people == len(embedded)
 
 
 def test_people_survive_the_way_through_arrow(embedded: list[EmbeddedPerson]) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lora_diffusion.corpus import Failure, Person
-from lora_diffusion.factory import AttemptsHere, BrokenDeviceError, DeviceError, EmbeddedPerson, make_group
+from lora_diffusion.factory import (
+    AttemptsHere,
+    BrokenDeviceError,
+    CommonFault,
+    DeviceError,
+    EmbeddedPerson,
+    PersonRef,
+    embed_people,
+    make_group,
+)
+from lora_diffusion.factory.isolate import stand_in
 
 PEOPLE = [EmbeddedPerson(i, f"p{i}", embedding=np.ones(512, np.float32)) for i in range(4)]
 
@@ -114,3 +126,82 @@ def test_what_is_nobodys_fault_is_not_blamed_on_anybody(error: Exception) -> Non
     with pytest.raises(type(error)):
         make_group(Maker(trouble), PEOPLE, attempts, max_deaths=3)
     assert bool(attempts.open) == isinstance(error, BrokenDeviceError), "a broken device counts as a death"
+
+
+@pytest.mark.parametrize("people", [PEOPLE, PEOPLE[:1]])
+def test_an_exception_that_a_stand_in_meets_too_is_blamed_on_nobody(people: list[EmbeddedPerson]) -> None:
+    def trouble(group: set[int]) -> None:
+        raise TypeError(f"argument of group {sorted(group)}")
+
+    maker = Maker(trouble)
+    with pytest.raises(
+        CommonFault, match=r"fails for everybody.*TypeError: argument of group \[0.*run the same command"
+    ):
+        make_group(maker, people, AttemptsHere(), max_deaths=3)
+    assert len(maker.calls) == 2, "the group and the stand-in: nobody needs to be tried alone"
+
+
+def test_a_process_that_dies_over_a_stand_in_too_is_blamed_on_nobody() -> None:
+    def trouble(group: set[int]) -> None:
+        raise Died
+
+    maker = Maker(trouble)
+    with pytest.raises(CommonFault, match="the worker process died 3 times"):
+        run(maker, AttemptsHere())
+    assert maker.calls == [[0, 1, 2, 3]] * 3 + [[-1]] * 3
+
+
+def test_people_who_all_have_a_fault_of_their_own_are_failures_all() -> None:
+    def trouble(group: set[int]) -> None:
+        if group != {-1}:
+            raise RuntimeError("bad captions")
+
+    assert vectors(run(Maker(trouble), AttemptsHere())) == ["error"] * 4
+
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_stand_in_is_like_the_person_and_has_nothing_of_the_person() -> None:
+    boxes = np.zeros((2, 4), np.float32)
+    someone = EmbeddedPerson(7, "ada", (png(16, 24), b"no picture"), ("ada in Rome", "ada"), boxes, np.ones(512, "f4"))
+    nobody = stand_in(someone)
+    assert [Image.open(io.BytesIO(picture)).size for picture in nobody.pictures] == [(16, 24), (64, 64)]
+    assert (nobody.position, nobody.captions) == (-1, ("a photo", "a photo"))
+    assert nobody.embedding is not None
+    assert np.linalg.norm(nobody.embedding) == pytest.approx(1)
+    assert not {"ada", someone.pictures[0]} & {nobody.identity, *nobody.pictures}
+    assert stand_in(EmbeddedPerson(0, "x", (png(8, 8),))).captions is None
+
+
+class Embed:
+    """An embedder that answers what it is told; `broken`: it cannot even look at noise."""
+
+    def __init__(self, reason: str, broken: bool) -> None:
+        self.reason, self.broken = reason, broken
+
+    def __call__(self, position: int, person: PersonRef) -> EmbeddedPerson:
+        failure = Failure(position, person.identity, None, "embed", self.reason, "it said so")
+        return EmbeddedPerson(position, person.identity, failures=(failure,))
+
+    def try_out(self) -> None:
+        if self.broken:
+            raise RuntimeError("the recogniser's file is cut off")
+
+
+def test_a_recogniser_that_fails_on_noise_as_well_is_blamed_on_nobody() -> None:
+    people = [(0, PersonRef("a")), (1, PersonRef("b"))]
+
+    def reasons(reason: str, broken: bool) -> list[str]:
+        embedded = embed_people(Embed(reason, broken), people, AttemptsHere(), 3)  # type: ignore[arg-type]
+        return [failure.reason for person in embedded for failure in person.failures]
+
+    assert reasons("error", broken=False) == ["error"] * 2
+    assert reasons("too_few_photos", broken=True) == ["too_few_photos"] * 2, "it saw no face: an answer, not a fault"
+    with pytest.raises(
+        CommonFault, match=r"error, it said so \(stand-in: RuntimeError: the recogniser's file is cut off"
+    ):
+        reasons("error", broken=True)
