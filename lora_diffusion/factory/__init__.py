@@ -2,8 +2,8 @@
 
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder
-from lora_diffusion.factory.isolate import Attempts, AttemptsHere, CommonFault, embed_people, make_group
-from lora_diffusion.factory.make import BrokenDeviceError, DeviceError, LoRAMaker
+from lora_diffusion.factory.isolate import Attempts, AttemptsHere, embed_people, make_group
+from lora_diffusion.factory.make import BrokenDeviceError, CommonFault, DeviceError, LoRAMaker
 from lora_diffusion.factory.people import PeopleSource, PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.shard import ShardMaker, ShardReport
 

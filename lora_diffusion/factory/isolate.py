@@ -23,17 +23,13 @@ from PIL import Image
 
 from lora_diffusion.corpus.schema import Failure, Person
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder
-from lora_diffusion.factory.make import BrokenDeviceError, DeviceError
+from lora_diffusion.factory.make import BrokenDeviceError, CommonFault, DeviceError
 from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.storage import StoreError
 
 T = TypeVar("T")
 Answer = Person | Failure
 Make = Callable[[Sequence[EmbeddedPerson]], list[Answer]]
-
-
-class CommonFault(RuntimeError):
-    """What fails whoever it is done for: base model, recogniser, configuration, memory. No fault of one person."""
 
 
 class WorkerDied(RuntimeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure, Person
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, embed_pictures, model_folder
+from lora_diffusion.faces.embedder import CROP_SIZE, EmbedderConfig, FaceEmbedder, embed_pictures, model_folder
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.rendering import render
@@ -34,6 +36,10 @@ class DeviceError(RuntimeError):
 
 class BrokenDeviceError(RuntimeError):
     """The accelerator's context is broken (CUDA error): only a new process heals it."""
+
+
+class CommonFault(ValueError):
+    """What fails whoever it is done for: base model, recogniser, configuration, memory. No fault of one person."""
 
 
 class LoRAMaker:
@@ -71,6 +77,35 @@ class LoRAMaker:
             ),
             config=to_dict(self.config),
         )
+
+    def try_out(self) -> None:
+        """One small step of all the work on noise, so that what is wrong for everybody shows before anybody is touched.
+
+        Seconds on a CPU, whatever the size of the base's pictures. Raises CommonFault. Leaves a bank on the UNet: make
+        another maker for the work.
+        """
+        side = min(64, self.base.image_size)
+        noise_1HW3 = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
+        photos = PersonPhotos("noise", noise_1HW3, face_boxes=np.array([[0, 0, side, side]], np.float32))
+        once = replace(self.config.finetune, steps=1, compile=False)
+        try:
+            finetuner = Finetuner(self.base, self.layout, once, noise_1HW3 if self.config.class_images else None)
+            tuned = finetuner([photos], self.start_1N)
+            self.base.decode(self.base.encode_images(noise_1HW3))
+            self.base.encode_prompts(list(self.config.score.prompts) or [""])
+            self.embedder.embed_batch(noise_1HW3)
+            self.embedder.embed_crops(np.zeros((1, CROP_SIZE, CROP_SIZE, 3), np.uint8))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise CommonFault(
+                f"a step of fine-tuning fails on pictures of noise: {type(error).__name__}: {error}"
+            ) from error
+        if tuned.diverged_K[0]:
+            raise CommonFault(
+                f"a first step of fine-tuning on pictures of noise has no finite loss or gradient in {self.config.dtype}: "
+                "try dtype=float32, and look at the base model and lora.start"
+            )
 
     def __call__(self, people: Sequence[EmbeddedPerson]) -> list[Person | Failure]:
         """One answer for each of `people`, all usable. Raises what their data makes torch raise; DeviceError otherwise."""

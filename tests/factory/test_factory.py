@@ -253,6 +253,24 @@ def test_a_shard_is_committed_whole_and_one_of_another_base_is_refused(
         ShardMaker(dataclasses.replace(config, base=str(other)), AttemptsHere())
 
 
+def test_a_trial_on_noise_finds_what_would_fail_for_everybody(
+    config: CorpusConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LoRAMaker(dataclasses.replace(config, class_images=2)).try_out()
+    half = dataclasses.replace(config, dtype="float16")
+    with pytest.raises(ValueError, match="the base model is in float16"):
+        LoRAMaker(half).try_out()
+    maker = LoRAMaker(config)
+    monkeypatch.setattr(maker.embedder, "embed_crops", lambda crops: crops @ np.zeros(5))
+    with pytest.raises(CommonFault, match="fails on pictures of noise: matmul"):
+        maker.try_out()
+    maker = LoRAMaker(config)
+    with torch.no_grad():
+        maker.base.unet.conv_in.weight.mul_(1e38)  # finite, but nothing that comes of it is
+    with pytest.raises(CommonFault, match="no finite loss or gradient in float32"):
+        maker.try_out()
+
+
 def test_a_fault_of_everybody_commits_nothing_and_once_it_is_mended_everybody_is_made(
     config: CorpusConfig, embedded: list[EmbeddedPerson], monkeypatch: pytest.MonkeyPatch
 ) -> None:
