@@ -95,12 +95,9 @@ class LoRAMaker:
             self.base.encode_prompts(list(self.config.score.prompts) or [""])
             self.embedder.embed_batch(noise_1HW3)
             self.embedder.embed_crops(np.zeros((1, CROP_SIZE, CROP_SIZE, 3), np.uint8))
-        except ValueError:
-            raise
         except Exception as error:
-            raise CommonFault(
-                f"a step of fine-tuning fails on pictures of noise: {type(error).__name__}: {error}"
-            ) from error
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise CommonFault(f"a step of fine-tuning and scoring fails on pictures of noise: {said}") from error
         if tuned.diverged_K[0]:
             raise CommonFault(
                 f"a first step of fine-tuning on pictures of noise has no finite loss or gradient in {self.config.dtype}: "

@@ -7,6 +7,8 @@ extractor, image encoder) is never looked at. No pickle is opened.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Parts:
     ):
         variant = _variant(folder, part)
         try:
-            loaded[part], report = cls.from_pretrained(folder / part, variant=variant, **options)
+            with _no_progress_bars():
+                loaded[part], report = cls.from_pretrained(folder / part, variant=variant, **options)
         except Exception as error:
             raise ValueError(f"its {part} cannot be loaded ({_first(error)})") from error
         if report["missing_keys"]:
@@ -113,6 +116,19 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Parts:
     # transformers gives 1e30 where tokenizer_config.json does not say it
     tokenizer.model_max_length = min(tokenizer.model_max_length, loaded["text_encoder"].config.max_position_embeddings)
     return Parts(**loaded, tokenizer=tokenizer, scheduler=scheduler)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _variant(folder: Path, part: str) -> str | None:
