@@ -1,5 +1,6 @@
-"""The command `lora-diffusion`. The one module of the library with a command line; nothing imports it.
+"""The command `lora-diffusion`; nothing imports it. The commands of jobs are those of lora_diffusion/jobs/run.py.
 
+lora-diffusion corpus|train|evaluate|ablate|publish|serve --help
 lora-diffusion personalize ada.jpg --prompt 'a photo of sks person, forest background' --out ada
 lora-diffusion personalize ada.jpg ada2.jpg --out ada --num-images 0 --format kohya      # the LoRA only
 lora-diffusion personalize ada.jpg --prompt '...' --out ada --server http://127.0.0.1:8000
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.jobs.run import JOBS, help_of, run_job
 from lora_diffusion.storage import local_place, open_store, place
 
 PROMPT = "a photo of sks person"
@@ -45,7 +47,10 @@ class Refused(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in JOBS:
+        sys.exit(run_job(JOBS[words[0]], words[1:]))
+    args = parse(words)
     try:
         outcome = ask_server(args) if args.server else make_here(args)
         write(outcome, args)
@@ -61,6 +66,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"lora-diffusion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for job in JOBS:
+        commands.add_parser(job, help=help_of(JOBS[job]).partition("\n")[0])
     one = commands.add_parser(
         "personalize",
         help="photos of one person -> LoRA and pictures",

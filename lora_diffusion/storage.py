@@ -33,6 +33,8 @@ _ATTEMPTS = 8  # pauses double from 1 s to at most 20 s, times a random factor: 
 Place = Annotated[str, "place"]
 Output = Annotated[str, "output"]
 PlaceOrName = Annotated[str, "place or name"]
+People = Annotated[str, "people"]  # something to read, or synthetic:40
+SYNTHETIC = "synthetic:"
 SHIPPED = ("tiny", "tiny-b", "tiny-sd", "tiny-start")  # names that win over a folder of the same name here
 Config = TypeVar("Config")
 
@@ -221,6 +223,15 @@ def placed(config: Config) -> Config:
     return typing.cast(Config, _placed(config, ""))
 
 
+def relative(values: Any) -> Any:
+    """Plain values with the addresses below the working directory as if typed there: what is kept names no machine."""
+    if isinstance(values, dict):
+        return {key: relative(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [relative(value) for value in values]
+    return values.removeprefix(f"{Path.cwd()}/") if isinstance(values, str) else values
+
+
 def _placed(config: Any, where: str) -> Any:
     hints = typing.get_type_hints(type(config), include_extras=True)
     changed = {}
@@ -242,6 +253,8 @@ def _marks(hint: Any) -> set[str]:
 
 
 def _one(text: str, marks: set[str], key: str) -> str:
+    if "people" in marks and text.startswith(SYNTHETIC):
+        return text
     try:
         found = place_or_name(text) if "place or name" in marks else place(text)
     except ValueError as error:

@@ -29,7 +29,7 @@ step() { echo; echo "== $*"; "$python" "$@"; }
 step jobs/world/make_faces.py --people 20000:$((20000 + people)) --views 10 --out "$out/people"
 step jobs/world/make_faces.py --people 80000:$((80000 + held_out)) --views 10 --out "$out/people_held_out"
 
-corpus() { step jobs/build_corpus.py people="$1" output="$2" render_people=0 "${@:3}"; }
+corpus() { step jobs/build_corpus.py people="$1" output="$2" "${@:3}"; }
 corpus "$out/people" "$out/corpus"
 corpus "$out/people_held_out" "$out/held_out"
 others=()

@@ -8,19 +8,17 @@ ray job submit --working-dir . -- jobs/world/make_faces.py --people 20000:80000 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `ray job submit` runs this file from elsewhere
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where a test loads it
 
 import ray
 import ray.data
-from local_ray import connect
 
+from lora_diffusion.jobs.local_ray import connect
 from lora_diffusion.storage import StoreError
 from lora_diffusion.world.people.dataset import TABLE, FacesConfig, FacesFolder, FacesWriter
 
@@ -75,9 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 def draw(missing: list[int], writer: FacesWriter, ray_address: str) -> None:
     """One row, one block, one Ray task; prints progress as the results come in, in whatever order."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress is in blocks: ours is in people
     connect(ray_address)
-    ray.data.DataContext.get_current().enable_progress_bars = False
     # Several tasks for every CPU, each of less than a minute: that is the most that a kill loses.
     people_per_task = max(1, min(20, len(missing) // (4 * int(ray.cluster_resources().get("CPU", 1)))))
     tasks = [missing[i : i + people_per_task] for i in range(0, len(missing), people_per_task)]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_diffusion.config import from_dict, load_config, to_dict
 from lora_diffusion.storage import placed
@@ -86,11 +85,19 @@ def main() -> int:
         print(json.dumps(values, indent=2))
         return 0
 
-    from local_ray import connect
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    connect(arguments.ray_address, config.num_workers * config.cpus_per_worker + 1, log_to_driver=True)
+    from lora_diffusion.jobs.local_ray import Need, connect
+
+    needs = Need(
+        "training",
+        "num_workers, cpus_per_worker and use_gpu",
+        config.cpus_per_worker,
+        config.use_gpu,
+        config.num_workers,
+    )
+    connect(arguments.ray_address, [needs])
     trainer = TorchTrainer(
         worker,
         train_loop_config={"config": values},

@@ -23,7 +23,7 @@ from lora_diffusion.evaluation.methods import controls_and_baselines, with_scale
 from lora_diffusion.evaluation.page import embedded, page
 from lora_diffusion.evaluation.pipeline import Evaluation, Workers
 from lora_diffusion.provenance import provenance
-from lora_diffusion.storage import Store
+from lora_diffusion.storage import Store, relative
 from lora_diffusion.synthesis.training.dataset import take_snapshot
 
 CONTROLS = ("base", "nearest", "ridge_pca", "finetuned")
@@ -82,7 +82,13 @@ def judge(config: AblationConfig, workers: Workers, records: Sequence[Record], a
     names = run.recogniser_names
     done = [*control_records(controls, scores, names), *(scored(record, made, scores, names) for record in records)]
     rows = compared(config, done, available)
-    results = {**provenance(), "config": to_dict(config), "people": len(run.held), "recognisers": names, "table": rows}
+    results = {
+        **provenance(),
+        "config": relative(to_dict(config)),
+        "people": len(run.held),
+        "recognisers": names,
+        "table": rows,
+    }
     run.store.write(ABLATIONS, "".join(json.dumps(record, sort_keys=True) + "\n" for record in done).encode())
     run.store.write_json("ablations.json", results)
     write_page(run.store, results, done)

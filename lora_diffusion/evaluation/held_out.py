@@ -23,6 +23,7 @@ from lora_diffusion.faces.embedder import FaceEmbedder, FaceError
 from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.embed import square_picture
+from lora_diffusion.factory.planning import people_folder
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -30,8 +31,10 @@ Pixels = NDArray[np.uint8]
 
 def corpus_config(reader: CorpusReader, config: EvaluationConfig) -> CorpusConfig:
     """How the held-out corpus was made, with this evaluation's photos and base model where it names others."""
-    made = from_dict(CorpusConfig, reader.manifest.config)
-    people, base = config.people or made.people, config.base or made.base
+    kept = {key: value for key, value in reader.manifest.config.items() if key != "render_people"}  # of older corpora
+    made = from_dict(CorpusConfig, kept)
+    people = config.people or people_folder(made.people, reader.store.uri)
+    base = config.base or made.base
     return replace(made, people=people, base=base, device=config.device, output=reader.store.uri)
 
 

@@ -40,7 +40,7 @@ from lora_diffusion.factory.planning import find, list_people
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.provenance import provenance
-from lora_diffusion.storage import open_store, placed
+from lora_diffusion.storage import open_store, placed, relative
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.training.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
 
@@ -176,7 +176,7 @@ def evaluate(config: EvaluationConfig, workers: Workers) -> dict[str, Any]:
     reference = f"{SYNTHESISED}:{config.reference or next(iter(models), '')}"
     results = {
         **provenance(),
-        "config": to_dict(config),
+        "config": relative(to_dict(config)),
         "corpus": describe(run.corpus),
         "held_out": {**describe(run.held_reader), "people": len(run.held), "left_out": dict(run.held.left_out)},
         "recognisers": run.recogniser_names,

@@ -9,7 +9,7 @@ from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.schema import VECTOR_DTYPES
 from lora_diffusion.faces.embedder import EmbedderConfig
 from lora_diffusion.lora.recipe import FinetuneConfig
-from lora_diffusion.storage import Output, Place, PlaceOrName
+from lora_diffusion.storage import Output, People, PlaceOrName
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class WorkerConfig:
 class CorpusConfig:
     """The whole of `jobs/build_corpus.py`.
 
-    people: a folder of folders, Parquet or tars (`factory.people.open_people`); output: folder or s3:// of the corpus.
-    render_people: if `people` does not exist, render so many synthetic people there first; 0 never does.
+    people: a folder of folders, Parquet or tars (`factory.people.open_people`), or synthetic:40, that is, so many people who
+        are rendered into a folder beside the corpus. output: folder or s3:// of the corpus.
     people_per_group: K, fine-tuned together; groups_per_shard: groups in one file, the unit that a crash can cost.
     class_images: pictures of `finetune.class_prompt` that the base model draws for prior preservation; 0: none.
     limit: take only the first so many people; None takes all.
     seconds_per_lora: what the cost estimate assumes until some shards have been measured.
     """
 
-    people: Place
+    people: People
     output: Output
     base: PlaceOrName = "tiny-sd"
     device: str = "auto"
@@ -106,7 +106,6 @@ class CorpusConfig:
     groups_per_shard: int = 1
     class_images: int = 0
     limit: int | None = None
-    render_people: int = 0
     seconds_per_lora: float = 3.0
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     photos: PhotoConfig = field(default_factory=PhotoConfig)

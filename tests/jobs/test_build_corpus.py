@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import resource
 import shutil
@@ -27,6 +26,8 @@ from s3_faults import faulty
 from s3_server import S3Server
 
 from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.jobs import corpus
+from lora_diffusion.jobs.run import main
 from lora_diffusion.storage import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -34,19 +35,9 @@ JOB = ROOT / "jobs" / "build_corpus.py"
 pytestmark = pytest.mark.ray
 
 
-def load_job() -> ModuleType:
-    """Not in sys.modules, so that Ray sends its classes to the workers by value."""
-    spec = importlib.util.spec_from_file_location("build_corpus_job", JOB)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def job(ray_local: None) -> ModuleType:
-    return load_job()
+    return corpus
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +63,7 @@ def add_bad_people(world: Path) -> None:
 @pytest.fixture(scope="module")
 def calm_folder(job: ModuleType, config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("calm") / "corpus"
-    assert job.main(["--config", config, f"output={output}"]) == 0
+    assert main("corpus", ["--config", config, f"output={output}"]) == 0
     return output
 
 
@@ -133,7 +124,7 @@ def test_a_second_run_does_nothing_and_new_people_are_appended(
     for name in ("person-020001", "person-020005"):
         shutil.move(tmp_path / "people" / name, tmp_path / name)
     words = ["--config", config, f"people={tmp_path}/people", f"output={tmp_path}/corpus"]
-    assert job.main(words) == 0
+    assert main("corpus", words) == 0
     said = capsys.readouterr().out
     assert "6 people done, 2 failed (1 × no_photos, 1 × too_few_photos)" in said
     assert "similarity of renders with the person's photos" in said
@@ -141,14 +132,14 @@ def test_a_second_run_does_nothing_and_new_people_are_appended(
     with Image.open(tmp_path / "corpus" / "contact_sheet.png") as sheet:
         assert sheet.width > 500
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")}
-    assert job.main(words) == 0
+    assert main("corpus", words) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")} == before
     assert "4 of them done" in capsys.readouterr().out
 
     for name in ("person-020001", "person-020005"):
         shutil.move(tmp_path / name, tmp_path / "people" / name)
     shutil.rmtree(tmp_path / "people" / "person-020000")  # done already: that its photos are gone costs nothing
-    assert job.main(words) == 0
+    assert main("corpus", words) == 0
     reader = CorpusReader(tmp_path / "corpus")
     assert reader.identities[-2:] == ["person-020001", "person-020005"]
     assert len(reader.identities) == len(PEOPLE)
@@ -195,7 +186,7 @@ def test_killed_workers_cost_time_and_nothing_else(
     thread = threading.Thread(target=kill_now_and_then)
     thread.start()
     try:
-        assert job.main(["--config", config, f"output={tmp_path}/corpus"]) == 0
+        assert main("corpus", ["--config", config, f"output={tmp_path}/corpus"]) == 0
     finally:
         over.set()
         thread.join()
@@ -226,7 +217,7 @@ def test_a_person_who_kills_every_worker_is_a_failure_and_costs_nobody_else(
 ) -> None:
     monkeypatch.setattr(job, "Make", deadly(job, "person-020002"))
     words = ["--config", config, f"output={tmp_path}/corpus", "workers.max_deaths=1"]
-    assert job.main(words) == 0
+    assert main("corpus", words) == 0
     reader = CorpusReader(tmp_path / "corpus")
     failed = {f.identity: f.reason for f in reader.failures() if f.photo is None}
     assert failed == {"Zoë 😀": "no_photos", "a wall": "too_few_photos", "person-020002": "worker_died"}
@@ -265,12 +256,12 @@ def test_a_full_disk_ends_the_run_clearly_and_the_next_run_goes_on(
     words = ["--config", config, f"output={tmp_path}/corpus"]
     with monkeypatch.context() as patch:
         patch.setattr(job, "Make", full_disk(job, 2_000))
-        assert job.main(words) == 2
+        assert main("corpus", words) == 1
     said = capsys.readouterr().err
     assert "the disk is full" in said
     assert "run the same command again" in said
     assert not list((tmp_path / "corpus").rglob("*.tmp"))
-    assert job.main(words) == 0
+    assert main("corpus", words) == 0
     assert outcome(tmp_path / "corpus") == calm
 
 
@@ -289,7 +280,7 @@ def test_mistakes_are_named_before_any_work(
         (["lora.target_modules=[to_x]"], "target module 'to_x' matches no module"),
         ([f"embedder.model={tmp_path}/empty"], "holds no .onnx file"),
     ):
-        assert job.main(["--config", config, f"output={tmp_path}/corpus", *words]) == 2, words
+        assert main("corpus", ["--config", config, f"output={tmp_path}/corpus", *words]) == 1, words
         assert message in capsys.readouterr().err
     assert not (tmp_path / "corpus").exists()
 
@@ -300,7 +291,7 @@ def test_another_recipe_in_the_same_place_is_refused(
     shutil.copytree(calm_folder, tmp_path / "corpus")
     words = ["--config", config, f"output={tmp_path}/corpus"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert job.main([*words, "finetune.steps=3"]) == 2
+    assert main("corpus", [*words, "finetune.steps=3"]) == 1
     said = capsys.readouterr().err
     assert "finetune.steps: 2 there, 3 now" in said
     assert "Choose another output" in said
@@ -311,7 +302,7 @@ def test_a_dry_run_says_what_it_costs_and_touches_nothing(
     job: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--config", config, "--dry-run", f"output={tmp_path}/corpus", "finetune.steps=77"]
-    assert job.main(words) == 0
+    assert main("corpus", words) == 0
     said = capsys.readouterr().out
     assert "steps: 77" in said
     assert "10 people of" in said
@@ -325,7 +316,7 @@ def test_an_unwritable_bucket_is_named(
     job: ModuleType, config: str, s3: S3Server, bucket: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.reader_access_key)
-    assert job.main(["--config", config, f"output=s3://{bucket}/corpus"]) == 2
+    assert main("corpus", ["--config", config, f"output=s3://{bucket}/corpus"]) == 1
     assert "permission denied" in capsys.readouterr().err
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from lora_diffusion.evaluation import EvaluationConfig, Scores
 from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.evaluation.ablation_pipeline import TrainHere, ablate
 from lora_diffusion.evaluation.pipeline import Here, evaluate
+from lora_diffusion.jobs.run import main
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -115,24 +114,15 @@ def test_a_missing_corpus_and_missing_ablations_are_told_with_the_way_out(config
         evaluate(replace(config, ablations="/nowhere"), Here())
 
 
-@pytest.fixture(scope="module")
-def jobs_path() -> Iterator[None]:
-    sys.path.insert(0, str(JOBS))
-    yield
-    sys.path.remove(str(JOBS))
-
-
 @pytest.mark.ray
 def test_on_ray_the_scores_are_those_of_one_process(
-    ray_local: None, jobs_path: None, corpora: Path, config: EvaluationConfig, evaluated: Path
+    ray_local: None, corpora: Path, config: EvaluationConfig, evaluated: Path
 ) -> None:
-    import evaluate as job
-
     words = [*evaluation_settings(corpora), f"synthesizers.latent={config.synthesizers['latent']}"]
     output = corpora / "on_ray"
-    assert job.main(["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 2  # no such file
+    assert main("evaluate", ["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 1  # no such file
     (corpora / "empty.yaml").write_text("")
-    assert job.main(["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 0
+    assert main("evaluate", ["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 0
     here, there = (
         {file.name: Scores.from_bytes(file.read_bytes()) for file in (path / "scores").iterdir()}
         for path in (evaluated, output)
@@ -148,13 +138,11 @@ def test_on_ray_the_scores_are_those_of_one_process(
 
 
 @pytest.mark.ray
-def test_the_ablation_job_trains_in_tasks(ray_local: None, jobs_path: None, corpora: Path) -> None:
-    import ablate as job
-
+def test_the_ablation_job_trains_in_tasks(ray_local: None, corpora: Path) -> None:
     (corpora / "empty.yaml").write_text("")
     output = corpora / "ablations_on_ray"
     words = ["--config", str(corpora / "empty.yaml"), *ablation_settings(corpora), f"evaluation.output={output}"]
-    assert job.main(words) == 0
+    assert main("ablate", words) == 0
     assert len(list(output.glob("runs/*/run.json"))) == 2
     assert (output / "ablations.html").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from low_rank_corpus import LAYOUT, write_corpus
 from s3_server import S3Server
 
 from lora_diffusion.config import load_config
+from lora_diffusion.jobs.run import main
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.training.begin import begin
@@ -110,17 +109,6 @@ def test_a_killed_driver_on_s3_and_the_same_command_again(
     assert_same_run(store, alone)
 
 
-@pytest.fixture(scope="module")
-def job(ray_local: None) -> ModuleType:
-    """Not in sys.modules, so that Ray sends its classes to the workers by value."""
-    spec = importlib.util.spec_from_file_location("train_job", JOB)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def kill_when(ready: Callable[[], bool], word: str, killed: list[int], over: threading.Event) -> None:
     """SIGKILL to one child process with `word` in its title, as soon as `ready`."""
     while not over.wait(0.02):
@@ -139,7 +127,7 @@ def kill_when(ready: Callable[[], bool], word: str, killed: list[int], over: thr
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_killed_worker_costs_time_and_nothing_else(
-    job: ModuleType, folder: Path, alone: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_local: None, folder: Path, alone: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Under FSDP, so that the two workers hold half of everything each."""
     store = open_store(tmp_path / "run")
@@ -150,7 +138,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(
     thread = threading.Thread(target=kill_when, args=(ready, "RayTrainWorker", killed, over))
     thread.start()
     try:
-        assert job.main(words) == 0
+        assert main("train", words) == 0
     finally:
         over.set()
         thread.join()
@@ -158,17 +146,12 @@ def test_a_killed_worker_costs_time_and_nothing_else(
     assert "denoiser: goes on after step" in capsys.readouterr().out
     assert_same_run(store, alone)
     # what only a worker can see is told as clearly, and nothing is tried again
-    assert job.main([*words, "condition=photo"]) == 2
+    assert main("train", [*words, "condition=photo"]) == 1
     assert "condition: 'mean' there, 'photo' now" in capsys.readouterr().err
     assert_same_run(store, alone)
 
 
 def test_mistakes_are_named_before_any_work(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("train_job", JOB)
-    assert spec is not None
-    assert spec.loader is not None
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
     for words, message in (
         (["vae.latent=3"], "unknown config key 'vae.latent'. Did you mean 'vae.latent_size'?"),
         ([f"corpus={tmp_path}/nowhere"], "no corpus at"),
@@ -177,9 +160,9 @@ def test_mistakes_are_named_before_any_work(folder: Path, tmp_path: Path, capsys
         (["workers.max_workers=1"], "max_workers is 1, fewer than num_workers, 2"),
         (["vae_training.batch_size=1"], "batch_size is 1, for up to 2 workers"),
     ):
-        assert job.main([str(folder / "config.yaml"), f"output={tmp_path}/run", *words]) == 2, words
+        assert main("train", [str(folder / "config.yaml"), f"output={tmp_path}/run", *words]) == 1, words
         assert message in capsys.readouterr().err
-    assert job.main(["--dry-run", str(folder / "config.yaml"), f"output={tmp_path}/run"]) == 0
+    assert main("train", ["--dry-run", str(folder / "config.yaml"), f"output={tmp_path}/run"]) == 0
     said = capsys.readouterr().out
     assert "latent_size: 6" in said
     assert "39 people with a LoRA in 5 shards" in said

@@ -5,7 +5,6 @@ python lose_a_node.py CONFIG OUTPUT
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM
 import ray
 from ray.cluster_utils import Cluster
 
-JOB = Path(__file__).parents[2] / "jobs" / "build_corpus.py"
+from lora_diffusion.jobs.run import main as run
 
 
 def main(config: str, output: str) -> int:
@@ -31,11 +30,6 @@ def main(config: str, output: str) -> int:
     )
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=memory) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    spec = importlib.util.spec_from_file_location("build_corpus_job", JOB)
-    assert spec is not None
-    assert spec.loader is not None
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
 
     def lose_one() -> None:
         while not list(Path(output, "shards").glob("*.parquet")):
@@ -48,7 +42,7 @@ def main(config: str, output: str) -> int:
     threading.Thread(target=lose_one, daemon=True).start()
     # Two CPUs for each fine-tuning worker: the head, with one, takes none.
     words = ["workers.finetune_cpus=2", "workers.finetune_max=2", "workers.embed_cpus=0.5"]
-    code: int = job.main(["--config", config, f"output={output}", *words])
+    code = run("corpus", ["--config", config, f"output={output}", *words])
     ray.shutdown()
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

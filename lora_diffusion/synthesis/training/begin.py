@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_diffusion.config import to_yaml
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.denoiser import count_parameters
@@ -17,7 +16,7 @@ from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_sna
 from lora_diffusion.synthesis.training.train_config import CONDITION_SIZE, TrainConfig
 from lora_diffusion.synthesis.vae import LoRAVAE
 
-DATA, CONFIG = "data.json", "config.yaml"
+DATA = "data.json"
 # float32: weights, gradients, AdamW's two moments, moving average
 BYTES_PER_PARAMETER = 20
 
@@ -51,7 +50,6 @@ def begin(config: TrainConfig) -> CorpusSnapshot:
     store.sweep("checkpoints")
     if not store.exists(DATA):
         store.write_json(DATA, snapshot.to_dict())
-    store.write(CONFIG, to_yaml(config).encode())
     return snapshot
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diffusion.checkpoint import strip_prefix, with_prefix
-from lora_diffusion.config import to_dict
+from lora_diffusion.config import to_dict, to_yaml
 from lora_diffusion.corpus import Statistics
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store
@@ -43,6 +43,7 @@ from lora_diffusion.synthesis.vae import LoRAVAE, latent_usage
 __all__ = ["SynthesizerTraining", "TrainConfig"]
 
 Slots = NDArray[np.int64]
+CONFIG = "config.yaml"
 
 
 class SynthesizerTraining:
@@ -92,6 +93,7 @@ class SynthesizerTraining:
         """Of the training rows alone: validation must not look at the others."""
         name = "statistics.safetensors"
         if not self._there(name):
+            self._keep_config()
             run = self.group.map_reduce(self.rows.train, lambda slots: self.rows.vectors(slots).numpy())
             statistics = run(Statistics.of)
             self._write(name, statistics.to_bytes())
@@ -106,6 +108,7 @@ class SynthesizerTraining:
         if not self._there(name):
             if not make:
                 return None
+            self._keep_config()
             pca = self._fit_pca()
             if pca is not None:
                 self._write_pca(name, pca, wanted)
@@ -200,6 +203,7 @@ class SynthesizerTraining:
         settings = ("code_space", "standardise", "condition")
         wanted = {"data": self._identity(), **{key: getattr(self.config, key) for key in settings}}
         if not self._there(name):
+            self._keep_config()
             if self.leader:
                 cosine = guess.fit(self._pairs(rows.train, codes), self._pairs(rows.validation, codes))
                 self.store.write(name, pack(dict(guess.state_dict()), {**wanted, "cosine": cosine}))
@@ -299,6 +303,7 @@ class SynthesizerTraining:
     def _train(self, loop: Loop) -> None:
         if loop.state.done:
             return
+        self._keep_config()
         if self.log is not None:
             self.log.forget_after(loop.name, loop.resumed_at)
         if loop.resumed_at:
@@ -332,6 +337,11 @@ class SynthesizerTraining:
                 "Delete it, or choose another output"
             )
         return tensors, notes
+
+    def _keep_config(self) -> None:
+        """What is made from here on is made with this configuration; one that was refused leaves no trace."""
+        if self.leader:
+            self.store.write(CONFIG, to_yaml(self.config).encode())
 
     def _there(self, name: str) -> bool:
         """The same answer on all workers, whoever is first to write."""

@@ -1,33 +1,34 @@
 """Ray Data's view of the evaluation: actors that hold the models embed held-out people and draw and score LoRAs.
 
-Shared by jobs/evaluate.py and jobs/ablate.py. One block is one batch of LoRAs, of whatever methods.
+Shared by evaluate.py and ablate.py. One block is one batch of LoRAs, of whatever methods.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
 from lora_diffusion.evaluation import EvaluationConfig, PhotoEmbedder, Scorer
 from lora_diffusion.evaluation.held_out import EmbeddedPhotos, Floats
 from lora_diffusion.evaluation.scoring import PersonScores, Request
 from lora_diffusion.evaluation.wire import pack, unpack
 from lora_diffusion.factory import CorpusConfig, PersonRef
+from lora_diffusion.jobs.local_ray import Need, rows_of
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.storage import StoreError
 
-USER_ERRORS = (ValueError, StoreError)
-# Workers on other machines have the package, but not this folder on their path.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+LESS_MEMORY = "a smaller batch_people"
+
+
+def needs(config: EvaluationConfig, where: str = "") -> list[Need]:
+    """`where`: the section of the configuration that holds `config`."""
+    return [Need("scoring", f"{where}worker_cpus and {where}worker_gpus", config.worker_cpus, config.worker_gpus)]
 
 
 class OnRay:
@@ -57,13 +58,6 @@ class OnRay:
 
 def run(config: EvaluationConfig, tables: list[pa.Table], work: type, arguments: tuple[Any, ...]) -> Iterator[Any]:
     """Rows of `work(*arguments)(table)` for all tables, as they come. Lost workers are replaced without limit."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = -1
-    context.target_max_block_size = None  # a batch stays whole
-    context.raise_original_map_exception = True  # so that `find_cause` finds it
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_arrow(tables).map_batches(
         work,
         batch_size=None,
@@ -73,8 +67,7 @@ def run(config: EvaluationConfig, tables: list[pa.Table], work: type, arguments:
         num_gpus=config.worker_gpus or None,
         fn_constructor_args=arguments,
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+    yield from rows_of(dataset)
 
 
 class Embed:

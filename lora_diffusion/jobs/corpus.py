@@ -1,0 +1,191 @@
+"""Photos of people -> a corpus of LoRA vectors, on a laptop as on a cluster (Ray Data).
+
+    ray job submit jobs/build_corpus.py                       # configs/tiny.yaml: 40 synthetic people
+    lora-diffusion corpus people=photos output=s3://bucket/corpus finetune.steps=60
+    lora-diffusion corpus configs/sd15.yaml people=s3://bucket/people output=s3://bucket/corpus --dry-run
+
+people: a folder of folders, Parquet or tars; or synthetic:40, who are rendered into a folder beside the corpus.
+The same command goes on where a killed one stopped: nothing is done twice, nothing is lost. New people in the same place
+are appended. Exit code 0: every person is in shards/ or in failures/. docs/reference/formats.md says what comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lora_diffusion.config import to_dict
+from lora_diffusion.corpus import CorpusReader, Manifest, finish_corpus
+from lora_diffusion.factory import (
+    AttemptsHere,
+    BrokenDeviceError,
+    CorpusConfig,
+    DeviceError,
+    LoRAMaker,
+    PersonEmbedder,
+    PersonRef,
+    ShardMaker,
+    embed_people,
+    planning,
+    report,
+)
+from lora_diffusion.factory.planning import CorpusRun
+from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of
+from lora_diffusion.jobs.local_ray import Need, connect, rows_of
+from lora_diffusion.jobs.synthetic import render_people
+from lora_diffusion.storage import open_store, relative
+
+Config = CorpusConfig
+USER_ERRORS = (DeviceError,)
+LESS_MEMORY = "a smaller people_per_group or score.max_batch"
+CONTACT_SHEET, SUMMARY = "contact_sheet.png", "summary.txt"
+
+
+def dry_run(config: CorpusConfig) -> str:
+    count = planning.number_of_synthetic(config.people)
+    manifest, _ = describe(config)
+    people = {f"person {i}": PersonRef(f"person {i}") for i in range(count)[: config.limit]}
+    begun = planning.preview(config, manifest, people or planning.list_people(config))
+    text = begun.describe(begun.workers({"CPU": os.cpu_count() or 1}))
+    where = planning.people_folder(config.people, config.output)
+    return f"{count} synthetic people, rendered to {where} unless they are there\n{text}" if count else text
+
+
+def run(config: CorpusConfig, ray_address: str) -> None:
+    open_store(config.output, attempts=2).exists("corpus.json")  # a wrong address shows at once
+    need, given = config.workers, config
+    connect(
+        ray_address,
+        [
+            Need("embedding", "workers.embed_min and embed_cpus", need.embed_cpus, count=need.embed_min),
+            Need("fine-tuning", "workers.finetune_cpus and finetune_gpus", need.finetune_cpus, need.finetune_gpus),
+        ],
+    )
+    config = dataclasses.replace(config, people=planning.people_folder(config.people, config.output))
+    if count := planning.number_of_synthetic(given.people):
+        render_people(count, config.people)
+    people = planning.list_people(config)
+    manifest, picture_size = ray.get(small_task(config)(describe).remote(config))
+    kept = relative(to_dict(given))
+    manifest = dataclasses.replace(manifest, config=kept, base={**manifest.base, "name": kept["base"]})
+    begun = planning.begin(config, manifest, people)
+    workers = begun.workers(ray.cluster_resources())
+    print(begun.describe(workers), flush=True)
+    progress = report.Progress(sum(len(shard.identities) for shard in begun.todo))
+    if begun.todo:
+        make(begun, picture_size, workers, progress)
+    finish(begun, progress)
+
+
+def make(begun: CorpusRun, picture_size: int, workers: int, progress: report.Progress) -> None:
+    """Read, embed, fine-tune, score and commit. One row of Ray Data is one person, one block one shard."""
+    config, need = begun.config, begun.config.workers
+    rows = config.people_per_group * config.groups_per_shard
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    ledger = ray.remote(AttemptsHere).options(num_cpus=0, scheduling_strategy=here).remote()
+    # Retries are without limit (Ray's default): a lost node costs nobody, and the ledger ends what would never end.
+    dataset = (
+        ray.data.from_arrow(begun.tables())
+        .map_batches(
+            Embed,
+            batch_size=rows,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=need.embed_min, max_size=need.embed_max),
+            num_cpus=need.embed_cpus,
+            fn_constructor_args=(config, picture_size, ledger),
+        )
+        .map_batches(
+            Make,
+            batch_size=rows,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=min(need.finetune_min, workers), max_size=workers, initial_size=workers),
+            num_cpus=need.finetune_cpus,
+            num_gpus=need.finetune_gpus or None,
+            fn_constructor_args=(config, ledger),
+        )
+    )
+    for row in rows_of(dataset):
+        line = progress.add(row["num_people"], row["num_failed"])
+        if line:
+            print(line, flush=True)
+
+
+class LedgerOf:
+    """`Attempts` that outlive the worker: they are counted by an actor on the driver's machine."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def begin(self, key: str) -> int:
+        return int(ray.get(self.actor.begin.remote(key)))
+
+    def end(self, key: str) -> None:
+        ray.get(self.actor.end.remote(key))
+
+
+class Embed:
+    """Ray Data's view of `PersonEmbedder`."""
+
+    def __init__(self, config: CorpusConfig, picture_size: int, ledger: Any) -> None:
+        self.embed = PersonEmbedder(config, picture_size)
+        self.attempts, self.max_deaths = LedgerOf(ledger), config.workers.max_deaths
+
+    def __call__(self, planned: pa.Table) -> pa.Table:
+        people = embed_people(self.embed, people_of(planned), self.attempts, self.max_deaths)
+        return embedded_table(planned, people)
+
+
+class Make:
+    """Ray Data's view of `ShardMaker`. The rows stay in the shard; Ray carries only counts on."""
+
+    def __init__(self, config: CorpusConfig, ledger: Any) -> None:
+        self.people_per_group = config.people_per_group
+        self.make = ShardMaker(config, LedgerOf(ledger))
+
+    def __call__(self, embedded: pa.Table) -> pa.Table:
+        try:
+            done = self.make(*embedded_people(embedded, self.people_per_group))
+        except BrokenDeviceError as error:
+            print(f"{error}: this worker ends, another takes over", file=sys.stderr, flush=True)
+            os._exit(1)
+        return pa.Table.from_pylist([dataclasses.asdict(done)])
+
+
+def finish(begun: CorpusRun, progress: report.Progress) -> None:
+    """Check that nobody is missing, merge statistics, report. Raises ValueError if somebody is in no shard."""
+    config, store, shards = begun.config, begun.store, begun.plan.shards
+    infos, damaged = CorpusReader(store).verify(shards)
+    if len(infos) < len(shards):
+        good = {info.index for info in infos}
+        missing = sum(len(shard.identities) for shard in shards if shard.index not in good)
+        raise ValueError(f"{missing} people are in no shard: run the same command again {damaged or ''}")
+    before = begun.manifest
+    pending = bool(begun.todo) or before.state != "complete" or before.counts["num_shards"] != len(infos)
+    if pending:
+        finish_corpus(store, before, infos)
+    text = report.summary(CorpusReader(store), progress.done, progress.seconds)
+    print(text)
+    if pending:
+        store.write(SUMMARY, (text + "\n").encode())
+        if any(info.num_people for info in infos):
+            sheet = small_task(config, config.workers.finetune_gpus)(report.contact_sheet)
+            store.write(CONTACT_SHEET, ray.get(sheet.remote(config, list(begun.people.values()))))
+            print(f"contact sheet: {store.uri}/{CONTACT_SHEET}")
+
+
+def small_task(config: CorpusConfig, gpus: float = 0) -> Any:
+    """A Ray task in a process of its own, whose memory is gone with it."""
+    return ray.remote(num_cpus=config.workers.embed_cpus, num_gpus=gpus, max_calls=1)
+
+
+def describe(config: CorpusConfig) -> tuple[Manifest, int]:
+    """Manifest and picture size. A task, because a driver may have neither the models nor the memory for them."""
+    maker = LoRAMaker(dataclasses.replace(config, device="cpu"))
+    return maker.manifest(), maker.base.image_size

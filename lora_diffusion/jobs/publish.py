@@ -1,0 +1,52 @@
+"""Make a trained synthesiser ready for others: how to draw with it, attribute directions for `edit`, half the size.
+
+    jobs/publish.py synthesizer=runs/tiny/training/synthesizer output=runs/tiny/published draw.guidance_scale=2
+    jobs/publish.py synthesizer=s3://bucket/training/synthesizer output=face-loras corpus=s3://bucket/corpus \\
+        labels=labels.parquet neighbours=false
+
+labels: a Parquet file with `identity` and one column of numbers for each attribute (null: unknown), or `synthetic` for the
+people of jobs/world/make_faces.py. Directions are fitted on what the synthesiser itself answers to the corpus' embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from lora_diffusion.storage import Output, Place, PlaceOrName
+from lora_diffusion.synthesis.publish import publish
+
+
+@dataclass(frozen=True)
+class Config:
+    """synthesizer: what jobs/train.py wrote. output: a copy for others. draw: settings of `LatentSampling`.
+
+    corpus: of the people with labels. neighbours: keep the corpus' embeddings, which are biometric data.
+    """
+
+    synthesizer: PlaceOrName
+    output: Output
+    draw: dict[str, Any] = field(default_factory=dict)
+    corpus: Place | None = None
+    labels: PlaceOrName | None = None
+    neighbours: bool = True
+    dtype: Literal["float16", "float32"] = "float16"
+
+
+def dry_run(config: Config) -> str:
+    return f"{config.synthesizer} -> {config.output}"
+
+
+def run(config: Config, ray_address: str) -> None:
+    from lora_diffusion.jobs.synthetic import synthetic_labels
+
+    labels = synthetic_labels(config.corpus) if config.labels == "synthetic" and config.corpus else config.labels
+    draw = {key: str(value) for key, value in config.draw.items()}
+    dtype = getattr(torch, config.dtype)
+    published = publish(config.synthesizer, config.output, draw, config.corpus, labels, config.neighbours, dtype)
+    if config.labels and published.directions is not None:
+        told = zip(published.directions.names, published.directions.separation_A.tolist(), strict=True)
+        print("correlation with the labels: " + ", ".join(f"{name} {value:.2f}" for name, value in told))
+    print(f"published: {config.output}")

@@ -1,0 +1,165 @@
+"""One way to run a job: its options, what it refuses, Ctrl-C and exit codes.
+
+    lora-diffusion corpus people=photos output=s3://bucket/corpus finetune.steps=60
+    jobs/build_corpus.py configs/sd15.yaml --dry-run people=s3://bucket/people
+
+Settings are words `key=value`, a YAML file is named with or without --config, and all stand in any order.
+
+Exit code 0: everybody who was planned is done, or has a reason of their own in failures/. 1: refused, or stopped by a
+fault that is nobody's own; one sentence on stderr says what came, what was expected and the way out. 130: Ctrl-C. After 1
+and 130 the same command goes on where it stopped.
+
+Light: whatever a job needs is imported after its options are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPED = "Stopped. The same command goes on."
+
+
+@dataclass(frozen=True)
+class Job:
+    """module: a `JobModule`, whose docstring is the help. config: the YAML file in configs/ if none is named."""
+
+    name: str
+    module: str
+    config: str | None = None
+
+
+class JobModule(Protocol):
+    """What a job consists of. Both functions raise ValueError or OSError, or one of the module's USER_ERRORS, for what a user can
+    mend; LESS_MEMORY says what the job could be asked to hold less of. Paths in `config` are addresses."""
+
+    Config: type[Any]
+
+    def dry_run(self, config: Any) -> str:
+        """What `run` would do, in words. Writes, fetches and starts nothing."""
+        ...
+
+    def run(self, config: Any, ray_address: str) -> None: ...
+
+
+JOBS = {
+    job.name: job
+    for job in (
+        Job("corpus", "lora_diffusion.jobs.corpus", "tiny.yaml"),
+        Job("train", "lora_diffusion.jobs.train", "train_tiny.yaml"),
+        Job("evaluate", "lora_diffusion.jobs.evaluate", "evaluate.yaml"),
+        Job("ablate", "lora_diffusion.jobs.ablate", "ablate.yaml"),
+        Job("publish", "lora_diffusion.jobs.publish"),
+        Job("serve", "lora_diffusion.jobs.serve", "serve_tiny.yaml"),
+    )
+}
+
+
+def main(name: str, words: Sequence[str] | None = None) -> int:
+    return run_job(JOBS[name], words)
+
+
+def run_job(job: Job, words: Sequence[str] | None = None) -> int:
+    """Run it with the words of a command line; returns the exit code."""
+    module = None
+    try:
+        options = read_options(job, sys.argv[1:] if words is None else words)
+        from lora_diffusion.config import load_config, to_yaml
+        from lora_diffusion.storage import placed
+
+        module = cast(JobModule, importlib.import_module(job.module))
+        given = load_config(module.Config, options.config, options.overrides)
+        config = placed(given)
+        if options.dry_run:
+            print(to_yaml(given))
+            print(module.dry_run(config))
+        else:
+            module.run(config, options.ray_address)
+        return 0
+    except KeyboardInterrupt:
+        print(f"{job.name}: {STOPPED}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from lora_diffusion.jobs.causes import explain
+
+        sentence = explain(error, getattr(module, "USER_ERRORS", ()), getattr(module, "LESS_MEMORY", ""))
+        if sentence is None:
+            raise
+        print(f"{job.name}: {sentence}", file=sys.stderr)
+        return 1
+
+
+@dataclass(frozen=True)
+class Options:
+    config: Path | None
+    overrides: list[str]
+    dry_run: bool
+    ray_address: str
+
+
+def read_options(job: Job, words: Sequence[str]) -> Options:
+    """Raises ValueError for words that are no settings; ends the process for --help."""
+    parser = _Parser(
+        prog=f"lora-diffusion {job.name}",
+        description=help_of(job),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    default = f" (default: configs/{job.config})" if job.config else ""
+    parser.add_argument("words", nargs="*", metavar="key=value", help="a setting, such as limit=64; or a YAML file")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help=f"a YAML file{default}")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, plan and cost; touch nothing")
+    parser.add_argument(
+        "--ray-address",
+        default=os.environ.get("RAY_ADDRESS") or "local",
+        help="a running Ray: auto or HOST:PORT (default: RAY_ADDRESS, or else start one on this machine)",
+    )
+    args = parser.parse_intermixed_args([word for word in words if word != "--"])
+    files, overrides = list(args.config), []
+    for word in args.words:
+        if re.match(r"[A-Za-z_][\w.-]*\s*=", word):
+            overrides.append(word)
+        elif word.endswith((".yaml", ".yml")):
+            files.append(word)
+        else:
+            raise ValueError(f"{word!r} is neither a setting (key=value, such as finetune.steps=80) nor a YAML file")
+    if len(files) > 1:
+        raise ValueError(f"one configuration at a time, not {' and '.join(files)}: settings may follow it as key=value")
+    return Options(_file(files, job), overrides, args.dry_run, args.ray_address)
+
+
+def _file(files: list[str], job: Job) -> Path | None:
+    """The file that is named, or else the job's own; configs/x.yaml is found from everywhere."""
+    if not files and job.config is None:
+        return None
+    path = Path(files[0] if files else f"configs/{job.config}")
+    shipped = ROOT / path
+    return shipped if path.parts[0] == "configs" and not path.exists() and shipped.exists() else path
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: --?([^\s=]+)(?:[= ](\S+))?", message)
+        if unknown:
+            key = unknown[1].replace("-", "_")
+            message = f"there is no option --{unknown[1]}: settings are written {key}={unknown[2] or '...'}"
+        raise ValueError(f"{message}; --help lists the options")
+
+
+def help_of(job: Job) -> str:
+    """The module's docstring, read from its source: importing it would take seconds."""
+    if job.module in sys.modules:
+        return sys.modules[job.module].__doc__ or ""
+    spec = importlib.util.find_spec(job.module)
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+    return ast.get_docstring(ast.parse(source)) or ""

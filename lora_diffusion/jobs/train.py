@@ -1,0 +1,203 @@
+"""A corpus of LoRA vectors -> a synthesiser: statistics, PCA, VAE, denoiser (Ray Train).
+
+    ray job submit jobs/train.py                              # configs/train_tiny.yaml: the corpus of build_corpus.py
+    ray job submit jobs/train.py -- stage=vae workers.num_workers=2
+    lora-diffusion train configs/train_sd15.yaml corpus=s3://bucket/corpus output=s3://bucket/training
+    lora-diffusion train --dry-run corpus=runs/tiny/corpus
+
+The same command goes on where a killed one stopped, to the same losses. <output>/synthesizer is what
+`Synthesizer.from_pretrained` takes; docs/guides/training.md says what else lies there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from lora_diffusion.config import from_dict, to_dict
+from lora_diffusion.jobs.causes import find_cause
+from lora_diffusion.jobs.local_ray import Need, connect
+from lora_diffusion.provenance import commit
+from lora_diffusion.storage import Store, open_store
+from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
+from lora_diffusion.synthesis.training.dataset import RowCache, read_rows
+from lora_diffusion.synthesis.training.distributed import Group
+from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
+from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
+from lora_diffusion.synthesis.training.train_config import TrainConfig
+
+Config = TrainConfig
+LESS_MEMORY = "a smaller vae.hidden or batch_size, or workers.parallel=fsdp on several"
+
+
+def dry_run(config: TrainConfig) -> str:
+    return describe(config, snapshot_of(config))
+
+
+def run(config: TrainConfig, ray_address: str) -> None:
+    print(describe(config, snapshot_of(config)), flush=True)  # refuses what does not fit
+    need = config.workers
+    keys = "workers.num_workers, cpus and use_gpu"
+    connect(ray_address, [Need("training", keys, need.cpus, float(need.use_gpu), need.num_workers)])
+    snapshot = begin(config)
+    board: Any = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    between: Any = (need.num_workers, need.max_workers) if need.max_workers else need.num_workers
+    settings: dict[str, Any] = {"worker_runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(need.cpus)}}}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={
+            "config": to_dict(config),
+            "snapshot": snapshot.to_dict(),
+            "board": board,
+            "commit": commit(),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=between,
+            use_gpu=need.use_gpu,
+            resources_per_worker={"CPU": need.cpus, **({"GPU": 1} if need.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            failure_config=FailureConfig(max_failures=need.max_failures),
+            **settings,
+            **storage(open_store(config.output)),
+        ),
+        # Not split: each machine caches all rows, if it has not yet.
+        datasets={"corpus": rows_of(snapshot)},
+        dataset_config=DataConfig(datasets_to_split=[]),
+    )
+    fit(trainer, board)
+    problem = ray.get(board.problem.remote())
+    if problem:
+        raise ValueError(problem)
+
+
+def fit(trainer: TorchTrainer, board: Any) -> None:
+    """`trainer.fit()`, with what the workers say. Not on the main thread: there Ray takes Ctrl-C for itself."""
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while True:
+        thread.join(1.0)
+        over = not thread.is_alive()
+        for line in ray.get(board.take.remote()):
+            print(line, flush=True)
+        if over:
+            break
+    if raised:
+        raise raised[0]
+
+
+def storage(store: Store) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes: in the run's folder, through the same client as everything else."""
+    if store.local:
+        return {"storage_path": store.root}
+    filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.filesystem))
+    return {"storage_path": store.root, "storage_filesystem": filesystem}
+
+
+def rows_of(snapshot: CorpusSnapshot) -> ray.data.Dataset:
+    """All rows of the corpus, a block for each row group, read when a worker asks for them."""
+    shards = [{"shard": index} for index in snapshot.shards]
+
+    def read(shards: pa.Table) -> Iterator[pa.Table]:
+        for index in shards["shard"].to_pylist():
+            yield from read_rows(snapshot, index)
+
+    # No CPU of its own: reading waits for the store, and the workers may hold all CPUs that there are.
+    blocks = ray.data.from_items(shards, override_num_blocks=len(shards))
+    return blocks.map_batches(read, batch_format="pyarrow", num_cpus=0)
+
+
+class Board:
+    """What the workers say, kept until the driver shows it. An actor."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.error = ""
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+    def fail(self, message: str) -> None:
+        self.error = self.error or message
+
+    def problem(self) -> str:
+        return self.error
+
+
+def worker(values: dict[str, Any]) -> None:
+    """One of the training processes: the library's training in Ray Train's process group.
+
+    User errors recur on every worker and at every try: they are reported, not raised.
+    """
+    import torch
+
+    config, snapshot = from_dict(TrainConfig, values["config"]), CorpusSnapshot.from_dict(values["snapshot"])
+    torch.set_num_threads(config.workers.cpus)
+    place, board = ray.train.get_context(), values["board"]
+    group = Group.current(place.get_local_rank(), ray.train.torch.get_device())
+
+    def say(line: str) -> None:
+        board.say.remote(line)
+
+    def report(values: dict[str, Any]) -> None:
+        """Ends of stages only: Ray's controller takes a report every two seconds, and a worker waits for it."""
+        if values["done"]:
+            ray.train.report(values)
+
+    try:
+        cache = RowCache(snapshot, config.data.cache)
+        fill(cache, group)
+        rows = cache.open(config.data)
+        if group.rank == 0:
+            left = ", ".join(f"{count} × {name}" for name, count in rows.left_out.items()) or "none"
+            say(f"rows: {len(rows.train):,} for training, {len(rows.validation):,} for validation, left out: {left}")
+        training = SynthesizerTraining(
+            config,
+            snapshot,
+            rows,
+            open_store(config.output),
+            group,
+            say=say,
+            report=report,
+            commit=values["commit"],
+        )
+        training.run()
+    except ValueError as error:
+        board.fail.remote(str(error))
+
+
+def fill(cache: RowCache, group: Group) -> None:
+    """The first worker of each machine copies the corpus to its disk, as Ray Data streams it in."""
+    error: Exception | None = None
+    if group.local_rank == 0 and not cache.complete:
+        try:
+            cache.begin()
+            dataset = ray.train.get_dataset_shard("corpus")
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                cache.put(table)
+            cache.finish()
+        except Exception as caught:
+            error = find_cause(caught) or caught  # type: ignore[assignment]
+    group.agree(error)
