@@ -102,6 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--synthesizer", default="tiny", metavar="FOLDER", help="in this process (default: the shipped one)"
     )
     where.add_argument("--base", metavar="MODEL", help="in this process (default: the synthesiser's)")
+    where.add_argument("--recogniser", metavar="MODEL", help="in this process (default: the synthesiser's)")
     where.add_argument("--device", default="cpu", help="in this process (default: cpu)")
     return parser.parse_args(arguments)
 
@@ -178,14 +179,16 @@ def make_here(args: argparse.Namespace) -> Outcome:
     if missing:
         raise Refused(f"there is no file {missing}")
     quieten()
-    personalizer = Personalizer(args.synthesizer, args.base, device=args.device)
+    personalizer = Personalizer(args.synthesizer, args.base, recogniser=args.recogniser, device=args.device)
     made = personalizer(args.photos, args.prompt, num_images=args.num_images, **settings_of(args))
     pictures = []
     for i, pixels in enumerate(made.images_BHWC):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         pictures.append(Picture(buffer.getvalue(), made.image_seed + i, float(made.similarity_B[i])))
-    return Outcome(formats.to_bytes(made.vector_N, personalizer.synthesizer.layout, args.format), made.seed, pictures)
+    model = personalizer.synthesizer
+    file = formats.to_bytes(made.vector_N, model.layout, args.format, metadata=model.identity.metadata())
+    return Outcome(file, made.seed, pictures)
 
 
 def quieten() -> None:

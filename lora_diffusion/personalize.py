@@ -46,10 +46,11 @@ class Personalizer:
     Args:
         synthesizer: the shipped `tiny`, or a folder that `jobs/train.py` wrote.
         base: of another place than the synthesiser's folder names; it must be the same model.
+        recogniser: likewise, as `EmbedderConfig.model`, or one that is loaded.
         defaults: settings that a call leaves out; those of the endpoint.
 
     Raises:
-        ValueError: there is no such synthesiser or base model, or they do not belong together.
+        ValueError: there is no such synthesiser, base model or recogniser, or they do not belong together.
     """
 
     def __init__(
@@ -57,17 +58,21 @@ class Personalizer:
         synthesizer: str | Path | Synthesizer = "tiny",
         base: str | BaseModel | None = None,
         *,
+        recogniser: str | FaceEmbedder | None = None,
         device: str = "cpu",
         defaults: SamplingConfig | None = None,
     ) -> None:
         loaded = synthesizer if isinstance(synthesizer, Synthesizer) else Synthesizer.from_pretrained(synthesizer)
         self.synthesizer = loaded.to(device)
+        if not isinstance(recogniser, FaceEmbedder):
+            recogniser = FaceEmbedder(EmbedderConfig(model=recogniser or loaded.identity.recogniser_name))
+        loaded.check_recogniser(recogniser)
         if not isinstance(base, BaseModel):
-            base = BaseModel.from_pretrained(base or loaded.provenance.base.get("name") or "tiny-sd", device)
+            base = BaseModel.from_pretrained(base or loaded.identity.base_name, device)
         loaded.check_base(base)
         self.base = base
         self.defaults = defaults or SamplingConfig()
-        self.embedder = FaceEmbedder(EmbedderConfig(model=loaded.provenance.recogniser["name"]))
+        self.embedder = recogniser
         self._bank = LoRABank(base.unet, loaded.layout)
 
     def embedding(

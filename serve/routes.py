@@ -164,10 +164,11 @@ class Routes:
             ours = LATENT_NAMES.get(name, name)
             defaults[ours] = recommended if defaults[ours] is None else defaults[ours]
         return schemas.ModelResponse(
-            base={"name": self.config.base, **base},
+            base=base,
+            identity=about["identity"],
             layout=about["layout"],
             synthesizer=about["synthesizer"],
-            recogniser=str(self.config.embedder.get("model", "tiny")),
+            recogniser=self.config.embedder.get("model") or about["identity"]["recogniser"]["name"],
             formats=list(FILE_NAMES),
             limits={name: getattr(limits, name) for name in limits.__dataclass_fields__},
             defaults=defaults,

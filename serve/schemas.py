@@ -284,6 +284,10 @@ class ModelResponse(BaseModel):
         description="id, latent_size, embedding_size, attributes (for edits), latent_sampling (recommended)"
     )
     recogniser: str
+    identity: dict[str, Any] = Field(
+        description="what LoRAs and embeddings of this server belong to: base and recogniser (name, fingerprint), layout_id, "
+        "start, recipe_id"
+    )
     formats: list[str]
     limits: dict[str, Any]
     defaults: dict[str, Any]

@@ -69,7 +69,7 @@ def run(config: CorpusConfig, adaptation: AdaptationConfig, faces_uri: str, work
     if config.lora.start is None:
         start_N = initial_vectors(layout, adaptation.seed)[0]
     else:
-        start_N = load_start(config.lora.start, layout, base.fingerprint)
+        start_N = load_start(config.lora.start, layout, base)
     faces = AdaptationFaces.load(faces_uri, base, config.finetune.face_weight)
     print(f"{faces.people} people, {len(faces.latents):,} photos", flush=True)
     adapter = BaseAdapter(base, layout, start_N, faces, adaptation, config.finetune, work)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lora_diffusion
+from lora_diffusion.identity import Identity, ModelId
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store
 
@@ -28,7 +29,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "insightface", "onnxruntime",
 
 @dataclass(frozen=True)
 class Manifest:
-    """`layout` is `LoRALayout.to_dict()`; `base` holds name and fingerprint; `counts` are filled in at the end."""
+    """`layout` is `LoRALayout.to_dict()`; `base` and `recogniser` hold name and fingerprint; `counts` are filled in at the end."""
 
     layout: Mapping[str, Any]
     base: Mapping[str, str]
@@ -38,6 +39,15 @@ class Manifest:
     state: str = "building"  # complete: every planned person is in shards or in failures
     counts: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    recogniser: Mapping[str, str] = field(default_factory=dict)  # empty: of an earlier release
+
+    @property
+    def identity(self) -> Identity:
+        """What these LoRAs belong to. Earlier releases wrote the recogniser down in configuration and recipe only."""
+        embedder, config = self.recipe.get("embedder", {}), self.config.get("embedder", {})
+        old = {"name": config.get("model"), "fingerprint": embedder.get("fingerprint")}
+        recogniser = ModelId.of(self.recogniser or old)
+        return Identity(ModelId.of(self.base), recogniser, self.layout_id, self.recipe.get("start", ""), self.recipe_id)
 
     @property
     def layout_id(self) -> str:
@@ -76,6 +86,7 @@ class Manifest:
             **{name: values[name] for name in objects},
             state=str(values.get("state")),
             format_version=values["format_version"],
+            recogniser=values.get("recogniser") or {},
         )
         LoRALayout.from_dict(manifest.layout)
         groups = manifest.recipe.get("groups")
@@ -92,6 +103,14 @@ class Manifest:
             return cls.from_dict(store.read_json(FILE))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{store.uri}/{FILE}: {error}") from error
+
+    @classmethod
+    def find(cls, store: Store) -> Manifest | None:
+        """As `read`; None if there is no corpus."""
+        try:
+            return cls.read(store)
+        except FileNotFoundError:
+            return None
 
     def differences(self, other: Manifest) -> list[str]:
         """What of format or recipe differs, one line each: `finetune.steps: 80 there, 100 now` (there: self)."""

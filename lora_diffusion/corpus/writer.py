@@ -95,7 +95,7 @@ class ShardWriter:
             )
         metadata = {
             **{key: self.manifest.to_dict()[key] for key in ("format", "format_version", "layout_id", "recipe_id")},
-            **{key: self.manifest.to_dict()[key] for key in ("layout", "base", "config", "versions")},
+            **{key: self.manifest.to_dict()[key] for key in ("layout", "base", "recogniser", "config", "versions")},
             **{"shard": shard.index, "start": shard.start, "num_planned": len(shard.identities)},
             **{"num_people": len(people), "num_failed": len(failed), "num_failure_rows": len(failures)},
         }

@@ -8,8 +8,10 @@ Axes: B images, E embedding (512), P people.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +103,22 @@ class FaceEmbedder:
         side = config.det_size or (128 if config.model in BUNDLED else 640)
         self._app.prepare(ctx_id=0, det_thresh=config.det_thresh, det_size=(side, side))
         self._recognition: Any = self._app.models["recognition"]
+
+    @property
+    def name(self) -> str:
+        return self.config.model
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """20 hex digits of SHA-256 over the recognition model's file: two embeddings can be compared if theirs is the same."""
+        with open(self._recognition.model_file, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:20]
+
+    def knows(self, fingerprint: str) -> bool:
+        """Whether `fingerprint` is this recogniser's; corpora of earlier releases have that of the whole folder."""
+        if len(fingerprint) == len(self.fingerprint):
+            return fingerprint == self.fingerprint
+        return bool(fingerprint) and fingerprint == folder_fingerprint(self.config)
 
     def embed(self, image_HWC: Pixels) -> FaceEmbedding:
         """The one face of an RGB uint8 image (H, W, 3). Raises FaceError where there is none, or several."""
@@ -206,6 +224,15 @@ def model_folder(config: EmbedderConfig) -> Path:
             f"it, or use one of the bundled models: {', '.join(sorted(BUNDLED))}."
         )
     return _download(config.model, root)
+
+
+def folder_fingerprint(config: EmbedderConfig) -> str:
+    """16 hex digits over all ONNX files of the folder, detector included: what decides the bits of a corpus' row."""
+    digest = hashlib.sha256()
+    for path in sorted(model_folder(config).glob("*.onnx")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _download(name: str, root: Path) -> Path:

@@ -17,7 +17,7 @@ import torch
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure, Person
-from lora_diffusion.faces.embedder import CROP_SIZE, EmbedderConfig, FaceEmbedder, embed_pictures, model_folder
+from lora_diffusion.faces.embedder import CROP_SIZE, FaceEmbedder, embed_pictures, folder_fingerprint
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.lora.finetune import Finetuner
@@ -54,7 +54,7 @@ class LoRAMaker:
         self.base = BaseModel.from_pretrained(config.base, device, getattr(torch, config.dtype))
         lora = config.lora
         self.layout = LoRALayout.from_unet(self.base.unet, lora.rank, lora.target_modules, lora.alpha)
-        self.start_1N = None if lora.start is None else load_start(lora.start, self.layout, self.base.fingerprint)[None]
+        self.start_1N = None if lora.start is None else load_start(lora.start, self.layout, self.base)[None]
         self.embedder = FaceEmbedder(config.embedder)
 
     @cached_property
@@ -66,13 +66,18 @@ class LoRAMaker:
             pictures = self.draw(None, prompts, range(_CLASS_SEED, _CLASS_SEED + count))
         return Finetuner(self.base, self.layout, self.config.finetune, class_pixels=pictures)
 
-    def manifest(self) -> Manifest:
-        """What a corpus of this configuration is made with."""
+    def manifest(self, there: Manifest | None = None) -> Manifest:
+        """What a corpus of this configuration is made with.
+
+        `there`: of the corpus to be continued; if an earlier release began it, the base model is called as it was then.
+        """
+        old = there.base["fingerprint"] if there is not None else ""
         return Manifest(
             layout=self.layout.to_dict(),
-            base={"name": self.config.base, "fingerprint": self.base.fingerprint},
+            base={"name": self.config.base, "fingerprint": old if self.base.knows(old) else self.base.fingerprint},
+            recogniser={"name": self.config.embedder.model, "fingerprint": self.embedder.fingerprint},
             recipe=self.config.recipe(
-                recogniser_fingerprint(self.config.embedder),
+                folder_fingerprint(self.config.embedder),
                 None if self.start_1N is None else hashlib.sha256(self.start_1N.numpy().tobytes()).hexdigest()[:16],
             ),
             config=to_dict(self.config),
@@ -205,12 +210,3 @@ def resolve_device(device: str) -> str:
             f"device is {device!r}, but torch sees no GPU here: set device=cpu, or workers.finetune_gpus=1"
         )
     return device
-
-
-def recogniser_fingerprint(config: EmbedderConfig) -> str:
-    """16 hex digits over the recogniser's ONNX files: another recogniser gives other embeddings."""
-    digest = hashlib.sha256()
-    for path in sorted(model_folder(config).glob("*.onnx")):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]

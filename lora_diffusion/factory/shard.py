@@ -34,7 +34,7 @@ class ShardMaker:
         self.maker = LoRAMaker(config)
         store = open_store(config.output)
         there = CorpusReader(store).manifest
-        differences = there.differences(self.maker.manifest())
+        differences = there.differences(self.maker.manifest(there))
         if differences:
             raise ValueError(f"this worker differs from the corpus at {store.uri}: {'; '.join(differences)}")
         self.writer = ShardWriter(store, there, config.vector_dtype)

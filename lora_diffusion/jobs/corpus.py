@@ -74,7 +74,9 @@ def run(config: CorpusConfig, ray_address: str) -> None:
     people = planning.list_people(config)
     manifest, picture_size = ray.get(small_task(config)(describe).remote(config))
     kept = relative(to_dict(given))
-    manifest = dataclasses.replace(manifest, config=kept, base={**manifest.base, "name": kept["base"]})
+    names = {"base": kept["base"], "recogniser": kept["embedder"]["model"]}
+    named = {key: {**getattr(manifest, key), "name": name} for key, name in names.items()}
+    manifest = dataclasses.replace(manifest, config=kept, **named)
     begun = planning.begin(config, manifest, people)
     workers = begun.workers(ray.cluster_resources())
     print(begun.describe(workers), flush=True)
@@ -188,4 +190,4 @@ def small_task(config: CorpusConfig, gpus: float = 0) -> Any:
 def describe(config: CorpusConfig) -> tuple[Manifest, int]:
     """Manifest and picture size. A task, because a driver may have neither the models nor the memory for them."""
     maker = LoRAMaker(dataclasses.replace(config, device="cpu"))
-    return maker.manifest(), maker.base.image_size
+    return maker.manifest(Manifest.find(open_store(config.output))), maker.base.image_size

@@ -118,7 +118,7 @@ def learn_start(
     return start_N.detach().masked_scatter(~is_B, shared_A.detach()).cpu()
 
 
-def load_start(name_or_path: str, layout: LoRALayout, base_fingerprint: str | None = None) -> Tensor:
+def load_start(name_or_path: str, layout: LoRALayout, base: BaseModel | None = None) -> Tensor:
     """A start vector (N,) by its file, or a shipped one by its name (`tiny-start`).
 
     Raises `ValueError` if it does not fit the layout, or says that it was learned with another base model.
@@ -126,8 +126,8 @@ def load_start(name_or_path: str, layout: LoRALayout, base_fingerprint: str | No
     try:
         path = EMBEDDED.get(name_or_path) or local_place(name_or_path, "a start")
         learned_with = formats.read_metadata(path).get("base")
-        if base_fingerprint and learned_with and learned_with != base_fingerprint:
-            raise ValueError(f"it was learned with base model {learned_with}, this one is {base_fingerprint}")
+        if base is not None and learned_with and not base.knows(learned_with):
+            raise ValueError(f"it was learned with base model {learned_with}, this one is {base.fingerprint}")
         return formats.load(path, layout)
     except ValueError as error:
         raise ValueError(

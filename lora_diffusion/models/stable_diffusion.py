@@ -5,7 +5,7 @@ Axes: B batch, C latent channels, H/W pixels or latent cells, S token positions,
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.models.fingerprint import DIGITS, EXACT, PARTS, model_fingerprint, old_fingerprints
 from lora_diffusion.models.loading import EXPECTED, load_parts
 from lora_diffusion.storage import place_or_name
 
@@ -37,6 +38,7 @@ class BaseModel:
     """The parts of a ``StableDiffusionPipeline``, frozen, on one device.
 
     The VAE and the text encoder run in the dtype of the UNet; callers get float32 latents and embeddings.
+    exact_fingerprint: taken before the weights were rounded to bfloat16; "": they were not.
     """
 
     unet: Any
@@ -45,6 +47,7 @@ class BaseModel:
     tokenizer: Any
     scheduler: Any
     name: str = ""
+    exact_fingerprint: str = ""
 
     @classmethod
     def from_pretrained(
@@ -56,12 +59,19 @@ class BaseModel:
         """
         try:
             name = place_or_name(name_or_path)
-            parts = load_parts(str(EMBEDDED.get(name, name)), dtype)
+            parts = load_parts(str(EMBEDDED.get(name, name)), dtype if dtype in EXACT else torch.float32)
         except ValueError as error:
             raise ValueError(
                 f"cannot load a base model from {str(name_or_path)!r}: {error}; {EXPECTED} ({', '.join(EMBEDDED)})"
             ) from error
-        return cls.from_pipeline(parts, device, name_or_path)
+        if dtype in EXACT:
+            return cls.from_pipeline(parts, device, name_or_path)
+        fingerprint = model_fingerprint(vars(parts), parts.scheduler)
+        for part in PARTS:
+            nn.Module.to(getattr(parts, part), dtype)  # diffusers warns of its own `to`
+        base = cls.from_pipeline(parts, device, name_or_path)
+        base.exact_fingerprint = fingerprint
+        return base
 
     @classmethod
     def from_pipeline(cls, pipe: Any, device: str | torch.device = "cpu", name: str = "") -> BaseModel:
@@ -88,17 +98,36 @@ class BaseModel:
         size = int(self.unet.config.sample_size)
         return int(self.unet.config.in_channels), size, size
 
+    @property
+    def _parts(self) -> dict[str, nn.Module]:
+        return {part: getattr(self, part) for part in PARTS}
+
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of SHA-256 over all weights and the scheduler's noise schedule: what a LoRA was trained against."""
-        digest = hashlib.sha256()
-        for label, part in (("unet", self.unet), ("vae", self.vae), ("text_encoder", self.text_encoder)):
-            for key, tensor in sorted(part.state_dict().items()):
-                digest.update(f"{label}.{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        digest.update(self.scheduler.alphas_cumprod.double().cpu().numpy().tobytes())
-        digest.update(str(self.scheduler.config.prediction_type).encode())
-        return digest.hexdigest()[:16]
+        """20 hex digits: what a LoRA was trained against, in whatever dtype and on whatever device (`models/fingerprint.py`).
+
+        A pipeline that somebody else loaded in bfloat16 has lost digits: it has a fingerprint of its own.
+        """
+        return self.exact_fingerprint or model_fingerprint(self._parts, self.scheduler)
+
+    def knows(self, fingerprint: str) -> bool:
+        """Whether `fingerprint` is this model's, or what an earlier release called it in some dtype.
+
+        That release hashed the weights as they were loaded, so a corpus in bfloat16 is only recognised by loading the model
+        once more, from `name`, and rounding it as it did. For artifacts of today none of this is done.
+        """
+        if len(fingerprint) == DIGITS:
+            return fingerprint == self.fingerprint
+        return bool(fingerprint) and fingerprint in self._old_fingerprints()
+
+    def _old_fingerprints(self) -> Iterator[str]:
+        yield from old_fingerprints(self._parts, self.scheduler, [self.dtype])
+        try:
+            exact = self if self.dtype == torch.float32 else BaseModel.from_pretrained(self.name)
+        except ValueError:
+            return
+        others = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype != self.dtype]
+        yield from old_fingerprints(exact._parts, exact.scheduler, others)
 
     @torch.no_grad()
     def encode_images(self, pixels: np.ndarray | Tensor, batch_size: int = 32) -> Tensor:

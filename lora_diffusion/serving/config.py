@@ -84,19 +84,21 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """base, synthesizer: a shipped name, a folder, s3://bucket/prefix, or for the base a hub id.
+    """synthesizer: a shipped name, a folder or s3://bucket/prefix. rank, alpha and modules of the LoRAs are its.
 
-    embedder: keys of `EmbedderConfig`. rank, alpha and modules of the LoRAs are those of the synthesiser.
+    base: where the base model lies, as `synthesizer` or a hub id; None: where the synthesiser's training found it.
+    embedder: keys of `EmbedderConfig`; without `model`, the recogniser that the synthesiser was trained with. Another base
+        model or recogniser than the synthesiser's is refused.
     deployments: Ray Serve options by deployment (Gateway, Embedder, Denoiser, Decoder, Renderer, Library).
     """
 
-    base: PlaceOrName = "tiny-sd"
+    base: PlaceOrName | None = None
     synthesizer: PlaceOrName = "tiny"
     licence: str = ""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int = 1
-    embedder: dict[str, Any] = field(default_factory=lambda: {"model": "tiny"})
+    embedder: dict[str, Any] = field(default_factory=dict)
     batch: BatchConfig = field(default_factory=BatchConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     library: LibraryConfig = field(default_factory=LibraryConfig)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
+from lora_diffusion.identity import read_identity
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.messages import FoundFace, FoundFaces
@@ -24,14 +25,20 @@ Photo: TypeAlias = bytes | Pixels
 
 
 class FaceStage:
-    """Finds and embeds the faces of each photo: the bytes of a file, or pixels (H, W, 3)."""
+    """Finds and embeds the faces of each photo: the bytes of a file, or pixels (H, W, 3).
+
+    Raises ValueError if the configuration names another recogniser than the synthesiser was trained with.
+    """
 
     def __init__(self, config: ServeConfig) -> None:
         warnings.filterwarnings(
             "ignore", category=FutureWarning, module="insightface"
         )  # one for each face, in the logs
+        identity = read_identity(config.synthesizer)
         values = {"threads": config.threads, **config.embedder}
+        values["model"] = values.get("model") or identity.recogniser_name
         self._embedder = FaceEmbedder(from_dict(EmbedderConfig, values, "embedder."))
+        identity.check_recogniser(self._embedder, f"the synthesiser {config.synthesizer}")
         self._limits = config.limits
 
     def __call__(self, photos: Sequence[Photo]) -> list[FoundFaces | Exception]:

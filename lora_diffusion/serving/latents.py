@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lora_diffusion.identity import Identity
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.serving.config import ServeConfig
@@ -62,11 +63,10 @@ class Models:
         folder = synthesizer_folder(name_or_path)
         model_id = model_id_of(folder)
         model = self._loaded.pop(model_id, None) or Synthesizer.from_pretrained(folder, self._device)
-        if self._loaded and model.layout.layout_id != self.current.layout.layout_id:
-            raise ValueError(
-                f"the synthesiser in {folder} makes LoRAs of layout {model.layout.layout_id}, this endpoint serves "
-                f"{self.current.layout.layout_id}: start another endpoint for it"
-            )
+        if self._loaded:  # the other stages keep the base model and the recogniser that they have
+            way_out = "Start another endpoint for it"
+            ours, theirs = f"what this endpoint serves ({self.current_id})", f"the synthesiser at {name_or_path}"
+            self.current.identity.check(model.identity, ours, theirs, way_out)
         self._loaded[model_id] = model
         for old in list(self._loaded)[:-KEPT_MODELS]:
             del self._loaded[old]
@@ -79,6 +79,11 @@ class Models:
     @property
     def current(self) -> Synthesizer:
         return self._loaded[self.current_id]
+
+    def identity(self, model_id: str | None) -> Identity:
+        """What a LoRA of that synthesiser belongs to; of an upload, or one that is no longer loaded, only the base model."""
+        model = self._loaded.get(model_id or "")
+        return Identity(self.current.identity.base) if model is None else model.identity
 
     def __getitem__(self, model_id: str) -> Synthesizer:
         if model_id not in self._loaded:

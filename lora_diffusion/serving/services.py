@@ -70,7 +70,7 @@ class Denoiser:
             await asyncio.to_thread(self._stage.models.load, options["synthesizer"])
 
     async def describe(self) -> dict[str, Any]:
-        """For GET /v1/model: synthesiser and layout."""
+        """For GET /v1/model: synthesiser, what it belongs to, and layout."""
         from lora_diffusion.serving.latents import attributes_of
 
         model = self._stage.models.current
@@ -83,6 +83,7 @@ class Denoiser:
                 "attributes": attributes_of(model),
                 "latent_sampling": asdict(model.latent_sampling),
             },
+            "identity": model.identity.to_dict(),
             "layout": {
                 "layout_id": layout.layout_id,
                 "rank": layout.rank,
@@ -107,7 +108,7 @@ class Decoder:
         self._stage = VectorStage(config)
         self._library = library
         self._keeping: set[asyncio.Task[None]] = set()
-        self._metadata = {"base_model": config.base, **({"licence": config.licence} if config.licence else {})}
+        self._licence = {"licence": config.licence} if config.licence else {}
         self._batcher: Batcher[DecodeTask, Floats] = Batcher(
             "decoder",
             self._stage,
@@ -154,7 +155,8 @@ class Decoder:
     def _encode(self, record: LoRARecord, format: str) -> bytes:
         from lora_diffusion.serving.files import encode_file
 
-        return encode_file(record, self._stage.layout, format, self._metadata)
+        metadata = self._stage.models.identity(record.model_id).metadata()
+        return encode_file(record, self._stage.layout, format, metadata | self._licence)
 
     def _keep_meanwhile(self, lora_id: str, record: LoRARecord) -> None:
         """Send it to the library without waiting: who asks the library for it waits there."""
@@ -184,8 +186,9 @@ class Renderer:
         set_threads(config)
         self._library = library
         self._embedder = embedder
-        base = BaseModel.from_pretrained(config.base, config.device, getattr(torch, config.dtype))
         synthesizer = Synthesizer.from_pretrained(synthesizer_folder(config.synthesizer))
+        name = config.base or synthesizer.identity.base_name
+        base = BaseModel.from_pretrained(name, config.device, getattr(torch, config.dtype))
         synthesizer.check_base(base)
         self._base = base
         self._drawing = AsyncRenderer(
@@ -212,7 +215,8 @@ class Renderer:
         return DrawnImage(drawn.index, encode_image(drawn.pixels_HWC, task.image_format), similarity)
 
     async def describe(self) -> dict[str, Any]:
-        return {"fingerprint": self._base.fingerprint, "image_size": self._base.image_size}
+        fingerprint = await asyncio.to_thread(lambda: self._base.fingerprint)
+        return {"name": self._base.name, "fingerprint": fingerprint, "image_size": self._base.image_size}
 
     async def ready(self) -> bool:
         return True

@@ -36,10 +36,11 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a synthesiser was made from. `base` and `recogniser`: name and fingerprint; `figures`: as measured."""
+    """What a synthesiser was made from. `base`, `recogniser`: name and fingerprint; `corpus`: also recipe_id and start;
+    `figures`: as measured."""
 
     base: dict[str, str] = field(default_factory=dict)
-    recogniser: dict[str, str] = field(default_factory=lambda: {"name": "tiny"})
+    recogniser: dict[str, str] = field(default_factory=dict)
     corpus: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)  # the corpus' recipe, for `refine`
     figures: dict[str, Any] = field(default_factory=dict)

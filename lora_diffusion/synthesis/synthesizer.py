@@ -22,11 +22,12 @@ from torch import Tensor
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import load_photo
+from lora_diffusion.identity import SHIPPED_SYNTHESIZERS, Identity, provenance_identity
 from lora_diffusion.lora.finetune import FinetuneResult
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.recipe import FinetuneConfig
-from lora_diffusion.models.stable_diffusion import ASSETS, BaseModel
+from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import CodeSpace
 from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import Diffusion, sample_codes, score_codes
@@ -36,7 +37,7 @@ from lora_diffusion.synthesis.inversion import InversionConfig, InversionResult,
 
 __all__ = ["EMBEDDED", "LatentSampling", "Neighbours", "Provenance", "Synthesizer"]
 
-EMBEDDED = {"tiny": ASSETS / "synthesizer"}
+EMBEDDED = SHIPPED_SYNTHESIZERS
 
 Floats = NDArray[np.float32]
 Array = NDArray[Any] | Tensor
@@ -70,6 +71,11 @@ class Synthesizer:
         self._embedder: FaceEmbedder | None = None
 
     @property
+    def identity(self) -> Identity:
+        """What the LoRAs belong to."""
+        return provenance_identity(vars(self.provenance), self.layout.layout_id)
+
+    @property
     def condition_size(self) -> int:
         """C, the length of an identity embedding."""
         return self.denoiser.condition_size
@@ -97,9 +103,10 @@ class Synthesizer:
         Raises FaceError (no face, several) and PhotoError (not a photo), both ValueErrors.
         """
         if embedder is None:
-            if self._embedder is None:
-                self._embedder = FaceEmbedder(EmbedderConfig(model=self.provenance.recogniser["name"]))
-            embedder = self._embedder
+            embedder = self._embedder = self._embedder or FaceEmbedder(
+                EmbedderConfig(model=self.identity.recogniser_name)
+            )
+        self.check_recogniser(embedder)
         if isinstance(image, str | Path | bytes):
             pixels = load_photo(image)
         else:
@@ -276,12 +283,11 @@ class Synthesizer:
 
     def check_base(self, base: BaseModel) -> None:
         """Raises ValueError unless the LoRAs were made for this base model."""
-        wanted = self.provenance.base.get("fingerprint")
-        if wanted and wanted != base.fingerprint:
-            raise ValueError(
-                f"the synthesiser makes LoRAs for {self.provenance.base.get('name')} ({wanted}), "
-                f"the base model is {base.name or 'another one'} ({base.fingerprint}): load that one"
-            )
+        self.identity.check_base(base, "the synthesiser")
+
+    def check_recogniser(self, embedder: FaceEmbedder) -> None:
+        """Raises ValueError unless the synthesiser was trained with this recogniser."""
+        self.identity.check_recogniser(embedder, "the synthesiser")
 
     # -- the folder ---------------------------------------------------------------------------------------------------
 

@@ -102,11 +102,13 @@ def test_start_file_must_fit_the_layout(base: BaseModel, layout: LoRALayout, tmp
 def test_start_of_another_base_is_refused(base: BaseModel, layout: LoRALayout, tmp_path: Path) -> None:
     vector_N = initial_vectors(layout, 0)[0]
     path = formats.save(vector_N, layout, tmp_path / "s.safetensors", "vector", metadata={"base": base.fingerprint})
-    assert torch.equal(load_start(str(path), layout, base.fingerprint), vector_N)
+    assert torch.equal(load_start(str(path), layout, base), vector_N)
+    other = BaseModel.from_pipeline(tiny_pipeline(seed=1))
     with pytest.raises(
-        ValueError, match=rf"learned with base model {base.fingerprint}, this one is 0123.*learn_start.py"
+        ValueError,
+        match=rf"learned with base model {base.fingerprint}, this one is {other.fingerprint}.*learn_start.py",
     ):
-        load_start(str(path), layout, "0123456789abcdef")
+        load_start(str(path), layout, other)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import PCACodes
@@ -25,7 +26,12 @@ def base_model() -> BaseModel:
     return BaseModel.from_pretrained("tiny-sd")
 
 
-def random_synthesizer(layout: LoRALayout, fingerprint: str, seed: int = 0) -> Synthesizer:
+@functools.cache
+def recogniser_id(name: str) -> dict[str, str]:
+    return {"name": name, "fingerprint": FaceEmbedder(EmbedderConfig(model=name)).fingerprint}
+
+
+def random_synthesizer(layout: LoRALayout, fingerprint: str, seed: int = 0, recogniser: str = "tiny") -> Synthesizer:
     """Codes of 16 numbers, LoRAs that change pictures visibly, two attributes, eight people of a corpus."""
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randn, generator=generator)
@@ -51,13 +57,13 @@ def random_synthesizer(layout: LoRALayout, fingerprint: str, seed: int = 0) -> S
         codes,
         denoiser,
         Diffusion(DiffusionConfig()),
-        Provenance(base={"name": "tiny-sd", "fingerprint": fingerprint}),
+        Provenance(base={"name": "tiny-sd", "fingerprint": fingerprint}, recogniser=recogniser_id(recogniser)),
         directions,
         Neighbours(embeddings_PC, draw(8, CODE_SIZE)),
     )
 
 
-def save_synthesizer(folder: Path, seed: int = 0) -> Path:
+def save_synthesizer(folder: Path, seed: int = 0, recogniser: str = "tiny") -> Path:
     base = base_model()
-    random_synthesizer(LoRALayout.from_unet(base.unet), base.fingerprint, seed).save_pretrained(folder)
+    random_synthesizer(LoRALayout.from_unet(base.unet), base.fingerprint, seed, recogniser).save_pretrained(folder)
     return folder

@@ -24,6 +24,7 @@ from lora_diffusion.synthesis import (
     VectorCodes,
     fit_pca,
 )
+from lora_diffusion.synthesis.synthesizer import Provenance
 
 LAYOUT = LoRALayout.from_shapes(
     {"down.attn1.to_q": (20, 24), "up.attn1.to_v": (16, 30)}, rank=1, alpha=1.0, target_modules=("to_q", "to_v")
@@ -91,4 +92,4 @@ def untrained(kind: str = "pca", prior: str = "gaussian", config: DenoiserConfig
         denoiser.guess.fit(lambda: pairs, lambda: pairs)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return Synthesizer(LAYOUT, space, denoiser, diffusion)
+    return Synthesizer(LAYOUT, space, denoiser, diffusion, Provenance(recogniser={"name": "tiny"}))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.identity import Identity
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.denoiser import count_parameters
 from lora_diffusion.synthesis.normaliser import Normaliser
@@ -33,14 +36,24 @@ def snapshot_of(config: TrainConfig) -> CorpusSnapshot:
     except FileNotFoundError:
         snapshot = take_snapshot(config.corpus)
     else:
-        _check_same_corpus(config, snapshot, store)
+        identity = _check_same_corpus(config, snapshot, store)
+        snapshot = replace(snapshot, recogniser=asdict(identity.recogniser), start=identity.start)
         check_snapshot(snapshot)
     if config.layout_id is not None and snapshot.layout_id != config.layout_id:
         raise ValueError(
             f"the corpus at {config.corpus} has layout_id {snapshot.layout_id}, the configuration asks for "
             f"{config.layout_id}: its vectors mean something else. Give another corpus, or layout_id={snapshot.layout_id}"
         )
-    return snapshot
+    return _with_recogniser(config, snapshot)
+
+
+def _with_recogniser(config: TrainConfig, snapshot: CorpusSnapshot) -> CorpusSnapshot:
+    """The recogniser called as the configuration calls it. Raises ValueError if it is not the corpus'."""
+    if config.recogniser is None or config.recogniser == snapshot.recogniser.get("name"):
+        return snapshot
+    embedder = FaceEmbedder(EmbedderConfig(model=config.recogniser))
+    snapshot.identity.check_recogniser(embedder, f"the corpus at {snapshot.uri}")
+    return replace(snapshot, recogniser={"name": config.recogniser, "fingerprint": embedder.fingerprint})
 
 
 def begin(config: TrainConfig) -> CorpusSnapshot:
@@ -53,7 +66,8 @@ def begin(config: TrainConfig) -> CorpusSnapshot:
     return snapshot
 
 
-def _check_same_corpus(config: TrainConfig, snapshot: CorpusSnapshot, store: Store) -> None:
+def _check_same_corpus(config: TrainConfig, snapshot: CorpusSnapshot, store: Store) -> Identity:
+    """The corpus' identity: a run of an earlier release noted only a part of it."""
     if snapshot.uri != config.corpus:
         raise ValueError(
             f"{store.uri} was begun with the corpus at {snapshot.uri}, not {config.corpus}: choose another output"
@@ -64,6 +78,7 @@ def _check_same_corpus(config: TrainConfig, snapshot: CorpusSnapshot, store: Sto
             f"the corpus at {config.corpus} was made anew since {store.uri} was begun: it has layout_id {now.layout_id} "
             f"and recipe {now.recipe_id}, the run {snapshot.layout_id} and {snapshot.recipe_id}. Choose another output"
         )
+    return now.identity
 
 
 def check_workers(config: TrainConfig) -> None:
@@ -87,6 +102,7 @@ def describe(config: TrainConfig, snapshot: CorpusSnapshot) -> str:
     lines = [
         f"corpus: {snapshot.num_rows:,} people with a LoRA in {len(snapshot.shards):,} shards of {snapshot.uri}, "
         f"{snapshot.num_failed:,} failed",
+        f"base model: {snapshot.identity.base}, recogniser: {snapshot.identity.recogniser}",
         f"layout: {snapshot.layout_id}, N = {snapshot.vector_size:,} parameters, {varying:,} of them vary",
         f"rows: about {rows - held:,} for training, {held:,} for validation",
         f"cache: {cache.num_bytes / 1e9:.2f} GB in {cache.folder} on each machine"

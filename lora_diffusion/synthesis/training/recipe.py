@@ -273,11 +273,12 @@ class SynthesizerTraining:
             f"denoiser_validation_{k}": v for k, v in zip(loop.stage.judged_by, loop.state.best, strict=True)
         }
         self.figures["denoiser_best_step"] = loop.state.best_step
-        corpus = {"recipe_id": snapshot.recipe_id, "rows": len(rows.train), "validation_rows": len(rows.validation)}
+        corpus = {"recipe_id": snapshot.recipe_id, "start": snapshot.start}
+        counts = {"rows": len(rows.train), "validation_rows": len(rows.validation)}
         provenance = Provenance(
             base=dict(snapshot.base),
-            recogniser={"name": config.recogniser},
-            corpus={**corpus, "left_out": rows.left_out, "failed": snapshot.num_failed},
+            recogniser=dict(snapshot.recogniser),
+            corpus={**corpus, **counts, "left_out": rows.left_out, "failed": snapshot.num_failed},
             finetune=dict(snapshot.finetune),
             figures=self.figures,
             config=to_dict(config),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.corpus.plan import shard_name
 from lora_diffusion.corpus.schema import parquet_metadata
+from lora_diffusion.identity import Identity, ModelId
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store, open_store
 
@@ -34,6 +35,14 @@ class CorpusSnapshot:
     shards: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     num_failed: int = 0  # people who never got a LoRA
     finetune: Mapping[str, Any] = field(default_factory=dict)  # the recipe that made the LoRAs
+    recogniser: Mapping[str, str] = field(default_factory=dict)
+    start: str | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """What the LoRAs belong to."""
+        base, recogniser = ModelId.of(self.base), ModelId.of(self.recogniser)
+        return Identity(base, recogniser, self.layout_id, self.start, self.recipe_id)
 
     @property
     def layout_id(self) -> str:
@@ -58,8 +67,9 @@ class CorpusSnapshot:
 
     @property
     def key(self) -> str:
-        """Name of the cache of these rows: 16 hex digits."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """Name of the cache of these rows: 16 hex digits. The recipe's id stands for recogniser and start, too."""
+        rows = {name: value for name, value in self.to_dict().items() if name not in ("recogniser", "start")}
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -90,6 +100,7 @@ def take_snapshot(uri: str) -> CorpusSnapshot:
     shards = {
         index: (count, sizes[f"{shard_name(index)}.parquet"]) for index, count in zip(reader.shards, rows, strict=True)
     }
+    identity = reader.manifest.identity
     snapshot = CorpusSnapshot(
         uri=reader.store.uri,
         layout=reader.manifest.layout,
@@ -99,6 +110,8 @@ def take_snapshot(uri: str) -> CorpusSnapshot:
         shards=shards,
         num_failed=int(reader.manifest.counts.get("num_failed", 0)),
         finetune=reader.manifest.recipe.get("finetune", {}),
+        recogniser=asdict(identity.recogniser),
+        start=identity.start,
     )
     if snapshot.num_rows < 2:
         raise ValueError(

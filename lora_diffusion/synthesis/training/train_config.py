@@ -61,6 +61,8 @@ class TrainConfig:
 
     code_space: what the denoiser works in; `vector` and `pca` need no VAE.
     layout_id: refuse a corpus of another one; None: whatever the corpus has.
+    recogniser: where those who use the synthesiser find the corpus' recogniser (as `EmbedderConfig.model`); another one is
+        refused. None: where the corpus found it.
     standardise: `each` code number to unit variance, or all `together`, by one factor.
     condition: what the denoiser sees of a person, the mean embedding of the photos or one photo's (see `DenoiserStage`).
     latent_sampling: what the folder recommends to draw with.
@@ -72,7 +74,7 @@ class TrainConfig:
     stage: Literal["all", "pca", "vae", "denoiser"] = "all"
     code_space: Literal["latent", "pca", "vector"] = "latent"
     layout_id: str | None = None
-    recogniser: PlaceOrName = "tiny"
+    recogniser: PlaceOrName | None = None
     data: DataConfig = field(default_factory=DataConfig)
     pca: PCAConfig = field(default_factory=PCAConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
