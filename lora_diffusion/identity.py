@@ -6,7 +6,7 @@ endpoint's first stage reads it, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,10 @@ SHIPPED_SYNTHESIZERS = {"tiny": Path(__file__).resolve().parent / "assets" / "sy
 OLD_DIGITS = 16
 """A fingerprint of so many digits was made by an earlier release, in another way: only the model itself can tell whether
 it is its own."""
+
+
+PARTS = ("base", "recogniser", "layout_id", "start")
+"""What must be the same wherever LoRAs meet."""
 
 
 class Mismatch(ValueError):
@@ -59,7 +63,7 @@ class LoadedModel(Protocol):
 
 @dataclass(frozen=True)
 class Identity:
-    """base: draws the pictures. recogniser: makes the embeddings. layout_id: what a vector's numbers mean.
+    """base: draws the pictures. recogniser: makes the embeddings. layout_id: what a vector's numbers mean, None if unknown.
 
     start: fingerprint of the vector that every fine-tuning began with, "" for a random one, None if nobody wrote it down.
     recipe_id: of all that made the LoRAs, photos aside.
@@ -67,7 +71,7 @@ class Identity:
 
     base: ModelId = field(default_factory=ModelId)
     recogniser: ModelId = field(default_factory=ModelId)
-    layout_id: str = ""
+    layout_id: str | None = None
     start: str | None = None
     recipe_id: str = ""
 
@@ -78,7 +82,7 @@ class Identity:
     def from_dict(cls, values: Mapping[str, Any]) -> Identity:
         """Inverse of `to_dict`; keys of a later release are left alone."""
         base, recogniser = ModelId.of(values.get("base") or {}), ModelId.of(values.get("recogniser") or {})
-        return cls(base, recogniser, values.get("layout_id") or "", values.get("start"), values.get("recipe_id") or "")
+        return cls(base, recogniser, values.get("layout_id"), values.get("start"), values.get("recipe_id") or "")
 
     def metadata(self) -> dict[str, str]:
         """What the header of a LoRA file says of it, beside the `layout_id` that is there anyway. No folders of ours."""
@@ -92,36 +96,30 @@ class Identity:
         }
         return {key: value for key, value in found.items() if value}
 
-    def differences(self, other: Identity) -> list[str]:
-        """`recogniser: tiny (12ab) there, tiny-b (34cd) here` (there: self), one line for each that does not fit."""
-        lines = [
-            f"{what}: {there} there, {here} here"
-            for what, there, here in (
-                ("base", self.base, other.base),
-                ("recogniser", self.recogniser, other.recogniser),
-            )
-            if there.differs(here)
-        ]
-        pairs = {"layout_id": (self.layout_id, other.layout_id), "start": (self.start, other.start)}
-        for what, (a, b) in pairs.items():
-            if a is not None and b is not None and a != b and (what == "start" or (a and b)):
-                lines.append(f"{what}: {a or 'random'} there, {b or 'random'} here")
+    def differences(self, other: Identity, parts: Collection[str] = PARTS) -> list[str]:
+        """`recogniser: tiny (12ab) there, tiny-b (34cd) here` (there: self), one line for each part that does not fit."""
+        lines = []
+        for part in parts:
+            there, here = getattr(self, part), getattr(other, part)
+            if isinstance(there, ModelId):
+                differs = there.differs(here)
+            else:
+                differs = there != here and None not in (there, here)
+            if differs:
+                lines.append(f"{part}: {there or 'random'} there, {here or 'random'} here")
         return lines
 
     def check_base(self, base: LoadedModel, owner: str) -> None:
         """Raises Mismatch unless `owner`, whose identity this is, was made with this base model."""
         if self.base.fingerprint and not base.knows(self.base.fingerprint):
-            raise _mismatch(
-                owner, "base model", self.base, base, "Give that base model, or one that was trained for this"
-            )
+            way_out = "Give that base model, or what was made for this one"
+            raise _mismatch(owner, "base model", self.base, base, way_out)
 
     def check_recogniser(self, embedder: LoadedModel, owner: str) -> None:
         """Raises Mismatch unless `owner` was made with this recogniser: another one's embeddings mean nothing there, and what
         came out would be a stranger. An owner of an earlier release, without a fingerprint, is believed by the name."""
-        wanted, way_out = (
-            self.recogniser,
-            "Leave the recogniser out to take that one, or give a folder of the same files",
-        )
+        wanted = self.recogniser
+        way_out = "Leave the recogniser out to take that one, or give a folder of the same files"
         if wanted.fingerprint:
             same = embedder.knows(wanted.fingerprint)
         else:
@@ -144,9 +142,9 @@ class Identity:
             raise ValueError("nobody wrote down which recogniser this synthesiser was trained with: name it yourself")
         return self.recogniser.name
 
-    def check(self, other: Identity, mine: str, theirs: str, way_out: str) -> None:
-        """Raises Mismatch if base, recogniser, layout or start differ. `mine`, `theirs`: what the two are called."""
-        if lines := self.differences(other):
+    def check(self, other: Identity, mine: str, theirs: str, way_out: str, parts: Collection[str] = PARTS) -> None:
+        """Raises Mismatch if a part differs. `mine`, `theirs`: what the two are called."""
+        if lines := self.differences(other, parts):
             raise Mismatch(f"{theirs} does not belong to {mine}: {'; '.join(lines)}. {way_out}")
 
 

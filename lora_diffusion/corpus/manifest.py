@@ -114,17 +114,23 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """What of format or recipe differs, one line each: `finetune.steps: 80 there, 100 now` (there: self)."""
-        mine, theirs = (
-            {
-                "format_version": manifest.format_version,
-                "base.fingerprint": manifest.base["fingerprint"],
-                "layout_id": manifest.layout_id,
-                **_flat(manifest.recipe),
-            }
-            for manifest in (self, other)
+        return _differences(
+            *(
+                {
+                    "format_version": manifest.format_version,
+                    "base.fingerprint": manifest.base["fingerprint"],
+                    "layout_id": manifest.layout_id,
+                    **_flat(manifest.recipe),
+                }
+                for manifest in (self, other)
+            )
         )
-        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-        return [f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} now" for key in keys]
+
+    def recipe_differences(self, other: Manifest) -> list[str]:
+        """Likewise, of how a person's photos became a LoRA: not which photos, how many workers shared them, or scores."""
+        sections = [{key: m.recipe.get(key) for key in ("dtype", "class_images", "finetune")} for m in (self, other)]
+        photos = [{key: m.recipe.get("photos", {}).get(key) for key in ("crop", "face_margin")} for m in (self, other)]
+        return _differences(*(_flat({**rest, "photos": some}) for rest, some in zip(sections, photos, strict=True)))
 
 
 def versions() -> dict[str, str]:
@@ -136,6 +142,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    return [f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in keys]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

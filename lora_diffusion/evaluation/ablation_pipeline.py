@@ -110,11 +110,11 @@ def check(config: AblationConfig) -> None:
         raise ValueError(
             f"reference.corpus is {config.reference.corpus!r}; corpora are main, {', '.join(config.corpora)}"
         )
-    main = CorpusReader(config.evaluation.corpus).manifest
+    main = CorpusReader(config.evaluation.corpus).manifest.identity
     for name, uri in config.corpora.items():
-        other = CorpusReader(uri).manifest
-        if (other.layout_id, other.base["fingerprint"]) != (main.layout_id, main.base["fingerprint"]):
-            raise ValueError(
-                f"corpus {name!r} at {uri} has another layout or base model than {config.evaluation.corpus}: "
-                "build it with the same, then both can be drawn together"
-            )
+        other, names = (
+            CorpusReader(uri).manifest.identity,
+            (f"the corpus at {config.evaluation.corpus}", f"corpus {name!r}"),
+        )
+        way_out = "Build it with the same, then both can be drawn together"
+        main.check(other, *names, way_out, ("base", "recogniser", "layout_id"))  # the start may be what is compared

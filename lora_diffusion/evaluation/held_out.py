@@ -24,6 +24,7 @@ from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.embed import square_picture
 from lora_diffusion.factory.planning import people_folder
+from lora_diffusion.identity import Identity, Mismatch
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -57,12 +58,13 @@ class PhotoEmbedder:
     """Reads one held-out person's photos; one for each worker. Recognisers: the conditioning one, then the second.
 
     Faces are found in the photos as they are, as `Synthesizer.from_photo` does, not in the base model's small squares.
+    `identity`: of the corpus that was learned from. Raises ValueError for another recogniser than its.
     """
 
-    def __init__(self, config: EvaluationConfig, made: CorpusConfig, picture_size: int) -> None:
+    def __init__(self, config: EvaluationConfig, made: CorpusConfig, picture_size: int, identity: Identity) -> None:
         self.count, self.photos, self.picture_size = config.condition_photos, made.photos, picture_size
         self.source = open_people(made.people)
-        self.embedders = recognisers(config, made)
+        self.embedders = recognisers(config, made, identity)
 
     def __call__(self, person: PersonRef) -> EmbeddedPhotos | str:
         """The person, or why they cannot be asked about."""
@@ -97,12 +99,21 @@ class PhotoEmbedder:
         return picture, np.stack([face.vector for face in faces])
 
 
-def recognisers(config: EvaluationConfig, made: CorpusConfig) -> list[FaceEmbedder]:
-    """The one that conditions, and one that conditioned nothing. Of several faces in a render the largest counts."""
+def recognisers(config: EvaluationConfig, made: CorpusConfig, identity: Identity) -> list[FaceEmbedder]:
+    """The one that conditions, and one that conditioned nothing. Of several faces in a render the largest counts.
+
+    Raises ValueError if the first is not the corpus' (`identity`), or the second is.
+    """
     embedder = replace(made.embedder, several_faces="largest")
     found = [FaceEmbedder(embedder)]
+    identity.check_recogniser(found[0], "the corpus")
     if config.second_recogniser:
         found.append(FaceEmbedder(replace(embedder, model=config.second_recogniser)))
+        if found[1].fingerprint == found[0].fingerprint:
+            raise ValueError(
+                f"second_recogniser is {config.second_recogniser}, the one that the corpus was made with: its similarities would "
+                "confirm themselves. Name another one, or null"
+            )
     return found
 
 
@@ -131,12 +142,10 @@ class HeldOut:
 def choose(reader: CorpusReader, other: CorpusReader, limit: int | None) -> tuple[list[str], Floats]:
     """Who is asked about, and their fine-tuned vectors (K, N). Raises ValueError if the two corpora do not fit."""
     mine, theirs = reader.manifest, other.manifest
-    for what, a, b in (
-        ("layout_id", mine.layout_id, theirs.layout_id),
-        ("base model", mine.base["fingerprint"], theirs.base["fingerprint"]),
-    ):
-        if a != b:
-            raise ValueError(f"held-out people have {what} {a}, the corpus {b}: build both with the same configuration")
+    names = f"the corpus at {other.store.uri}", f"the held-out corpus at {reader.store.uri}"
+    theirs.identity.check(mine.identity, *names, "Build both with the same configuration")
+    if lines := theirs.recipe_differences(mine):
+        raise Mismatch(f"{names[1]} was not fine-tuned as {names[0]}: {'; '.join(lines)}. Build both alike")
     table = reader.table(["identity", "vector"])
     if len(table) < 2:
         raise ValueError(f"{reader.store.uri} has {len(table)} people with a LoRA; at least 2 are needed")

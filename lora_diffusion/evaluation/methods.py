@@ -163,18 +163,10 @@ def drawing(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def check_fit(models: Mapping[str, Synthesizer], reader: CorpusReader) -> None:
-    """Raises ValueError for a synthesiser of another layout or base model than the corpus."""
+    """Raises ValueError for a synthesiser of another layout, base model, recogniser or start than the corpus."""
     for name, model in models.items():
-        if model.layout.layout_id != reader.layout.layout_id:
-            raise ValueError(
-                f"synthesiser {name!r} makes vectors of layout {model.layout.layout_id}, the corpus has "
-                f"{reader.layout.layout_id}: train it on this corpus"
-            )
-        wanted = model.provenance.base.get("fingerprint")
-        if wanted and wanted != reader.manifest.base["fingerprint"]:
-            raise ValueError(
-                f"synthesiser {name!r} was made for another base model ({wanted}): train it on this corpus"
-            )
+        corpus, identity = f"the corpus at {reader.store.uri}", reader.manifest.identity
+        identity.check(model.identity, corpus, f"the synthesiser {name!r}", "Train it on this corpus")
 
 
 def with_scales(methods: Iterable[Method], scales: Sequence[float], mean_N: Floats) -> list[Method]:

@@ -37,6 +37,7 @@ from lora_diffusion.evaluation.results import tabulate
 from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Scores, score_key
 from lora_diffusion.factory import CorpusConfig, PersonRef
 from lora_diffusion.factory.planning import find, list_people
+from lora_diffusion.identity import Identity
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.provenance import provenance
@@ -48,10 +49,10 @@ FOLDER = "scores"
 
 
 class Workers(Protocol):
-    """Who does the work. Both yield answers in any order, as they come."""
+    """Who does the work. Both yield answers in any order, as they come. `identity`: of the corpus that was learned from."""
 
     def embed(
-        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef]
+        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef], identity: Identity
     ) -> Iterable[tuple[str, EmbeddedPhotos | str]]:
         """Identity, and the person or why they cannot be asked about."""
         ...
@@ -62,6 +63,7 @@ class Workers(Protocol):
         made: CorpusConfig,
         layout: LoRALayout,
         galleries_RKC: Floats,
+        identity: Identity,
         batches: Sequence[Sequence[Request]],
     ) -> Iterable[PersonScores]: ...
 
@@ -70,9 +72,9 @@ class Here:
     """In this process, one after the other."""
 
     def embed(
-        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef]
+        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef], identity: Identity
     ) -> Iterator[tuple[str, EmbeddedPhotos | str]]:
-        embed = PhotoEmbedder(config, made, BaseModel.from_pretrained(made.base).image_size)
+        embed = PhotoEmbedder(config, made, BaseModel.from_pretrained(made.base).image_size, identity)
         for person in people:
             yield person.identity, embed(person)
 
@@ -82,9 +84,10 @@ class Here:
         made: CorpusConfig,
         layout: LoRALayout,
         galleries_RKC: Floats,
+        identity: Identity,
         batches: Sequence[Sequence[Request]],
     ) -> Iterator[PersonScores]:
-        score = Scorer(config, made, layout, galleries_RKC)
+        score = Scorer(config, made, layout, galleries_RKC, identity)
         for batch in batches:
             yield from score(batch)
 
@@ -102,7 +105,9 @@ class Evaluation:
         identities, vectors_KN = choose(self.held_reader, self.corpus, config.limit)
         self.made = placed(corpus_config(self.held_reader, config))
         people = list_people(replace(self.made, limit=None))
-        answers = workers.embed(config, self.made, [find(people, name) for name in identities])
+        answers = workers.embed(
+            config, self.made, [find(people, name) for name in identities], self.corpus.manifest.identity
+        )
         self.held = gather(identities, vectors_KN, dict(answers))
 
     @property
@@ -140,7 +145,8 @@ class Evaluation:
         answers: dict[str, list[PersonScores]] = {method.id: [] for method in todo}
         requests = batches(todo, self.config.batch_people)
         layout, galleries = self.corpus.layout, self.held.galleries_RKC
-        for answer in self.workers.score(self.config, self.made, layout, galleries, requests):
+        identity = self.corpus.manifest.identity
+        for answer in self.workers.score(self.config, self.made, layout, galleries, identity, requests):
             name = answer.method
             answers[name].append(answer)
             progress.add(answer.cosines_RTK.shape[1])

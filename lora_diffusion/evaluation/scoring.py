@@ -29,6 +29,7 @@ from lora_diffusion.evaluation.methods import Method
 from lora_diffusion.evaluation.similarity import RenderConfig, unit
 from lora_diffusion.faces.embedder import embed_pictures
 from lora_diffusion.factory import CorpusConfig
+from lora_diffusion.identity import Identity
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -85,15 +86,26 @@ class PersonScores:
 
 
 class Scorer:
-    """Holds base model, recognisers and prompt scorer. `galleries_RKC`: what renders are compared with."""
+    """Holds base model, recognisers and prompt scorer. `galleries_RKC`: what renders are compared with.
 
-    def __init__(self, config: EvaluationConfig, made: CorpusConfig, layout: LoRALayout, galleries_RKC: Floats) -> None:
+    `identity`: of the corpus that was learned from. Raises ValueError for another base model or recogniser than its.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        made: CorpusConfig,
+        layout: LoRALayout,
+        galleries_RKC: Floats,
+        identity: Identity,
+    ) -> None:
         self.render, self.keep = config.render, config.pictures_people
         self.batch = config.batch_people
         device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
         self.base = BaseModel.from_pretrained(made.base, "cpu" if device == "auto" else device)
+        identity.check_base(self.base, "the corpus")
         self.bank = LoRABank(self.base.unet, layout)
-        self.embedders = recognisers(config, made)
+        self.embedders = recognisers(config, made, identity)
         self.galleries_RKC = galleries_RKC
         self.prompt_scorer = load_prompt_scorer(config.prompt_scorer)
 

@@ -19,6 +19,7 @@ from lora_diffusion.evaluation.held_out import EmbeddedPhotos, Floats
 from lora_diffusion.evaluation.scoring import PersonScores, Request
 from lora_diffusion.evaluation.wire import pack, unpack
 from lora_diffusion.factory import CorpusConfig, PersonRef
+from lora_diffusion.identity import Identity
 from lora_diffusion.jobs.local_ray import Need, rows_of
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -35,11 +36,11 @@ class OnRay:
     """`evaluation.pipeline.Workers` as pools of actors."""
 
     def embed(
-        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef]
+        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef], identity: Identity
     ) -> Iterator[tuple[str, EmbeddedPhotos | str]]:
         texts = [json.dumps(dataclasses.asdict(person)) for person in people]
         tables = [pa.table({"person": texts[i : i + 4]}) for i in range(0, len(texts), 4)]
-        for row in run(config, tables, Embed, (config, made)):
+        for row in run(config, tables, Embed, (config, made, identity)):
             yield row["identity"], row["problem"] or unpack(EmbeddedPhotos, row["answer"])
 
     def score(
@@ -48,11 +49,12 @@ class OnRay:
         made: CorpusConfig,
         layout: LoRALayout,
         galleries_RKC: Floats,
+        identity: Identity,
         batches: Sequence[Sequence[Request]],
     ) -> Iterator[PersonScores]:
         tables = [pa.table({"request": [pack(request) for request in batch]}) for batch in batches]
         galleries = ray.put(galleries_RKC)
-        for row in run(config, tables, Score, (config, made, layout.to_dict(), galleries)):
+        for row in run(config, tables, Score, (config, made, layout.to_dict(), galleries, identity)):
             yield unpack(PersonScores, row["answer"])
 
 
@@ -73,8 +75,8 @@ def run(config: EvaluationConfig, tables: list[pa.Table], work: type, arguments:
 class Embed:
     """Ray Data's view of `PhotoEmbedder`."""
 
-    def __init__(self, config: EvaluationConfig, made: CorpusConfig) -> None:
-        self.embed = PhotoEmbedder(config, made, BaseModel.from_pretrained(made.base).image_size)
+    def __init__(self, config: EvaluationConfig, made: CorpusConfig, identity: Identity) -> None:
+        self.embed = PhotoEmbedder(config, made, BaseModel.from_pretrained(made.base).image_size, identity)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
@@ -89,8 +91,10 @@ class Embed:
 class Score:
     """Ray Data's view of `Scorer`."""
 
-    def __init__(self, config: EvaluationConfig, made: CorpusConfig, layout: dict[str, Any], galleries: Any) -> None:
-        self.score = Scorer(config, made, LoRALayout.from_dict(layout), ray.get(galleries))
+    def __init__(
+        self, config: EvaluationConfig, made: CorpusConfig, layout: dict[str, Any], galleries: Any, identity: Identity
+    ) -> None:
+        self.score = Scorer(config, made, LoRALayout.from_dict(layout), ray.get(galleries), identity)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         requests = [unpack(Request, data) for data in table["request"].to_pylist()]

@@ -42,7 +42,11 @@ def model_fingerprint(parts: Mapping[str, nn.Module], scheduler: Any) -> str:
 
 
 def _content(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.detach().half().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(_bytes(tensor.detach().half())).digest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def old_fingerprints(parts: Mapping[str, nn.Module], scheduler: Any, dtypes: Iterable[torch.dtype]) -> Iterable[str]:
@@ -53,7 +57,7 @@ def old_fingerprints(parts: Mapping[str, nn.Module], scheduler: Any, dtypes: Ite
             for key, tensor in sorted(parts[label].state_dict().items()):
                 tensor = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
                 digest.update(f"{label}.{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                digest.update(_bytes(tensor))
         digest.update(scheduler.alphas_cumprod.double().cpu().numpy().tobytes())
         digest.update(str(scheduler.config.prediction_type).encode())
         yield digest.hexdigest()[:16]

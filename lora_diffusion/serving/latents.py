@@ -66,7 +66,8 @@ class Models:
         if self._loaded:  # the other stages keep the base model and the recogniser that they have
             way_out = "Start another endpoint for it"
             ours, theirs = f"what this endpoint serves ({self.current_id})", f"the synthesiser at {name_or_path}"
-            self.current.identity.check(model.identity, ours, theirs, way_out)
+            parts = ("base", "recogniser", "layout_id")
+            self.current.identity.check(model.identity, ours, theirs, way_out, parts)
         self._loaded[model_id] = model
         for old in list(self._loaded)[:-KEPT_MODELS]:
             del self._loaded[old]

@@ -57,8 +57,11 @@ def directions(synthesizer: Synthesizer, corpus: str, labels: str | Labels) -> A
 
     labels: a table, or a Parquet file with `identity` and a column of numbers for each attribute (null: unknown).
     """
-    table = CorpusReader(corpus).table(["identity"])
-    identities, embeddings_PC = table["identity"].to_pylist(), CorpusReader(corpus).embeddings()
+    reader = CorpusReader(corpus)
+    way_out = "Give the corpus that it was trained on, or people embedded by its recogniser"
+    theirs, parts = f"the corpus at {corpus}", ("recogniser",)
+    synthesizer.identity.check(reader.manifest.identity, "the synthesiser", theirs, way_out, parts)
+    identities, embeddings_PC = reader.identities, reader.embeddings()
     of = read_labels(labels) if isinstance(labels, str) else labels
     known = [place for place, identity in enumerate(identities) if identity in of]
     if not known:
