@@ -33,7 +33,11 @@ def check_parts(parts: Parts) -> None:
         raise ValueError(f"it has {kind} where a UNet takes the {latent} channels of a latent")
     if unet.out_channels != latent:
         raise ValueError(f"its UNet gives {unet.out_channels} channels, its VAE takes {latent}")
-    extra = [name for name in _EXTRA_INPUTS if getattr(unet, name, None) is not None]
+    given = {name: getattr(unet, name, None) for name in _EXTRA_INPUTS}
+    # "text" pools the prompt that is there anyway, as tiny-sd does
+    extra = [
+        name for name, kind in given.items() if kind is not None and (name, kind) != ("addition_embed_type", "text")
+    ]
     if extra:
         raise ValueError(f"its UNet needs more than a latent, a time and a prompt ({', '.join(extra)} is set)")
     width = unet.cross_attention_dim
