@@ -5,17 +5,40 @@ Axes: B pictures, K people, N length of a LoRA vector, C/H/W latent, S/D text.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.models.stable_diffusion import BaseModel
 
 SUBJECT = "sks person"
+PROMPT_PARTS = ("expression", "pose", "light", "background", "cloth")  # what a prompt may ask for, scored apart
+
+
+class PromptScorer(Protocol):
+    """Says whether pictures show what their prompts asked for."""
+
+    def hits(self, pictures_THWC: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.int8]:
+        """(T, H): 1 shown, 0 not, -1 not asked or not to be told, for each of `PROMPT_PARTS`."""
+        ...
+
+
+def load_prompt_scorer(name: str | None) -> PromptScorer | None:
+    """`package.module:Class`, made without arguments. Raises ValueError where there is no such class."""
+    if not name:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        made: PromptScorer = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"prompt_scorer is {name!r}: {error}; it must be package.module:Class, or null") from error
+    return made
 
 
 def initial_noise(base: BaseModel, seeds: Sequence[int]) -> Tensor:

@@ -16,8 +16,9 @@ import numpy as np
 
 from lora_diffusion.evaluation.held_out import Floats, HeldOut
 from lora_diffusion.evaluation.methods import RECONSTRUCTED, SYNTHESISED, Method
-from lora_diffusion.evaluation.scoring import PROMPT_PARTS, Scores
+from lora_diffusion.evaluation.scoring import Scores
 from lora_diffusion.evaluation.similarity import bootstrap
+from lora_diffusion.rendering import PROMPT_PARTS
 
 
 def method_figures(scores: Scores, names: Sequence[str]) -> dict[str, Any]:

@@ -11,11 +11,10 @@ Axes: K held-out people, S LoRAs of one person, P pictures by each, R recogniser
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -33,30 +32,9 @@ from lora_diffusion.identity import Identity
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import render
+from lora_diffusion.rendering import PROMPT_PARTS, load_prompt_scorer, render
 
-PROMPT_PARTS = ("expression", "pose", "light", "background", "cloth")  # what a prompt may ask for, scored apart
 NOT_ASKED = -1
-
-
-class PromptScorer(Protocol):
-    """Says whether pictures show what their prompts asked for."""
-
-    def hits(self, pictures_THWC: Pixels, prompts: Sequence[str]) -> NDArray[np.int8]:
-        """(T, H): 1 shown, 0 not, -1 not asked or not to be told, for each of `PROMPT_PARTS`."""
-        ...
-
-
-def load_prompt_scorer(name: str | None) -> PromptScorer | None:
-    """`package.module:Class`, made without arguments. Raises ValueError where there is no such class."""
-    if not name:
-        return None
-    module, _, attribute = name.partition(":")
-    try:
-        made: PromptScorer = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"prompt_scorer is {name!r}: {error}; it must be package.module:Class, or null") from error
-    return made
 
 
 @dataclass(frozen=True, eq=False)

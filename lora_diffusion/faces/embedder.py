@@ -102,7 +102,7 @@ class FaceEmbedder:
             )
         side = config.det_size or (128 if config.model in BUNDLED else 640)
         self._app.prepare(ctx_id=0, det_thresh=config.det_thresh, det_size=(side, side))
-        self._recognition: Any = self._app.models["recognition"]
+        self.recognition: Any = self._app.models["recognition"]
 
     @property
     def name(self) -> str:
@@ -138,6 +138,14 @@ class FaceEmbedder:
             )
         return self._embed_face(bgr, boxes[best], points[best])
 
+    def locate(self, image_HWC: Pixels) -> tuple[Floats, Floats] | None:
+        """Box (4,) and five points (5, 2), px, of the largest face of an RGB uint8 image (H, W, 3); None: there is none."""
+        boxes, points = self._app.det_model.detect(np.ascontiguousarray(_checked(image_HWC)[..., ::-1]))
+        if len(boxes) == 0:
+            return None
+        best = int(_areas(boxes).argmax())
+        return boxes[best, :4].astype(np.float32), points[best].astype(np.float32)
+
     def embed_all(self, image_HWC: Pixels, max_faces: int = 16) -> list[FaceEmbedding]:
         """Every face of an RGB uint8 image (H, W, 3) of at least `min_face` px, largest first; empty if there is none."""
         bgr = np.ascontiguousarray(_checked(image_HWC)[..., ::-1])
@@ -151,7 +159,7 @@ class FaceEmbedder:
     def _embed_face(self, bgr: Pixels, box: Floats, kps: Floats) -> FaceEmbedding:
         crop = face_align.norm_crop(bgr, landmark=kps, image_size=CROP_SIZE)
         return FaceEmbedding(
-            vector=_unit(self._recognition.get_feat(crop).reshape(-1)),
+            vector=_unit(self.recognition.get_feat(crop).reshape(-1)),
             box=box[:4].astype(np.float32),
             kps=kps.astype(np.float32),
             det_score=float(box[4]),
@@ -176,7 +184,7 @@ class FaceEmbedder:
         parts = []
         for start in range(0, len(crops), batch_size):
             batch = [np.ascontiguousarray(crop[..., ::-1]) for crop in crops[start : start + batch_size]]
-            parts.append(_unit(self._recognition.get_feat(batch)))
+            parts.append(_unit(self.recognition.get_feat(batch)))
         return np.concatenate(parts) if parts else np.zeros((0, 512), np.float32)
 
 

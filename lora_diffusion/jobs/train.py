@@ -1,7 +1,8 @@
-"""A corpus of LoRA vectors -> a synthesiser: statistics, PCA, VAE, denoiser (Ray Train).
+"""A corpus of LoRA vectors -> a synthesiser: statistics, PCA, VAE, denoiser; then the pictures that it draws (Ray Train).
 
     ray job submit jobs/train.py                              # configs/train_tiny.yaml: the corpus of build_corpus.py
     ray job submit jobs/train.py -- stage=vae workers.num_workers=2
+    lora-diffusion train pictures.start=tiny pictures.people=runs/tiny/photo_people    # no corpus: pictures alone teach
     lora-diffusion train configs/train_sd15.yaml corpus=s3://bucket/corpus output=s3://bucket/training
     lora-diffusion train --dry-run corpus=runs/tiny/corpus
 
@@ -31,6 +32,7 @@ from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
 from lora_diffusion.synthesis.training.dataset import RowCache, read_rows
 from lora_diffusion.synthesis.training.distributed import Group
+from lora_diffusion.synthesis.training.pictures.recipe import PictureTraining
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.training.train_config import TrainConfig
@@ -56,7 +58,7 @@ def run(config: TrainConfig, ray_address: str) -> None:
         worker,
         train_loop_config={
             "config": to_dict(config),
-            "snapshot": snapshot.to_dict(),
+            "snapshot": None if snapshot is None else snapshot.to_dict(),
             "board": board,
             "commit": commit(),
         },
@@ -72,7 +74,7 @@ def run(config: TrainConfig, ray_address: str) -> None:
             **storage(open_store(config.output)),
         ),
         # Not split: each machine caches all rows, if it has not yet.
-        datasets={"corpus": rows_of(snapshot)},
+        datasets={} if snapshot is None else {"corpus": rows_of(snapshot)},
         dataset_config=DataConfig(datasets_to_split=[]),
     )
     fit(trainer, board)
@@ -153,7 +155,7 @@ def worker(values: dict[str, Any]) -> None:
     """
     import torch
 
-    config, snapshot = from_dict(TrainConfig, values["config"]), CorpusSnapshot.from_dict(values["snapshot"])
+    config = from_dict(TrainConfig, values["config"])
     torch.set_num_threads(config.workers.cpus)
     place, board = ray.train.get_context(), values["board"]
     group = Group.current(place.get_local_rank(), ray.train.torch.get_device())
@@ -166,24 +168,20 @@ def worker(values: dict[str, Any]) -> None:
         if values["done"]:
             ray.train.report(values)
 
+    told: dict[str, Any] = {"say": say, "report": report, "commit": values["commit"]}
+    store = open_store(config.output)
     try:
-        cache = RowCache(snapshot, config.data.cache)
-        fill(cache, group)
-        rows = cache.open(config.data)
-        if group.rank == 0:
-            left = ", ".join(f"{count} × {name}" for name, count in rows.left_out.items()) or "none"
-            say(f"rows: {len(rows.train):,} for training, {len(rows.validation):,} for validation, left out: {left}")
-        training = SynthesizerTraining(
-            config,
-            snapshot,
-            rows,
-            open_store(config.output),
-            group,
-            say=say,
-            report=report,
-            commit=values["commit"],
-        )
-        training.run()
+        if values["snapshot"] is not None:
+            snapshot = CorpusSnapshot.from_dict(values["snapshot"])
+            cache = RowCache(snapshot, config.data.cache)
+            fill(cache, group)
+            rows = cache.open(config.data)
+            if group.rank == 0:
+                left = ", ".join(f"{count} × {name}" for name, count in rows.left_out.items()) or "none"
+                say(f"rows: {len(rows.train):,} for training, {len(rows.validation):,} for validation, left out: {left}")
+            SynthesizerTraining(config, snapshot, rows, store, group, **told).run()
+        if "pictures" in config.stages:
+            PictureTraining(config, store, group, **told).run()
     except ValueError as error:
         board.fail.remote(str(error))
 

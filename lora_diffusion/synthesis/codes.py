@@ -1,4 +1,5 @@
-"""Code spaces: what the denoiser works in. Latents of the VAE, PCA coefficients, or the normalised parameters themselves.
+"""Code spaces: what the denoiser works in. Latents of the VAE, PCA coefficients, the normalised parameters themselves, or
+coefficients of components that were trained through pictures.
 
 One denoiser runs in all of them, so that they can be compared. The diffusion needs data of about unit variance:
 `standardise` measures the corpus' codes once, and from then on codes go out and come in with mean 0 and unit variance.
@@ -20,8 +21,8 @@ from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA
 from lora_diffusion.synthesis.vae import LoRAVAE, VAEConfig
 
-Kind = Literal["latent", "pca", "vector"]
-KINDS: tuple[Kind, ...] = ("latent", "pca", "vector")
+Kind = Literal["latent", "pca", "vector", "learned"]
+KINDS: tuple[Kind, ...] = ("latent", "pca", "vector", "learned")
 
 
 class CodeSpace(nn.Module):
@@ -126,6 +127,42 @@ class PCACodes(CodeSpace):
         return self.normaliser.restore(self.pca.decode(raw_BZ))
 
 
+class LearnedCodes(CodeSpace):
+    """Coefficients of components that need not be orthonormal, as training through pictures leaves them: Z = K.
+
+    The entries of `components_KM` are about 1; `scale_Z` holds their size. `encode` is the least-squares solution.
+    """
+
+    kind: Kind = "learned"
+    components_KM: Tensor
+
+    def __init__(self, normaliser: Normaliser, components_KM: Tensor) -> None:
+        super().__init__(len(components_KM))
+        self.normaliser = normaliser
+        self.register_buffer("components_KM", components_KM.float())
+
+    @classmethod
+    def of(cls, space: PCACodes | LearnedCodes, new: int, new_scale: float = 1.0, seed: int = 0) -> LearnedCodes:
+        """The same space with `new` random components at its end, each `new_scale` times as large as the others."""
+        old_KM = space.components_KM if isinstance(space, LearnedCodes) else space.pca.components_KM
+        M, generator = old_KM.shape[1], torch.Generator().manual_seed(seed)
+        size = old_KM.square().mean(1).sqrt().mean()
+        normaliser = Normaliser(space.normaliser.mean_N, space.normaliser.std_N)
+        if isinstance(space, PCACodes):
+            normaliser = Normaliser(normaliser.restore(space.pca.mean_M[None])[0], normaliser.std_N)
+        made = cls(normaliser, torch.cat([old_KM / size, torch.randn(new, M, generator=generator)]))
+        made.scale_Z[: space.size], made.shift_Z[: space.size] = space.scale_Z * size, space.shift_Z * size
+        made.scale_Z[space.size :] = new_scale * made.scale_Z[: space.size].square().mean().sqrt()
+        return made
+
+    def raw_encode(self, vectors_BN: Tensor) -> Tensor:
+        U_KM = self.components_KM
+        return torch.linalg.solve(U_KM @ U_KM.T, U_KM @ self.normaliser.normalise(vectors_BN).T).T
+
+    def raw_decode(self, raw_BZ: Tensor) -> Tensor:
+        return self.normaliser.restore(raw_BZ @ self.components_KM)
+
+
 class LatentCodes(CodeSpace):
     """Means of the VAE's posterior: Z = latent_size. The VAE is frozen and in eval mode from here on."""
 
@@ -167,6 +204,8 @@ def build_codes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         elif kind == "pca":
             names = ("mean_M", "components_KM", "explained_variance_K", "total_variance")
             space = PCACodes(normaliser, PCA(*(tensors[f"pca.{name}"] for name in names)))
+        elif kind == "learned":
+            space = LearnedCodes(normaliser, tensors["components_KM"])
         elif kind == "latent":
             space = LatentCodes(LoRAVAE(from_dict(VAEConfig, description["vae"]), normaliser))
         else:

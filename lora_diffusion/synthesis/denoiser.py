@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from lora_diffusion.synthesis.linear_guess import LinearGuess
+from lora_diffusion.synthesis.linear_guess import SMALLEST_VARIANCE, LinearGuess
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,50 @@ def count_parameters(config: DenoiserConfig, code_size: int, condition_size: int
     """Of a denoiser, without building it."""
     with torch.device("meta"):
         return sum(p.numel() for p in Denoiser(code_size, condition_size, config).parameters())
+
+
+@torch.no_grad()
+def widened(denoiser: Denoiser, wide: Denoiser) -> Denoiser:
+    """`wide`, new and of more code numbers, made to answer as `denoiser` does; the new code numbers come out as 0.
+
+    A network that adds nothing to its linear guess yet may be of other widths: only the guess is then taken over.
+
+    Raises ValueError for a network of other widths that has learned something.
+    """
+    more = wide.code_size - denoiser.code_size
+    if wide.guess is not None and denoiser.guess is not None:
+        for name, values in denoiser.guess.state_dict().items():
+            target = wide.guess.get_buffer(name)
+            target[..., : values.shape[-1]] = values
+            target[..., values.shape[-1] :] = 0.0 if name == "weight_CZ" else SMALLEST_VARIANCE
+    if wide.config != denoiser.config:
+        ends = [part for part in (denoiser.last, denoiser.input_skip) if part is not None]
+        speaking = [p for part in ends for name, p in part.named_parameters() if "make_A" not in name]
+        silent = not any(bool(parameter.any()) for parameter in speaking)
+        if denoiser.guess is None or wide.guess is None or not silent:
+            raise ValueError(
+                f"the denoiser to start from has {denoiser.config}, the configuration asks for {wide.config}: "
+                "set `denoiser` as it was"
+            )
+        return wide
+    tensors = wide.state_dict()
+    R = wide.config.rank
+    for name, values in denoiser.state_dict().items():
+        if name.startswith("guess."):
+            continue
+        target = tensors[name]
+        end, kind = name.partition(".")[0], name.rpartition(".")[0]
+        if target.shape == values.shape:
+            target.copy_(values)
+            continue
+        target.zero_()
+        if end == "first" and kind != "first.make_A":
+            target[:, : values.shape[1]] = values
+        elif kind in ("first.make_A", "last.make_B"):  # rank × code numbers, flat
+            target.unflatten(0, (R, -1))[:, :-more] = values.unflatten(0, (R, -1))
+        else:
+            target[: len(values)] = values
+    return wide
 
 
 def with_equal_parameters(

@@ -186,7 +186,6 @@ def sample_codes(
     return denoise(denoiser, start_BZ, condition_BC, guidance_scale, num_inference_steps, diffusion=diffusion)
 
 
-@torch.no_grad()
 def denoise(
     denoiser: Denoiser,
     start_BZ: Tensor,
@@ -196,7 +195,7 @@ def denoise(
     *,
     diffusion: Diffusion,
 ) -> Tensor:
-    """Codes (B, Z) from the noise that each begins with; the rest as in `sample_codes`."""
+    """Codes (B, Z) from the noise that each begins with, with gradients; the rest as in `sample_codes`."""
     x_BZ, device = start_BZ, start_BZ.device
     scheduler = diffusion.sampler()
     scheduler.set_timesteps(num_inference_steps)

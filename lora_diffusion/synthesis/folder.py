@@ -31,7 +31,8 @@ from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig
 from lora_diffusion.synthesis.edits import AttributeDirections
 
 FORMAT = "lora-diffusion-synthesizer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 knows no learned components; what has none is written as version 1
+COMPONENTS, COMPONENTS_SCALE = "components_KM", "components_scale_K"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class Parts(NamedTuple):
 
 
 def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.float32) -> None:
-    """`dtype` float16 halves the folder: matrices only; biases, the normaliser and its constants stay in float32."""
+    """`dtype` float16 halves the folder: matrices only; biases, the normaliser and its constants stay in float32.
+
+    int8: as float16, and learned components in 8 bits, with a scale for each.
+    """
     files = {
         "codes": dict(parts.codes.state_dict()),
         "denoiser": with_prefix("denoiser", dict(parts.denoiser.state_dict()))
@@ -102,7 +106,7 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
         files["neighbours"] = {"embeddings_PC": parts.neighbours.embeddings_PC, "codes_PZ": parts.neighbours.codes_PZ}
     config = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if parts.codes.kind == "learned" else 1,
         "layout_id": parts.layout.layout_id,
         "layout": parts.layout.to_dict(),
         "code_size": parts.codes.size,
@@ -115,6 +119,12 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
         "provenance": to_dict(parts.provenance),
         "files": sorted(files),
     }
+    if dtype == torch.int8:
+        dtype = torch.float16
+        if COMPONENTS in files["codes"]:
+            U_KM = files["codes"][COMPONENTS].detach().cpu()
+            scale_K = U_KM.abs().amax(1).clamp(min=1e-12) / 127
+            files["codes"] |= {COMPONENTS: (U_KM / scale_K[:, None]).round().to(torch.int8), COMPONENTS_SCALE: scale_K}
     store = open_store(path)
     for name, tensors in files.items():
         compact = {key: _compact(tensor, dtype) for key, tensor in tensors.items()}
@@ -137,10 +147,10 @@ def read_folder(path: str | Path) -> Parts:
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{store.uri}/config.json is none of a synthesiser: expected format {FORMAT!r}")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
             f"the synthesiser at {store.uri} has format version {config.get('format_version')}, this release reads "
-            f"{FORMAT_VERSION}: install the release of lora_diffusion that wrote it"
+            f"1 to {FORMAT_VERSION}: install the release of lora_diffusion that wrote it"
         )
     try:
         files = {name: _float32(safetensors.torch.load(store.read(f"{name}.safetensors"))) for name in config["files"]}
@@ -152,6 +162,8 @@ def read_folder(path: str | Path) -> Parts:
 
 
 def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) -> Parts:
+    if (scale_K := files["codes"].pop(COMPONENTS_SCALE, None)) is not None:
+        files["codes"][COMPONENTS] = files["codes"][COMPONENTS].float() * scale_K[:, None]
     prior = strip_prefix("diffusion", files["denoiser"])
     diffusion = Diffusion(from_dict(DiffusionConfig, config["diffusion"]), prior.get("factor_ZZ"))
     denoiser = diffusion.denoiser(

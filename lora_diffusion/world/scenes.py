@@ -110,7 +110,7 @@ def prompt_accuracy(
 
 
 class Scenes:
-    """The prompt scorer of the embedded world: `evaluation.scoring.PromptScorer`."""
+    """The prompt scorer of the embedded world: `rendering.PromptScorer`."""
 
     def __init__(self) -> None:
         self.model = SceneClassifier.from_pretrained()

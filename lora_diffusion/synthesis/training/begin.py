@@ -16,7 +16,7 @@ from lora_diffusion.synthesis.denoiser import count_parameters
 from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.training.dataset import RowCache
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, take_snapshot
-from lora_diffusion.synthesis.training.train_config import CONDITION_SIZE, TrainConfig
+from lora_diffusion.synthesis.training.train_config import CONDITION_SIZE, SYNTHESIZER, TrainConfig
 from lora_diffusion.synthesis.vae import LoRAVAE
 
 DATA = "data.json"
@@ -24,12 +24,15 @@ DATA = "data.json"
 BYTES_PER_PARAMETER = 20
 
 
-def snapshot_of(config: TrainConfig) -> CorpusSnapshot:
-    """The rows that this run began with, or those that are in the corpus now. Writes nothing.
+def snapshot_of(config: TrainConfig) -> CorpusSnapshot | None:
+    """The rows that this run began with, or those that are in the corpus now; None where pictures alone teach: no corpus is
+    needed. Writes nothing.
 
     Raises ValueError if the corpus does not fit the run or the configuration, or is not what it was.
     """
     check_workers(config)
+    if not config.needs_corpus:
+        return None
     store = open_store(config.output)
     try:
         snapshot = CorpusSnapshot.from_dict(store.read_json(DATA))
@@ -56,12 +59,12 @@ def _with_recogniser(config: TrainConfig, snapshot: CorpusSnapshot) -> CorpusSna
     return replace(snapshot, recogniser={"name": config.recogniser, "fingerprint": embedder.fingerprint})
 
 
-def begin(config: TrainConfig) -> CorpusSnapshot:
+def begin(config: TrainConfig) -> CorpusSnapshot | None:
     """As `snapshot_of`, and writes down what this run is."""
     snapshot = snapshot_of(config)
     store = open_store(config.output)
     store.sweep("checkpoints")
-    if not store.exists(DATA):
+    if snapshot is not None and not store.exists(DATA):
         store.write_json(DATA, snapshot.to_dict())
     return snapshot
 
@@ -84,14 +87,30 @@ def _check_same_corpus(config: TrainConfig, snapshot: CorpusSnapshot, store: Sto
 def check_workers(config: TrainConfig) -> None:
     """Raises ValueError for batches that the workers could not share."""
     most = config.workers.max_workers or config.workers.num_workers
-    for name in ("vae_training", "denoiser_training"):
+    for name in ("vae_training", "denoiser_training", "pictures_training"):
         size = getattr(config, name).batch_size
         if size < most:
             raise ValueError(f"{name}.batch_size is {size}, for up to {most} workers: give each at least one row")
 
 
-def describe(config: TrainConfig, snapshot: CorpusSnapshot) -> str:
-    """What a run would do: rows, layout, parameters, memory, steps. Reads the corpus' statistics, no vectors."""
+def describe(config: TrainConfig, snapshot: CorpusSnapshot | None) -> str:
+    """What a run would do: rows, layout, parameters, memory, steps. Reads the corpus' statistics, no vectors or photos."""
+    lines = [] if snapshot is None else _corpus_lines(config, snapshot)
+    c, p = config, config.pictures
+    if "pictures" in c.stages:
+        t, drawn = c.pictures_training, c.pictures_training.batch_size * p.pictures_each
+        lines.append(
+            f"pictures: people of {p.people or '(nobody: set pictures.people)'}, from {c.before_pictures}; {t.steps:,} steps of "
+            f"{t.batch_size} people × {p.pictures_each} pictures × {p.num_inference_steps} sampling steps, {p.gradient_steps} of "
+            f"them with gradient: about {drawn * (p.num_inference_steps + 3 * p.gradient_steps):,} passes of the base model a step"
+        )
+    workers = f"{c.workers.num_workers}" + (f" to {c.workers.max_workers}" if c.workers.max_workers else "")
+    device = "GPU" if c.workers.use_gpu else f"{c.workers.cpus} CPU"
+    lines.append(f"workers: {workers}, each with {device}, {c.workers.parallel}")
+    return "\n".join([*lines, f"output: {c.output}, the synthesiser in its {SYNTHESIZER}/"])
+
+
+def _corpus_lines(config: TrainConfig, snapshot: CorpusSnapshot) -> list[str]:
     rows, c = snapshot.num_rows, config
     if c.data.max_people is not None:
         rows = min(rows, c.data.max_people)
@@ -117,11 +136,7 @@ def describe(config: TrainConfig, snapshot: CorpusSnapshot) -> str:
     counts = {"vae": _vae_parameters(config, snapshot.vector_size, varying)} if "vae" in c.stages else {}
     if "denoiser" in c.stages:
         counts["denoiser"] = count_parameters(c.denoiser, sizes[c.code_space], CONDITION_SIZE)
-    lines += [_stage_line(config, name, count, rows - held) for name, count in counts.items()]
-    workers = f"{c.workers.num_workers}" + (f" to {c.workers.max_workers}" if c.workers.max_workers else "")
-    device = "GPU" if c.workers.use_gpu else f"{c.workers.cpus} CPU"
-    lines.append(f"workers: {workers}, each with {device}, {c.workers.parallel}")
-    return "\n".join([*lines, f"output: {c.output}, the synthesiser in its synthesizer/"])
+    return lines + [_stage_line(config, name, count, rows - held) for name, count in counts.items()]
 
 
 def _stage_line(config: TrainConfig, name: str, parameters: int, rows: int) -> str:

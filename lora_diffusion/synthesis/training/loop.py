@@ -8,6 +8,8 @@ What makes one worker and many, and an interrupted run and a calm one, give the 
 
 Dropout is the exception: it draws by itself. It is the same again after an interruption, but not with other workers.
 
+A batch whose gradient is not finite is left out and counted, where a stage allows it (`leaves_out_bad_batches`).
+
 Axes: B rows of a batch.
 """
 
@@ -32,6 +34,7 @@ from lora_diffusion.synthesis.training.watch import Watch
 Batch = dict[str, Tensor]
 Slots = NDArray[np.int64]
 Report = Callable[[dict[str, Any]], None]
+MOST_BAD_IN_A_ROW = 20
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,11 @@ class Stage(nn.Module):
     """What is trained. The loop reads `inputs` on the CPU, draws `draws` on the device, and calls the module with both.
 
     judged_by: what tells the best validation, the loss or parts of it; the lowest is the best, a tie is decided by the next.
+    leaves_out_bad_batches: a gradient that is not finite costs its step, not the run; too many in a row still end it.
     """
 
     judged_by: ClassVar[tuple[str, ...]] = ("loss",)
+    leaves_out_bad_batches: ClassVar[bool] = False
     train_slots: Slots
     validation_slots: Slots
 
@@ -83,6 +88,14 @@ class Stage(nn.Module):
     def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each row (B,), and parts to report, (B,) each. In eval mode: what validation means."""
         raise NotImplementedError
+
+    def rate(self, name: str, parameter: Tensor, learning_rate: float) -> float:
+        """Factor of the learning rate for one of the parameters."""
+        return 1.0
+
+    def summarise(self, values: dict[str, Any]) -> dict[str, Any]:
+        """More figures of a validation, from the means over its rows."""
+        return {}
 
 
 def epoch_batches(slots: Slots, batch_size: int, seed: int, step: int = 0) -> Iterator[Slots]:
@@ -124,12 +137,21 @@ class Loop:
         self.module = self.group.wrap(stage, parallel)
         parameters: dict[str, Tensor] = {name: p for name, p in stage.named_parameters() if p.requires_grad}
         self.parameters = list(parameters.values())
+        lr = config.learning_rate
+        groups: dict[float, list[Tensor]] = {}
+        for parameter_name, parameter in parameters.items():
+            groups.setdefault(stage.rate(parameter_name, parameter, lr), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            [{"params": some, "rate": rate} for rate, some in groups.items()],
+            lr=lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         identity = {**(identity or {}), "judged_by": stage.judged_by}
         self.state = TrainingState(name, store, parameters, self.optimizer, config, identity)
         self.resumed_at = self.state.restore()
+        self._bad_in_a_row = 0
 
     def best_weights(self) -> Batch:
         """The averaged weights of the best validation, by their names in the stage: the result of training."""
@@ -191,7 +213,7 @@ class Loop:
     def _one_step(self, batch: Batch, size: int) -> Batch:
         """Sums over this worker's rows, for the report."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.state.step)
+            group["lr"] = group["rate"] * self.learning_rate(self.state.step)
         seed = (self.config.seed + 1) * 1_000_003 + self.state.step
         torch.manual_seed(seed * 1024 + self.group.rank)  # of dropout, which no checkpoint holds
         losses, parts = self._forward(batch, size, seed)
@@ -200,9 +222,25 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        sums = {name: value.detach().float().sum() for name, value in {"loss": losses, **parts}.items()}
+        if self.stage.leaves_out_bad_batches:
+            good = bool(torch.isfinite(whole(norm)))  # the same on all workers
+            self._bad_in_a_row = 0 if good else self._bad_in_a_row + 1
+            if self._bad_in_a_row >= MOST_BAD_IN_A_ROW:
+                raise ValueError(
+                    f"stage {self.name}: the gradients of {MOST_BAD_IN_A_ROW} batches in a row were not finite, up to step "
+                    f"{self.state.step}. Lower {self.name}_training.learning_rate and choose another output"
+                )
+            sums["left_out"] = losses.new_full((), 0.0 if good else len(losses))
+            if not good:
+                self.state.advance(self.config.ema_decay)
+                zero = losses.new_zeros(())
+                return {
+                    **{name: torch.nan_to_num(value, 0.0, 0.0, 0.0) for name, value in sums.items()},
+                    "grad_norm": zero,
+                }
         self.optimizer.step()
         self.state.advance(self.config.ema_decay)
-        sums = {name: value.detach().float().sum() for name, value in {"loss": losses, **parts}.items()}
         # the norm is the same on all workers: each gives its share of the sum
         return {**sums, "grad_norm": whole(norm) * (size / self.group.world)}
 
@@ -218,6 +256,7 @@ class Loop:
                 totals.add({name: value.double().sum() for name, value in {"loss": losses, **parts}.items()}, len(part))
             self.module.train()
             values = {f"validation_{name}": value for name, value in totals.means(self.group).items()}
+            values |= self.stage.summarise(values)
             score = [values[f"validation_{name}"] for name in self.stage.judged_by]
             if self.state.judge(score, self.config.patience):
                 self.state.save_best(write=self.group.rank == 0)

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.pca import PCA
 
@@ -42,6 +45,14 @@ class RunLog:
             for name, value in values.items():
                 if name not in _WORDS:
                     writer.add_scalar(name, value, values["step"])
+
+    def picture(self, stage: str, step: int, png: bytes) -> None:
+        """The newest drawn pictures beside the curves, all of them in TensorBoard."""
+        self.store.write(f"plots/{stage}_drawn.png", png)
+        writer = self._writer(stage, step)
+        if writer is not None:
+            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            writer.add_image("drawn", pixels, step, dataformats="HWC")
 
     def save(self) -> None:
         """Write the lines, the events so far and the curves."""
@@ -93,8 +104,9 @@ def progress_line(values: Mapping[str, Any]) -> str:
     parts = [f"loss {values['loss']:.4g}"]
     if "validation_loss" in values:
         parts.append(f"validation {values['validation_loss']:.4g}")
-    if "validation_rank" in values:
-        parts.append(f"rank {values['validation_rank']:.3f}")
+    for name in ("rank", "score", "likeness", "second", "prompts_short", "detail"):
+        if f"validation_{name}" in values:
+            parts.append(f"{name.replace('_', ' ')} {values[f'validation_{name}']:.3f}")
     parts += [f"{values['rows_per_second']:,.0f} rows/s", f"{_duration(values['seconds_left'])} left"]
     if values["waiting_for_data"] > 0.1:
         parts.append(f"{values['waiting_for_data']:.0%} of the time waiting for data")

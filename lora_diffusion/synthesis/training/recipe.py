@@ -37,7 +37,7 @@ from lora_diffusion.synthesis.training.metrics import RunLog, explained_variance
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.training.stages import DenoiserStage, VAEStage
 from lora_diffusion.synthesis.training.state import differences, pack, unpack
-from lora_diffusion.synthesis.training.train_config import CONDITION_SIZE, TrainConfig
+from lora_diffusion.synthesis.training.train_config import BEFORE_PICTURES, CONDITION_SIZE, SYNTHESIZER, TrainConfig
 from lora_diffusion.synthesis.vae import LoRAVAE, latent_usage
 
 __all__ = ["SynthesizerTraining", "TrainConfig"]
@@ -290,9 +290,10 @@ class SynthesizerTraining:
         synthesizer = Synthesizer(
             layout, space, denoiser, diffusion, provenance, None, neighbours, config.latent_sampling
         )
-        synthesizer.save_pretrained(f"{self.store.uri}/synthesizer")
+        folder = BEFORE_PICTURES if config.pictures.people else SYNTHESIZER
+        synthesizer.save_pretrained(f"{self.store.uri}/{folder}")
         self.store.write_json("results.json", self.figures)
-        self.say(f"synthesiser: {self.store.uri}/synthesizer")
+        self.say(f"synthesiser: {self.store.uri}/{folder}")
 
     # -- all stages ------------------------------------------------------------------------------------------------
 

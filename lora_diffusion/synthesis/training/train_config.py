@@ -12,11 +12,13 @@ from lora_diffusion.synthesis.folder import LatentSampling
 from lora_diffusion.synthesis.training.dataset import DataConfig
 from lora_diffusion.synthesis.training.distributed import Parallel
 from lora_diffusion.synthesis.training.loop import LoopConfig
+from lora_diffusion.synthesis.training.pictures.config import PicturesConfig
 from lora_diffusion.synthesis.training.stages import Condition
 from lora_diffusion.synthesis.vae import VAEConfig
 
-STAGES = ("pca", "vae", "denoiser")
+STAGES = ("pca", "vae", "denoiser", "pictures")
 CONDITION_SIZE = 512
+SYNTHESIZER, BEFORE_PICTURES = "synthesizer", "before_pictures"  # folders in the output
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class WorkersConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of `jobs/train.py`. `stage`: one of pca, vae, denoiser, or all of them in order.
+    """All of `jobs/train.py`. `stage`: one of pca, vae, denoiser, pictures, or all of them in order; pictures only where
+    `pictures.people` says whose.
 
     code_space: what the denoiser works in; `vector` and `pca` need no VAE.
     layout_id: refuse a corpus of another one; None: whatever the corpus has.
@@ -71,7 +74,7 @@ class TrainConfig:
 
     corpus: Place = "runs/tiny/corpus"
     output: Output = "runs/tiny/training"
-    stage: Literal["all", "pca", "vae", "denoiser"] = "all"
+    stage: Literal["all", "pca", "vae", "denoiser", "pictures"] = "all"
     code_space: Literal["latent", "pca", "vector"] = "latent"
     layout_id: str | None = None
     recogniser: PlaceOrName | None = None
@@ -83,6 +86,10 @@ class TrainConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     denoiser_training: LoopConfig = field(default_factory=lambda: LoopConfig(steps=5000))
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    pictures_training: LoopConfig = field(
+        default_factory=lambda: LoopConfig(300, 8, 5e-4, 20, 0.0, validate_every=50, log_every=10, checkpoint_every=50)
+    )
     standardise: Literal["each", "together"] = "each"
     condition: Condition = "mean"
     latent_sampling: LatentSampling = field(default_factory=LatentSampling)
@@ -94,4 +101,17 @@ class TrainConfig:
     def stages(self) -> tuple[str, ...]:
         if self.stage != "all":
             return (self.stage,)
-        return tuple(stage for stage in STAGES if stage != "vae" or self.code_space == "latent")
+        made = tuple(stage for stage in STAGES[:3] if stage != "vae" or self.code_space == "latent")
+        if not self.pictures.people:
+            return made
+        return ("pictures",) if self.pictures.start else (*made, "pictures")
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether a stage learns from LoRAs: not where pictures alone teach what another run made."""
+        return self.stages != ("pictures",)
+
+    @property
+    def before_pictures(self) -> str:
+        """Where the synthesiser lies that the stage `pictures` starts from."""
+        return self.pictures.start or f"{self.output}/{BEFORE_PICTURES}"

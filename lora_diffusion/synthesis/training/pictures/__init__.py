@@ -1,0 +1,1 @@
+"""The third stage of training: the synthesiser learns from the pictures that its LoRAs draw."""

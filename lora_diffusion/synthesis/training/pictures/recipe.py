@@ -1,0 +1,162 @@
+"""The stage `pictures` as a whole: photos, start, loop, folder. What it starts from is a synthesiser's folder, so it also
+goes on from a published one, without any corpus."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lora_diffusion.config import to_dict
+from lora_diffusion.models.stable_diffusion import BaseModel
+from lora_diffusion.storage import Store
+from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
+from lora_diffusion.synthesis.denoiser import count_parameters, widened
+from lora_diffusion.synthesis.folder import Neighbours
+from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.training.distributed import Group
+from lora_diffusion.synthesis.training.loop import Loop
+from lora_diffusion.synthesis.training.metrics import RunLog, progress_line
+from lora_diffusion.synthesis.training.pictures.people import PhotoCache
+from lora_diffusion.synthesis.training.pictures.stage import PictureStage
+from lora_diffusion.synthesis.training.train_config import SYNTHESIZER, TrainConfig
+
+
+class PictureTraining:
+    """One worker's view of the stage, as `SynthesizerTraining` is of the stages before."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: Store,
+        group: Group | None = None,
+        say: Callable[[str], None] = print,
+        report: Callable[[dict[str, Any]], None] = lambda values: None,
+        commit: str = "",
+    ) -> None:
+        self.config, self.store, self.group, self.report, self.commit = config, store, group or Group(), report, commit
+        self.leader = self.group.rank == 0
+        self.say: Callable[[str], None] = say if self.leader else lambda line: None
+        self.log = RunLog(store, config.tensorboard) if self.leader else None
+
+    def run(self) -> None:
+        """Raises ValueError for people, a start or a base model that do not fit."""
+        config, c = self.config, self.config.pictures
+        if not c.people:
+            raise ValueError(
+                "stage=pictures needs pictures.people: a folder, Parquet files or tars with photos of people"
+            )
+        start = Synthesizer.from_pretrained(config.before_pictures)
+        base = BaseModel.from_pretrained(c.base or start.provenance.base.get("name", ""), self.group.device)
+        start.check_base(base)
+        recogniser = start.provenance.recogniser["name"]
+        cache = PhotoCache(c, recogniser, base, config.data.cache)
+        try:
+            self._fill(cache)
+            self._train(start, base, cache, recogniser)
+        finally:
+            self.group.barrier()
+            if self.group.local_rank == 0:
+                cache.remove()
+            if self.log is not None:
+                self.log.close()
+
+    def _fill(self, cache: PhotoCache) -> None:
+        error = None
+        if self.group.local_rank == 0 and not cache.complete:
+            try:
+                cache.fill(self.say)
+            except ValueError as caught:
+                error = caught
+        self.group.agree(error)
+
+    def _train(self, start: Synthesizer, base: BaseModel, cache: PhotoCache, recogniser: str) -> None:
+        config, people = self.config, cache.open()
+        grown = self._grown(start)
+        stage = PictureStage(grown.to(self.group.device), base, people, config.pictures, recogniser)
+        identity = {"people": people.digest, "pictures": _what_decides(config), "base": base.fingerprint}
+        identity["start"] = {"commit": start.provenance.commit, "layout_id": start.layout.layout_id}
+        loop = Loop("pictures", stage, config.pictures_training, self.store, self.group, "ddp", False, identity)
+        self.group.barrier()  # nobody writes a new state while another still reads the old one
+        if not loop.state.done:
+            if self.log is not None:
+                self.log.forget_after(loop.name, loop.resumed_at)
+            if loop.resumed_at:
+                self.say(f"pictures: goes on after step {loop.resumed_at}")
+            loop.run(lambda values: self._told(values, stage))
+        if self.leader:
+            stage.load_state_dict(loop.best_weights(), strict=False)
+            self._save(start, grown.to("cpu"), loop, len(people.train))
+        self.group.barrier()
+
+    def _grown(self, start: Synthesizer) -> Synthesizer:
+        """The start with new components, and with a denoiser as configured; it answers as before."""
+        space, c = start.codes, self.config.pictures
+        if isinstance(space, PCACodes | LearnedCodes):
+            space = LearnedCodes.of(space, c.new_components, c.new_scale, self.config.pictures_training.seed)
+        torch.manual_seed(self.config.pictures_training.seed)
+        if start.diffusion.factor_ZZ is not None and space.size != start.code_size:
+            raise ValueError("diffusion.prior=corpus knows no new components: set pictures.new_components=0")
+        wide = start.diffusion.denoiser(space.size, start.condition_size, self.config.denoiser)
+        denoiser = widened(start.denoiser, wide)
+        self.say(
+            f"pictures: starts from {self.config.before_pictures}; {space.kind} codes of {space.size}, denoiser of "
+            f"{count_parameters(self.config.denoiser, space.size, start.condition_size):,} parameters"
+        )
+        return Synthesizer(
+            start.layout, space, denoiser, start.diffusion, start.provenance, None, None, start.latent_sampling
+        )
+
+    def _told(self, values: dict[str, Any], stage: PictureStage) -> None:
+        if self.log is not None:
+            self.log.add(values)
+            if "validation_score" in values and stage.sheet is not None:
+                self.log.picture("pictures", values["step"], _sheet(stage.sheet))
+            if values["checkpoint"]:
+                self.log.save()
+            self.say(progress_line(values))
+        self.report(values)
+
+    def _save(self, start: Synthesizer, made: Synthesizer, loop: Loop, people: int) -> None:
+        config, state = self.config, loop.state
+        lines = [] if self.log is None else self.log.lines
+        best = [
+            v for v in lines if v["stage"] == "pictures" and v["step"] == state.best_step and "validation_score" in v
+        ]
+        figures = {
+            f"pictures_{name}": value for v in best for name, value in v.items() if name.startswith("validation_")
+        }
+        figures |= {"pictures_best_step": state.best_step, "pictures_people": people}
+        made.provenance = replace(
+            start.provenance,
+            figures={**start.provenance.figures, **figures},
+            config=to_dict(config),
+            commit=self.commit,
+            seed=config.pictures_training.seed,
+        )
+        if start.neighbours is not None and config.keep_neighbours:
+            codes_PZ = made.encode(start.decode(start.neighbours.codes_PZ))
+            made.neighbours = Neighbours(start.neighbours.embeddings_PC, torch.from_numpy(codes_PZ))
+        made.save_pretrained(f"{self.store.uri}/{SYNTHESIZER}")
+        self.store.write_json("results.json", made.provenance.figures)
+        self.say(f"synthesiser: {self.store.uri}/{SYNTHESIZER}, of step {state.best_step}")
+
+
+def _what_decides(config: TrainConfig) -> dict[str, Any]:
+    """The settings that losses depend on. Where the photos lie does not matter: `people` has their contents."""
+    settings = {key: value for key, value in to_dict(config.pictures).items() if key not in ("people", "start")}
+    return {**settings, "denoiser": to_dict(config.denoiser)}
+
+
+def _sheet(pictures_KPHWC: np.ndarray) -> bytes:
+    """PNG: a row for each person, a column for each prompt."""
+    K, P, H, W, _ = pictures_KPHWC.shape
+    whole = pictures_KPHWC.transpose(0, 2, 1, 3, 4).reshape(K * H, P * W, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(whole).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,337 @@
+"""Embedding of one photo -> code -> LoRA -> a few sampling steps of the frozen base model -> picture -> recogniser, and back.
+
+Reward fine-tuning through the sampler: the gradient goes through the last steps only (DRaFT-LV; Clark et al. 2023,
+arXiv:2309.17400, section 4), here into a network that makes LoRAs instead of into one LoRA. Much of it alone is reward
+hacking (heads that no longer turn, hair that melts), which the recogniser that teaches does not see: hence the anchors, and
+a validation that also asks about prompts and fine detail.
+
+Axes: B people, G pictures of each, V photos of one, Z code, N vector length, E embedding, R recognisers, C/H/W latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_diffusion.faces.differentiable import Teacher
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, embed_pictures
+from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.lora.objective import NoiseSchedule
+from lora_diffusion.models.stable_diffusion import BaseModel
+from lora_diffusion.rendering import PROMPT_PARTS, load_prompt_scorer, make_scheduler, render
+from lora_diffusion.synthesis.codes import LatentCodes
+from lora_diffusion.synthesis.diffusion import denoise
+from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.training.loop import Batch, Slots, Stage
+from lora_diffusion.synthesis.training.pictures.config import PicturesConfig
+from lora_diffusion.synthesis.training.pictures.people import People
+
+JITTER = (0.04, 0.03, 2.0, 2.0)  # turn, log scale, shift right and down (px of the crop): standard deviations
+CROP_SHIFT, CROP_NOISE = 0.05, 0.03  # of brightness, of each pixel
+FIRST_SEED, BASE_SEEDS = 700, 8  # of validation's pictures; the base model's figures come from so many of each prompt
+
+
+class PictureStage(Stage):
+    """Trains denoiser, linear guess and decoder of `synthesizer` at the settings that its folder recommends to draw with.
+
+    Dropout is off: every step has other faces, prompts and noise.
+    """
+
+    judged_by: ClassVar[tuple[str, ...]] = ("score",)
+    leaves_out_bad_batches: ClassVar[bool] = True
+
+    def __init__(
+        self, synthesizer: Synthesizer, base: BaseModel, people: People, config: PicturesConfig, recogniser: str
+    ) -> None:
+        super().__init__()
+        self.denoiser, self.codes = synthesizer.denoiser, synthesizer.codes
+        self.people, self.config, self.how = people, config, synthesizer.latent_sampling
+        self.train_slots, self.validation_slots = people.train, people.validation
+        self.diffusion, layout = synthesizer.diffusion, synthesizer.layout
+        self._train_what_makes_vectors()
+        # In a list: frozen networks that are no part of what is trained, split over workers or kept.
+        self.frozen: list[Any] = [base, Teacher(FaceEmbedder(EmbedderConfig(recogniser, several_faces="largest")))]
+        self.teacher.to(base.device)
+        self.bank = LoRABank(base.unet, layout)
+        varying = torch.zeros(layout.size, dtype=torch.bool)
+        varying[self.codes.normaliser.varying.cpu()] = True
+        self.train_A = bool((varying & ~layout.mask_B()).any())
+        self.schedule = NoiseSchedule.from_scheduler(base.scheduler, base.device)
+        self.prompts_TSD = base.encode_prompts(people.prompts)
+        second = config.second_recogniser
+        self.judge = FaceEmbedder(EmbedderConfig(second, several_faces="largest")) if second else None
+        self.scorer = load_prompt_scorer(config.prompt_scorer)
+        self.photo_detail = fine_detail(self._decode(self._some_latents())).mean()
+        self.base_figures: dict[str, float] = {}
+        self.sheet: NDArray[np.uint8] | None = None
+
+    @property
+    def base(self) -> BaseModel:
+        base: BaseModel = self.frozen[0]
+        return base
+
+    @property
+    def teacher(self) -> Teacher:
+        teacher: Teacher = self.frozen[1]
+        return teacher
+
+    def _train_what_makes_vectors(self) -> None:
+        self.denoiser.requires_grad_(True)
+        guess, codes = self.denoiser.guess, self.codes
+        if guess is not None:
+            _make_parameter(guess, "weight_CZ")
+        if self.how.guidance_scale == 1:  # nobody's face is never asked about: no gradient would come
+            self.denoiser.no_face_W.requires_grad_(False)
+        if isinstance(codes, LatentCodes):
+            for part in (codes.vae.decoder, codes.vae.skip_out):
+                if part is not None:
+                    part.requires_grad_(True)
+        elif "components_KM" in codes._buffers:
+            _make_parameter(codes, "components_KM")
+
+    def rate(self, name: str, parameter: Tensor, learning_rate: float) -> float:
+        if not name.startswith("codes."):
+            return 1.0
+        return self.config.components_rate * float(parameter.detach().square().mean().sqrt()) / learning_rate
+
+    def train(self, mode: bool = True) -> PictureStage:
+        super().train(mode)
+        self.denoiser.eval()
+        self.codes.eval()
+        return self
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def inputs(self, slots: Slots) -> Batch:
+        return {"slots": torch.from_numpy(slots)}
+
+    def draws(self, count: int, generator: torch.Generator) -> Batch:
+        c, shape = self.config, self.base.latent_shape
+        where: dict[str, Any] = {"generator": generator, "device": generator.device}
+        G, V = c.pictures_each, c.denoising_photos
+        return {
+            "code": torch.randn(count, self.denoiser.code_size, **where),
+            "shown": torch.rand(count, **where),
+            "prompt": torch.rand(count, G, **where),
+            "start": torch.randn(count, G, *shape, **where),
+            "jitter": torch.randn(count, G, 4, **where),
+            "light": torch.randn(count, G, **where),
+            "grain": torch.randn(count, G, 3, 112, 112, **where),
+            "photo": torch.rand(count, V, **where),
+            "noise": torch.randn(count, V, *shape, **where),
+            "timestep": torch.rand(count, V, **where),
+        }
+
+    def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        slots_B = inputs["slots"].cpu().numpy()
+        if not self.training:
+            return self._validate(slots_B, draws["code"])
+        c, w = self.config, self.config.weights
+        counts_B = self.people.counts_P[slots_B]
+        shown_B = _pick(draws["shown"], counts_B)
+        condition_BE, targets_BRE = (t.to(self.base.device) for t in self.people.faces(slots_B, shown_B))
+        codes_BZ = self._codes(condition_BE, draws["code"])
+        vectors_BN = self._vectors(codes_BZ)
+        prompts = self.prompts_TSD[self._prompts(draws["prompt"])]
+        pictures, high_B, changes = self._draw(vectors_BN, prompts, draws["start"].flatten(0, 1), step)
+        boxes, points, seen = self.teacher.faces(pictures)
+        B, G = len(slots_B), c.pictures_each
+        jitter = c.jitter * draws["jitter"].flatten(0, 1) * torch.tensor(JITTER, device=pictures.device)
+        grain = CROP_SHIFT * draws["light"].flatten()[:, None, None, None] + CROP_NOISE * draws["grain"].flatten(0, 1)
+        found_BG = torch.from_numpy(seen).to(pictures.device).view(B, G)
+        points[~seen] = _ANYWHERE * pictures.shape[-1]
+        cosine_BG = (
+            (self.teacher(pictures, points, jitter, c.jitter * grain) * targets_BRE[:, 0].repeat_interleave(G, 0))
+            .sum(1)
+            .view(B, G)
+        )
+        identity_B = ((1 - cosine_BG) * found_BG).sum(1) / found_BG.sum(1).clamp(min=1)
+        parts = {"identity": identity_B, "faces": found_BG.float().mean(1), "high_noise": high_B}
+        parts["code_length"] = codes_BZ.square().mean(1)
+        parts["sharpness"] = F.relu(1 - fine_detail(pictures) / self.photo_detail).view(B, G).mean(1)
+        if w.outside:
+            parts["outside"] = self._outside(changes, boxes, seen, pictures.shape[-1]).view(B, G).mean(1)
+        if w.denoising:
+            parts["denoising"] = self._denoising(vectors_BN, slots_B, shown_B, draws)
+        weights = vars(w)
+        # the vectors' sum, times 0: all parameters get a gradient, and the workers agree, even where no picture has a face
+        loss_B = vectors_BN.sum(1) * 0.0
+        for name, part_B in parts.items():
+            if weights.get(name):
+                loss_B = loss_B + weights[name] * part_B
+        return loss_B, {name: part_B.detach() for name, part_B in parts.items()}
+
+    def _codes(self, condition_BE: Tensor, white_BZ: Tensor) -> Tensor:
+        how = self.how
+        start_BZ = how.temperature * self.diffusion.noise(white_BZ)
+        return denoise(
+            self.denoiser, start_BZ, condition_BE, how.guidance_scale, how.num_inference_steps, diffusion=self.diffusion
+        )
+
+    def _vectors(self, codes_BZ: Tensor) -> Tensor:
+        vectors_BN, scale = self.codes.decode(codes_BZ), self.how.deviation_scale
+        return vectors_BN if scale == 1 else torch.lerp(self.codes.normaliser.mean_N, vectors_BN, scale)
+
+    def _prompts(self, draws_BG: Tensor) -> NDArray[np.int64]:
+        """Prompts of anybody's photos, as often as they come."""
+        prompts: NDArray[np.int64] = self.people.prompt_T[
+            (draws_BG.cpu().numpy() * len(self.people.prompt_T)).astype(int)
+        ]
+        return prompts.ravel()
+
+    def _draw(
+        self, vectors_BN: Tensor, prompts: Tensor, start: Tensor, step: int
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Pictures (B * G, 3, H, W); change of the prediction in an early step (B,), and of those with gradient, (B * G, h, w)."""
+        c, base, G = self.config, self.base, self.config.pictures_each
+        scheduler = make_scheduler(base, "ddim")
+        scheduler.set_timesteps(c.num_inference_steps)
+        prompts, x = prompts.to(base.dtype), start * scheduler.init_noise_sigma
+        high_B, changes = torch.zeros(len(vectors_BN), device=x.device), []
+        early = step % max(1, c.num_inference_steps // 3)
+        for i, t in enumerate(scheduler.timesteps):
+            last = i >= c.num_inference_steps - c.gradient_steps
+            watched = (last and c.weights.outside > 0) or (i == early and c.weights.high_noise > 0)
+            model_in = scheduler.scale_model_input(x, t).to(base.dtype)
+            with torch.set_grad_enabled(last or watched):
+                given = vectors_BN if last or watched else vectors_BN.detach()
+                out = self._predict(given, model_in if last else model_in.detach(), t, prompts, G)
+            if watched:
+                with torch.no_grad(), self._autocast():
+                    plain = base.unet(model_in, t, encoder_hidden_states=prompts).sample.float()
+                change = (out - plain).square()
+                if i == early:
+                    high_B = change.flatten(1).mean(1).view(-1, G).mean(1)
+                if last:
+                    changes.append(change.mean(1))
+            x = scheduler.step(out if last else out.detach(), t, x).prev_sample
+        return self._decode(x), high_B, changes
+
+    def _predict(self, vectors_BN: Tensor, x: Tensor, t: Tensor, prompts: Tensor, each: int) -> Tensor:
+        with self._autocast(), self.bank.active(vectors_BN, each, train_A=self.train_A):
+            out: Tensor = self.base.unet(x, t, encoder_hidden_states=prompts).sample
+        return out.float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        with self._autocast():
+            scaled = (latents / self.base.vae.config.scaling_factor).to(self.base.dtype)
+            pictures: Tensor = self.base.vae.decode(scaled).sample
+        return pictures.float()
+
+    def _autocast(self) -> torch.autocast:
+        kind, wanted = self.base.device.type, self.config.autocast
+        fast = kind == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.autocast(kind, torch.bfloat16, enabled=wanted == "bfloat16" or (wanted == "auto" and fast))
+
+    def _outside(self, changes: list[Tensor], boxes: NDArray[Any], seen: NDArray[np.bool_], side: int) -> Tensor:
+        """Mean change of the predictions outside of an ellipse around the head; 0 where no face is."""
+        cells = changes[0].shape[-1]
+        at = (torch.arange(cells, device=changes[0].device) + 0.5) * side / cells
+        x1, y1, x2, y2 = torch.from_numpy(boxes).to(at.device)[..., None, None].unbind(1)
+        across, down = (2 * at - x1 - x2) / (x2 - x1 + 1e-6), (2 * at[:, None] - y1 - y2) / (y2 - y1 + 1e-6)
+        far = (across.square() + down.square() > self.config.head**2).float()
+        far = far * torch.from_numpy(seen).to(at.device)[:, None, None]
+        per_step = [(change * far).sum((1, 2)) / far.sum((1, 2)).clamp(min=1) for change in changes]
+        return torch.stack(per_step).mean(0)
+
+    def _denoising(self, vectors_BN: Tensor, slots_B: Slots, shown_B: Slots, draws: Batch) -> Tensor:
+        """(B,) the base model's loss on photos that are not the one shown."""
+        counts_B, V = self.people.counts_P[slots_B], self.config.denoising_photos
+        others_BV = _pick(draws["photo"], counts_B[:, None] - 1)
+        picks_BV = (shown_B[:, None] + 1 + others_BV) % counts_B[:, None]
+        x0, prompts_BV = (t.to(self.base.device) for t in self.people.photos(slots_B, picks_BV))
+        low, high = self.config.timestep_range
+        timesteps = (low + draws["timestep"] * (high - low)).long()
+        noisy, target = self.schedule.question(x0, draws["noise"], timesteps)
+        prompts = self.prompts_TSD[prompts_BV.flatten()].to(self.base.dtype)
+        out = self._predict(vectors_BN, noisy.flatten(0, 1).to(self.base.dtype), timesteps.flatten(), prompts, V)
+        return (out.view_as(target) - target).square().mean((1, 2, 3, 4))
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self, slots_B: Slots, white_BZ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss: 1 - similarity of pictures, drawn as users draw, to the photos that were not shown; a missing face counts 0."""
+        if not self.base_figures:
+            count = len(self.config.score.prompts) * BASE_SEEDS
+            figures = self._figures(self._pictures(None, 1, BASE_SEEDS), self._scenes(1, BASE_SEEDS)[0])
+            self.base_figures = {name: float(value.float().sum()) / count for name, value in figures.items()}
+        first_B = np.zeros(len(slots_B), np.int64)
+        condition_BE, targets_BRE = (t.to(self.base.device) for t in self.people.faces(slots_B, first_B))
+        B, each = len(slots_B), self.config.score.seeds_per_prompt
+        pictures = self._pictures(self._vectors(self._codes(condition_BE, white_BZ)), B, each)
+        parts = {}
+        for number, (name, embedder) in enumerate((("likeness", self.teacher.embedder), ("second", self.judge))):
+            if embedder is None:
+                continue
+            vectors, seen = embed_pictures(embedder, pictures)
+            by_person = torch.from_numpy(vectors).view(B, -1, vectors.shape[-1])
+            parts[name] = (by_person * targets_BRE[:, number, None].cpu()).sum(2).mean(1)
+            parts.setdefault("faces", torch.from_numpy(seen).float().view(B, -1).mean(1))
+        scenes = self._scenes(B, each)[0]
+        parts |= {name: value.view(B, -1).mean(1) for name, value in self._figures(pictures, scenes).items()}
+        if slots_B[0] == self.validation_slots[0]:
+            self.sheet = pictures.reshape(B, -1, *pictures.shape[1:])[:8]
+        return 1 - parts["likeness"], parts
+
+    def _scenes(self, people: int, each: int) -> tuple[list[str], list[int]]:
+        prompts = [prompt for prompt in self.config.score.prompts for _ in range(each)] * people
+        return prompts, list(range(FIRST_SEED, FIRST_SEED + len(prompts) // people)) * people
+
+    def _pictures(self, vectors_BN: Tensor | None, people: int, each: int) -> NDArray[np.uint8]:
+        c = self.config.score
+        prompts, seeds = self._scenes(people, each)
+        with torch.autocast(self.base.device.type, enabled=False):
+            return render(
+                self.base, vectors_BN, prompts, seeds, bank=self.bank, num_inference_steps=c.num_inference_steps,
+                guidance_scale=c.guidance_scale, max_batch=c.max_batch,
+            )  # fmt: skip
+
+    def _figures(self, pictures: NDArray[np.uint8], prompts: list[str]) -> dict[str, Tensor]:
+        """Of each picture: fine detail; for each part of the prompts that is asked for, 1 where it is shown, 0 where not."""
+        figures = {"detail": fine_detail(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)}
+        if self.scorer is not None:
+            hits = torch.from_numpy(self.scorer.hits(pictures, prompts))
+            asked = (hits >= 0).all(0)
+            figures |= {f"prompt_{part}": hits[:, h].float() for h, part in enumerate(PROMPT_PARTS) if asked[h]}
+        return figures
+
+    def summarise(self, values: dict[str, Any]) -> dict[str, Any]:
+        """`validation_score`, and what parts of prompts and fine detail lack against the base model."""
+        lack = {
+            name: base - values[f"validation_{name}"] for name, base in self.base_figures.items() if name != "detail"
+        }
+        short = sum(max(0.0, value) for value in lack.values()) / max(1, len(lack))
+        reference = self.base_figures.get("detail", float(self.photo_detail))
+        coarse = max(0.0, 1 - values["validation_detail"] / reference)
+        score = values["validation_loss"] + self.config.prompt_price * short + self.config.detail_price * coarse
+        return {"validation_score": score, "validation_prompts_short": short, "validation_coarse": coarse}
+
+    @torch.no_grad()
+    def _some_latents(self) -> Tensor:
+        return torch.from_numpy(np.asarray(self.people.latents_T[:64], np.float32)).to(self.base.device)
+
+
+# a face in the middle, for crops of pictures without one: they count nowhere
+_ANYWHERE = np.array([[0.4, 0.4], [0.6, 0.4], [0.5, 0.5], [0.42, 0.6], [0.58, 0.6]], np.float32)
+
+
+def fine_detail(pictures_BCHW: Tensor) -> Tensor:
+    """(B,) mean difference of a picture in -1 .. 1 to its blurred copy (3 × 3), in levels of 256."""
+    blurred = F.avg_pool2d(F.pad(pictures_BCHW, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return 127.5 * (pictures_BCHW - blurred).abs().mean((1, 2, 3))
+
+
+def _pick(draws: Tensor, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.minimum((draws.cpu().numpy() * counts).astype(np.int64), counts - 1)
+
+
+def _make_parameter(module: nn.Module, name: str) -> None:
+    value = module._buffers.pop(name)
+    assert value is not None
+    module.register_parameter(name, nn.Parameter(value.detach().clone()))
