@@ -21,8 +21,8 @@ from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA
 from lora_diffusion.synthesis.vae import LoRAVAE, VAEConfig
 
-Kind = Literal["latent", "pca", "vector", "learned"]
-KINDS: tuple[Kind, ...] = ("latent", "pca", "vector", "learned")
+Kind = Literal["latent", "pca", "vector"]  # what a corpus is turned into; pictures make `learned` of the second
+KINDS: tuple[Kind, ...] = ("latent", "pca", "vector")
 
 
 class CodeSpace(nn.Module):
@@ -31,7 +31,7 @@ class CodeSpace(nn.Module):
     Codes are `(raw - shift) / scale`; shift 0 and scale 1 until `standardise` was called.
     """
 
-    kind: Kind
+    kind: str
     normaliser: Normaliser
     shift_Z: Tensor
     scale_Z: Tensor
@@ -98,7 +98,7 @@ class CodeSpace(nn.Module):
 class VectorCodes(CodeSpace):
     """The normalised parameters: Z = M."""
 
-    kind: Kind = "vector"
+    kind = "vector"
 
     def __init__(self, normaliser: Normaliser) -> None:
         super().__init__(normaliser.size)
@@ -114,7 +114,7 @@ class VectorCodes(CodeSpace):
 class PCACodes(CodeSpace):
     """Coefficients of the principal components of the normalised parameters: Z = K."""
 
-    kind: Kind = "pca"
+    kind = "pca"
 
     def __init__(self, normaliser: Normaliser, pca: PCA) -> None:
         super().__init__(len(pca))
@@ -133,7 +133,7 @@ class LearnedCodes(CodeSpace):
     The entries of `components_KM` are about 1; `scale_Z` holds their size. `encode` is the least-squares solution.
     """
 
-    kind: Kind = "learned"
+    kind = "learned"
     components_KM: Tensor
 
     def __init__(self, normaliser: Normaliser, components_KM: Tensor) -> None:
@@ -166,7 +166,7 @@ class LearnedCodes(CodeSpace):
 class LatentCodes(CodeSpace):
     """Means of the VAE's posterior: Z = latent_size. The VAE is frozen and in eval mode from here on."""
 
-    kind: Kind = "latent"
+    kind = "latent"
 
     def __init__(self, vae: LoRAVAE) -> None:
         super().__init__(vae.config.latent_size)
@@ -209,7 +209,7 @@ def build_codes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         elif kind == "latent":
             space = LatentCodes(LoRAVAE(from_dict(VAEConfig, description["vae"]), normaliser))
         else:
-            raise ValueError(f"unknown code space {kind!r}; this release knows {', '.join(KINDS)}")
+            raise ValueError(f"unknown code space {kind!r}; this release knows {', '.join(KINDS)}, learned")
         space.load_state_dict(dict(tensors))
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"the tensors do not make a {kind} code space: {error}") from error

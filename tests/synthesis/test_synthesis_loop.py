@@ -200,3 +200,23 @@ def test_two_workers_learn_what_one_learns_however_they_share(tmp_path: Path) ->
         assert_close(reports, two["reports"])
         for name, tensor in alone.items():
             torch.testing.assert_close(two["weights"][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_whose_gradient_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
+    class Fragile(Regression):
+        leaves_out_bad_batches = True
+        bad_steps: range = range(5, 6)
+
+        def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            error, parts = super().forward(inputs, draws, step)
+            return (error * torch.nan if self.training and step in self.bad_steps else error), parts
+
+    loop, reports = Loop("regression", Fragile(), CONFIG, open_store(tmp_path / "one")), []
+    loop.run(reports.append)
+    assert [report["left_out"] for report in reports if report["step"] in (4, 6, 8)] == [0, 0.5, 0]
+    assert all(np.isfinite(tensor).all() for tensor in loop.best_weights().values())
+
+    stage = Fragile()
+    stage.bad_steps = range(10**6)
+    with pytest.raises(ValueError, match="gradients of 20 batches in a row were not finite"):
+        Loop("regression", stage, replace(CONFIG, steps=50), open_store(tmp_path / "all")).run()

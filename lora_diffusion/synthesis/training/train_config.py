@@ -12,7 +12,7 @@ from lora_diffusion.synthesis.folder import LatentSampling
 from lora_diffusion.synthesis.training.dataset import DataConfig
 from lora_diffusion.synthesis.training.distributed import Parallel
 from lora_diffusion.synthesis.training.loop import LoopConfig
-from lora_diffusion.synthesis.training.pictures.config import PicturesConfig
+from lora_diffusion.synthesis.training.pictures_config import PicturesConfig
 from lora_diffusion.synthesis.training.stages import Condition
 from lora_diffusion.synthesis.vae import VAEConfig
 

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, FaceErro
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.synthesis.training.pictures.config import PicturesConfig
+from lora_diffusion.synthesis.training.pictures_config import PicturesConfig
 
 DEFAULT_PROMPT = "a photo of sks person"
 GROUP = 16  # people between two words about progress
@@ -35,7 +36,7 @@ class PhotoCache:
     def __init__(self, config: PicturesConfig, recogniser: str, base: BaseModel, folder: str = "") -> None:
         self.config, self.recogniser, self.base = config, recogniser, base
         root = Path(folder).expanduser() if folder else Path(tempfile.gettempdir()) / f"lora-diffusion-{os.getuid()}"
-        what = {"people": config.people, "max": config.max_people, "photos": to_dict(config.photos)}
+        what: dict[str, Any] = {"people": config.people, "max": config.max_people, "photos": to_dict(config.photos)}
         what |= {"recognisers": [recogniser, config.second_recogniser], "base": base.fingerprint}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / f"pictures-{key}"
@@ -95,8 +96,12 @@ class PhotoCache:
 
     def open(self) -> People:
         about = json.loads((self.folder / "people.json").read_text())
-        arrays = [np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "embeddings")]
-        return People(*arrays, about["counts"], about["captions"], about["names"], about["digest"], self.config)
+        latents, embeddings = (
+            np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "embeddings")
+        )
+        return People(
+            latents, embeddings, about["counts"], about["captions"], about["names"], about["digest"], self.config
+        )
 
 
 def split(names: list[str], validation_people: int) -> tuple[np.ndarray, np.ndarray]:
