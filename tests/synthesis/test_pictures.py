@@ -74,6 +74,7 @@ def calm(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainCo
     return config, train(config)
 
 
+@pytest.mark.slow
 def test_without_any_corpus_pictures_make_a_synthesiser(calm: tuple[TrainConfig, list[str]]) -> None:
     config, said = calm
     made, start = (Synthesizer.from_pretrained(place) for place in (f"{config.output}/synthesizer", "tiny"))
@@ -93,18 +94,16 @@ def test_without_any_corpus_pictures_make_a_synthesiser(calm: tuple[TrainConfig,
     assert made.neighbours is not None
     assert made.neighbours.codes_PZ.shape[1] == made.code_size
     assert any("photos: 16 of 8 people" in line for line in said)
-    assert "no corpus" not in describe(config, None)
+    assert "pictures: people of" in describe(config, None)
 
 
-@pytest.mark.parametrize("step", [2])
-def test_interrupted_it_comes_to_the_same_losses(
-    calm: tuple[TrainConfig, list[str]], tmp_path: Path, step: int
-) -> None:
+@pytest.mark.slow
+def test_interrupted_it_comes_to_the_same_losses(calm: tuple[TrainConfig, list[str]], tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
     def die(values: dict[str, Any]) -> None:
-        if values["step"] == step:
+        if values["step"] == 2:
             raise Killed
 
     config = replace(calm[0], output=str(tmp_path / "run"))
@@ -146,6 +145,7 @@ def test_who_has_one_photo_is_taught_by_its_mirror_image_and_who_has_none_is_cou
         PhotoCache(replace(config, validation_people=4), "tiny", cache.base, str(tmp_path / "other")).fill()
 
 
+@pytest.mark.slow
 def test_a_step_reaches_all_that_makes_vectors_and_pictures_without_a_face_count_nowhere(
     world: Path, tmp_path: Path
 ) -> None:
@@ -196,11 +196,11 @@ def test_learned_components_are_inverted_by_least_squares_and_kept_in_eight_bits
     start = untrained("pca")
     wide = widened(start.denoiser, start.diffusion.denoiser(space.size, 512, start.denoiser.config))
     made = Synthesizer(start.layout, space, wide, start.diffusion)
-    for dtype, error, version in ((torch.float32, 0.0, 2), (torch.float16, 1e-3, 2), (torch.int8, 2e-2, 2)):
+    for dtype, error in ((torch.float32, 0.0), (torch.float16, 1e-3), (torch.int8, 2e-2)):
         made.save_pretrained(tmp_path / str(dtype), dtype)
         again = Synthesizer.from_pretrained(tmp_path / str(dtype))
         found, expected = again.decode(codes_PZ), made.decode(codes_PZ)
         assert np.abs(found - expected).max() <= error * np.abs(expected).max()
-        assert open_store(tmp_path / str(dtype)).read_json("config.json")["format_version"] == version
+        assert open_store(tmp_path / str(dtype)).read_json("config.json")["format_version"] == 2
     start.save_pretrained(tmp_path / "one")
     assert open_store(tmp_path / "one").read_json("config.json")["format_version"] == 1

@@ -45,19 +45,25 @@ class PicturesConfig:
     """people: where the photos are (`factory.people.open_people`); empty: the stage is left out.
     start: a synthesiser's folder or `tiny`; empty: what this run's stages before made. With one, no corpus is needed.
     base: the base model; empty: the one that the synthesiser was made for.
-    max_people: only the first so many; validation_people: so many of them, with at least two photos, are held out.
+    max_people: only the first so many; null: all.
+    validation_people: so many of them are held out: their pictures choose the weights that are kept.
     second_recogniser: judges beside the one that teaches, and never teaches; null: none.
     prompt_scorer: package.module:Class, as in the evaluation's configuration; null: prompts are not judged.
     new_components: how many the linear decoder gets beside those of the PCA; a VAE's decoder gets none.
     new_scale: their size against the others': a code number of them moves a LoRA so many times as far.
     components_rate: learning rate of the decoder, as a share of the size of its weights; the denoiser has the loop's own.
-    photos_each: pictures of each person in a step. num_inference_steps, guidance_scale: how they are drawn, by DDIM;
+    pictures_each: pictures of each person in a step.
+    num_inference_steps, guidance_scale: how they are drawn, by DDIM.
     gradient_steps: through how many of the last steps the gradient goes.
-    denoising_photos, timestep_range: of the denoising loss. head: side of what `outside` spares, in sides of the face's box.
+    denoising_photos: photos of each person in the denoising loss.
+    timestep_range: of the denoising loss.
+    head: diameter of what the loss `outside` spares, in sides of the face's box.
     jitter: how far crops are shaken before the recogniser looks (1: 2 degrees, 3 %, 2 px), and noised.
-    autocast: for the base model, in training; auto: bfloat16 where the device multiplies in it. score: how validation draws; its prompts should ask for poses and lights.
-    prompt_price, detail_price: what validation's score (lower is better) adds to 1 - similarity, for each unit that a part
-        of the prompts, or fine detail, falls short of the base model's.
+    autocast: for the base model, in training; auto: bfloat16 where the device multiplies in it.
+    score: how validation draws; its prompts should ask for poses and lights. `min_similarity` has no meaning here.
+    prompt_price: what validation's score (lower is better) adds to 1 - similarity, for each unit that the parts of the prompts
+        fall short of the base model's, on average.
+    detail_price: the same for the share of fine detail that is lost.
     """
 
     people: Place = ""

@@ -314,7 +314,7 @@ class PictureStage(Stage):
 
     @torch.no_grad()
     def _some_latents(self) -> Tensor:
-        return torch.from_numpy(np.asarray(self.people.latents_T[:64], np.float32)).to(self.base.device)
+        return torch.from_numpy(np.array(self.people.latents_T[:64], np.float32)).to(self.base.device)
 
 
 # a face in the middle, for crops of pictures without one: they count nowhere
