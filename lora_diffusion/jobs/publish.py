@@ -32,7 +32,7 @@ class Config:
     corpus: Place | None = None
     labels: PlaceOrName | None = None
     neighbours: bool = True
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32", "int8"] = "float16"  # int8: float16, and learned components in bytes
 
 
 def dry_run(config: Config) -> str:

@@ -178,7 +178,9 @@ def worker(values: dict[str, Any]) -> None:
             rows = cache.open(config.data)
             if group.rank == 0:
                 left = ", ".join(f"{count} × {name}" for name, count in rows.left_out.items()) or "none"
-                say(f"rows: {len(rows.train):,} for training, {len(rows.validation):,} for validation, left out: {left}")
+                say(
+                    f"rows: {len(rows.train):,} for training, {len(rows.validation):,} for validation, left out: {left}"
+                )
             SynthesizerTraining(config, snapshot, rows, store, group, **told).run()
         if "pictures" in config.stages:
             PictureTraining(config, store, group, **told).run()
