@@ -33,6 +33,9 @@ class Config:
     labels: PlaceOrName | None = None
     neighbours: bool = True
     dtype: Literal["float16", "float32", "int8"] = "float16"  # int8: float16, and learned components in bytes
+    components: int | None = (
+        None  # keep only so many learned components, those that the corpus' people need most; null: all
+    )
 
 
 def dry_run(config: Config) -> str:
@@ -45,7 +48,9 @@ def run(config: Config, ray_address: str) -> None:
     labels = synthetic_labels(config.corpus) if config.labels == "synthetic" and config.corpus else config.labels
     draw = {key: str(value) for key, value in config.draw.items()}
     dtype = getattr(torch, config.dtype)
-    published = publish(config.synthesizer, config.output, draw, config.corpus, labels, config.neighbours, dtype)
+    published = publish(
+        config.synthesizer, config.output, draw, config.corpus, labels, config.neighbours, dtype, config.components
+    )
     if config.labels and published.directions is not None:
         told = zip(published.directions.names, published.directions.separation_A.tolist(), strict=True)
         print("correlation with the labels: " + ", ".join(f"{name} {value:.2f}" for name, value in told))

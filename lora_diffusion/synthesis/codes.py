@@ -131,20 +131,23 @@ class LearnedCodes(CodeSpace):
     """Coefficients of components that need not be orthonormal, as training through pictures leaves them: Z = K.
 
     The entries of `components_KM` are about 1; `scale_Z` holds their size. `encode` is the least-squares solution.
+    Where `mixing_KR` is given, the components are its product with fewer rows (R, M): see `truncated`.
     """
 
     kind = "learned"
     components_KM: Tensor
+    mixing_KR: Tensor | None
 
-    def __init__(self, normaliser: Normaliser, components_KM: Tensor) -> None:
-        super().__init__(len(components_KM))
+    def __init__(self, normaliser: Normaliser, components_KM: Tensor, mixing_KR: Tensor | None = None) -> None:
+        super().__init__(len(components_KM if mixing_KR is None else mixing_KR))
         self.normaliser = normaliser
         self.register_buffer("components_KM", components_KM.float())
+        self.register_buffer("mixing_KR", None if mixing_KR is None else mixing_KR.float())
 
     @classmethod
     def of(cls, space: PCACodes | LearnedCodes, new: int, new_scale: float = 1.0, seed: int = 0) -> LearnedCodes:
         """The same space with `new` random components at its end, each `new_scale` times as large as the others."""
-        old_KM = space.components_KM if isinstance(space, LearnedCodes) else space.pca.components_KM
+        old_KM = space.whole() if isinstance(space, LearnedCodes) else space.pca.components_KM
         M, generator = old_KM.shape[1], torch.Generator().manual_seed(seed)
         size = old_KM.square().mean(1).sqrt().mean()
         normaliser = Normaliser(space.normaliser.mean_N, space.normaliser.std_N)
@@ -155,12 +158,34 @@ class LearnedCodes(CodeSpace):
         made.scale_Z[space.size :] = new_scale * made.scale_Z[: space.size].square().mean().sqrt()
         return made
 
+    def truncated(self, rank: int, codes_PZ: Tensor) -> LearnedCodes:
+        """The same codes, their LoRAs projected to the `rank` directions in which those of `codes_PZ` vary most."""
+        U_KM = self.whole().double()
+        if not 1 <= rank <= min(self.size, len(codes_PZ)):
+            raise ValueError(f"{rank} components asked for; there are {self.size}, and {len(codes_PZ)} codes to tell")
+        raw_PZ = (codes_PZ * self.scale_Z + self.shift_Z).double()
+        gram_KK = U_KM @ U_KM.T
+        values, vectors = torch.linalg.eigh(raw_PZ.T @ raw_PZ / len(raw_PZ))
+        root_KK = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        values, vectors = torch.linalg.eigh(root_KK @ gram_KK @ root_KK)
+        into_KR = root_KK @ vectors[:, -rank:] / values[-rank:].clamp(min=1e-12).sqrt()
+        unit = U_KM.shape[1] ** 0.5  # entries of about 1
+        made = LearnedCodes(self.normaliser, into_KR.T @ U_KM * unit, gram_KK @ into_KR / unit)
+        made.scale_Z, made.shift_Z = self.scale_Z.clone(), self.shift_Z.clone()
+        return made
+
+    def whole(self) -> Tensor:
+        """All components (K, M)."""
+        return self.components_KM if self.mixing_KR is None else self.mixing_KR @ self.components_KM
+
     def raw_encode(self, vectors_BN: Tensor) -> Tensor:
-        U_KM = self.components_KM
-        return torch.linalg.solve(U_KM @ U_KM.T, U_KM @ self.normaliser.normalise(vectors_BN).T).T
+        U_KM = self.whole()
+        inverse_KK = torch.linalg.pinv((U_KM @ U_KM.T).double(), hermitian=True, rtol=1e-7).float()
+        return self.normaliser.normalise(vectors_BN) @ U_KM.T @ inverse_KK
 
     def raw_decode(self, raw_BZ: Tensor) -> Tensor:
-        return self.normaliser.restore(raw_BZ @ self.components_KM)
+        mixed = raw_BZ if self.mixing_KR is None else raw_BZ @ self.mixing_KR
+        return self.normaliser.restore(mixed @ self.components_KM)
 
 
 class LatentCodes(CodeSpace):
@@ -205,7 +230,7 @@ def build_codes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             names = ("mean_M", "components_KM", "explained_variance_K", "total_variance")
             space = PCACodes(normaliser, PCA(*(tensors[f"pca.{name}"] for name in names)))
         elif kind == "learned":
-            space = LearnedCodes(normaliser, tensors["components_KM"])
+            space = LearnedCodes(normaliser, tensors["components_KM"], tensors.get("mixing_KR"))
         elif kind == "latent":
             space = LatentCodes(LoRAVAE(from_dict(VAEConfig, description["vae"]), normaliser))
         else:

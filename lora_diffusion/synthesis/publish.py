@@ -14,6 +14,7 @@ import torch
 
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.storage import place
+from lora_diffusion.synthesis.codes import LearnedCodes
 from lora_diffusion.synthesis.edits import AttributeDirections
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 
@@ -28,10 +29,12 @@ def publish(
     labels: str | Labels | None = None,
     neighbours: bool = True,
     dtype: torch.dtype = torch.float16,
+    components: int | None = None,
 ) -> Synthesizer:
     """Write the folder `out` from the folder `source`, both local or s3://; returns what was written.
 
     draw: settings of `LatentSampling`, as text. labels: what `directions` takes. neighbours: keep the corpus' embeddings.
+    components: keep only so many of learned components, those that the LoRAs of the corpus' embeddings need most.
 
     Raises ValueError for unknown settings, labels without a corpus, or a corpus nobody of whom has labels.
     """
@@ -44,6 +47,14 @@ def publish(
         raise ValueError(f"draw has no setting {unknown[0]!r}; there are {', '.join(vars(how))}")
     values = {key: type(getattr(how, key))(text) for key, text in draw.items()}
     synthesizer.latent_sampling = replace(how, **values)
+    if components is not None:
+        space, people = synthesizer.codes, synthesizer.neighbours
+        if not isinstance(space, LearnedCodes) or people is None:
+            raise ValueError(
+                "components can be left out of a synthesiser that learned from pictures and has neighbours"
+            )
+        drawn_PZ = synthesizer.denoise(people.embeddings_PC, range(len(people.embeddings_PC)))
+        synthesizer.codes = space.truncated(components, torch.from_numpy(drawn_PZ))
     if corpus is not None and labels is not None:
         synthesizer.directions = directions(synthesizer, corpus, labels)
     if not neighbours:

@@ -15,7 +15,7 @@ from synthesis_world import SMALL, space_of, toy, untrained
 from lora_diffusion.config import from_dict, to_dict
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.storage import open_store
-from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
+from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes, build_codes
 from lora_diffusion.synthesis.denoiser import widened
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.training.begin import begin, describe
@@ -202,5 +202,11 @@ def test_learned_components_are_inverted_by_least_squares_and_kept_in_eight_bits
         found, expected = again.decode(codes_PZ), made.decode(codes_PZ)
         assert np.abs(found - expected).max() <= error * np.abs(expected).max()
         assert open_store(tmp_path / str(dtype)).read_json("config.json")["format_version"] == 2
+    codes_PZ = torch.randn(20, space.size)
+    codes_PZ[:, -2:] = 0  # nobody needs these
+    few = space.truncated(space.size - 2, codes_PZ)
+    again = build_codes(few.describe(), few.state_dict())
+    assert len(again.components_KM) == space.size - 2
+    torch.testing.assert_close(again.decode(codes_PZ), space.decode(codes_PZ), rtol=1e-3, atol=1e-3)
     start.save_pretrained(tmp_path / "one")
     assert open_store(tmp_path / "one").read_json("config.json")["format_version"] == 1
