@@ -179,9 +179,10 @@ class LearnedCodes(CodeSpace):
         return self.components_KM if self.mixing_KR is None else self.mixing_KR @ self.components_KM
 
     def raw_encode(self, vectors_BN: Tensor) -> Tensor:
-        U_KM = self.whole()
-        inverse_KK = torch.linalg.pinv((U_KM @ U_KM.T).double(), hermitian=True, rtol=1e-7).float()
-        return self.normaliser.normalise(vectors_BN) @ U_KM.T @ inverse_KK
+        U_RM = self.components_KM.double()
+        mixed_BR = torch.linalg.solve(U_RM @ U_RM.T, U_RM @ self.normaliser.normalise(vectors_BN).double().T).T
+        raw_BZ = mixed_BR if self.mixing_KR is None else mixed_BR @ torch.linalg.pinv(self.mixing_KR.double())
+        return raw_BZ.float()
 
     def raw_decode(self, raw_BZ: Tensor) -> Tensor:
         mixed = raw_BZ if self.mixing_KR is None else raw_BZ @ self.mixing_KR

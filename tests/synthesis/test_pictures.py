@@ -208,5 +208,6 @@ def test_learned_components_are_inverted_by_least_squares_and_kept_in_eight_bits
     again = build_codes(few.describe(), few.state_dict())
     assert len(again.components_KM) == space.size - 2
     torch.testing.assert_close(again.decode(codes_PZ), space.decode(codes_PZ), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again.decode(again.encode(again.decode(codes_PZ))), again.decode(codes_PZ))
     start.save_pretrained(tmp_path / "one")
     assert open_store(tmp_path / "one").read_json("config.json")["format_version"] == 1
