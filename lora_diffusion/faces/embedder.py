@@ -111,7 +111,7 @@ class FaceEmbedder:
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of SHA-256 over the recognition model's file: two embeddings can be compared if theirs is the same."""
-        with open(self._recognition.model_file, "rb") as file:
+        with open(self.recognition.model_file, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:20]
 
     def knows(self, fingerprint: str) -> bool:
