@@ -52,8 +52,9 @@ def meanings(cls: type[Any]) -> dict[str, str]:
         if beside or above:
             found[node.target.id] = beside[1] if beside else " ".join(above)
     names = {field.name for field in dataclasses.fields(cls)}
+    several = re.compile(rf"[;.] (?=(?:{'|'.join(names)}): )")  # entries that share a line
     entry: list[str] = []
-    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+    for line in several.sub("\n", inspect.cleandoc(cls.__doc__ or "")).splitlines():
         start = re.match(r"([\w`]+(?:, [\w`]+)*): (.*)", line)
         if start and (keys := start[1].replace("`", "").split(", ")) and set(keys) <= names:
             entry = keys

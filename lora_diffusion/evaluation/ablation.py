@@ -42,17 +42,17 @@ MAIN = "main"  # the corpus of the evaluation
 
 @dataclass(frozen=True)
 class Variant:
-    """What one run changes. `people`: rows of the corpus, None for all; `canonical`: vectors in canonical SVD form."""
+    """What one run changes."""
 
-    conditioning: Literal["adalora", "adanorm"] = "adalora"
-    code_space: Kind = "latent"
-    people: int | None = None
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
-    prior: Literal["gaussian", "corpus"] = "gaussian"
-    linear_guess: bool = False
-    canonical: bool = False
-    corpus: str = MAIN
-    seed: int = 0
+    conditioning: Literal["adalora", "adanorm"] = "adalora"  # how the face enters the denoiser
+    code_space: Kind = "latent"  # the space that the denoiser works in
+    people: int | None = None  # rows of the corpus; null: all
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"  # what the denoiser predicts
+    prior: Literal["gaussian", "corpus"] = "gaussian"  # the noise that it starts from
+    linear_guess: bool = False  # begin with a regression
+    canonical: bool = False  # vectors in canonical SVD form
+    corpus: str = MAIN  # main, or a name of `corpora`
+    seed: int = 0  # of the training
 
     @property
     def parts(self) -> Variant:
@@ -80,12 +80,17 @@ class AblationConfig:
     training: TrainConfig = field(default_factory=TrainConfig)
     reference: Variant = field(default_factory=Variant)
     factors: tuple[str, ...] = FACTORS
-    main_factors: tuple[str, ...] = ("conditioning", "code_space", "people", "prediction_type")
+    main_factors: tuple[str, ...] = (
+        "conditioning",
+        "code_space",
+        "people",
+        "prediction_type",
+    )  # these have `seeds` runs
     people: tuple[int, ...] = (250, 500, 1000)
-    code_spaces: tuple[Kind, ...] = KINDS
+    code_spaces: tuple[Kind, ...] = KINDS  # those compared
     corpora: dict[str, Place] = field(default_factory=dict)
     seeds: int = 3
-    other_seeds: int = 3
+    other_seeds: int = 3  # runs of each value of the other factors
 
     def __post_init__(self) -> None:
         unknown = [name for name in (*self.factors, *self.main_factors) if name not in FACTORS]

@@ -33,11 +33,11 @@ class EvaluationConfig:
 
     corpus: Place = "runs/tiny/corpus"
     held_out: Place = "runs/tiny/held_out"
-    output: Output = "runs/tiny/evaluation"
+    output: Output = "runs/tiny/evaluation"  # folder or s3:// of the report
     synthesizers: dict[str, PlaceOrName] = field(default_factory=dict)
     people: Place = ""
     base: PlaceOrName = ""
-    device: str = "auto"
+    device: str = "auto"  # auto takes a GPU where there is one
     second_recogniser: PlaceOrName | None = "tiny-b"
     prompt_scorer: str | None = None
     limit: int | None = 48
@@ -46,16 +46,16 @@ class EvaluationConfig:
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     temperature: float | None = None
-    seed: int = 0
+    seed: int = 0  # of drawn latents
     diversity_people: int = 12
     diversity_samples: int = 4
     reference: str = ""
     ablations: Place = ""
     pictures_people: int = 12
     batch_people: int = 16
-    workers: int = 0
-    worker_cpus: float = 0.9
-    worker_gpus: float = 0.0
+    workers: int = 0  # processes; 0 is one for each CPU (or GPU)
+    worker_cpus: float = 0.9  # CPUs of each
+    worker_gpus: float = 0.0  # GPUs of each
     data: DataConfig = field(default_factory=DataConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
 

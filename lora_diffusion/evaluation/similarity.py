@@ -36,12 +36,12 @@ PROMPTS = (
 class RenderConfig:
     """How evaluation pictures are drawn: ``prompts`` x ``seeds_per_prompt`` for each person, seeds shared by all people."""
 
-    prompts: tuple[str, ...] = PROMPTS
-    seeds_per_prompt: int = 1
-    first_seed: int = 1000
-    num_inference_steps: int = 20
-    guidance_scale: float = 1.25
-    sampler: str = "ddim"
+    prompts: tuple[str, ...] = PROMPTS  # scenes that no photo shows; everybody is drawn in the same ones
+    seeds_per_prompt: int = 1  # pictures of each prompt
+    first_seed: int = 1000  # of the pictures' noise
+    num_inference_steps: int = 20  # of the base model's sampler
+    guidance_scale: float = 1.25  # of the base model's sampler
+    sampler: str = "ddim"  # ddim or dpm
 
     def pictures(self) -> tuple[list[str], list[int]]:
         """Prompts and seeds of one person's P pictures."""

@@ -60,11 +60,11 @@ class EmbedderConfig:
 
     model: PlaceOrName = "tiny"
     det_size: int | None = None
-    det_thresh: float = 0.5
+    det_thresh: float = 0.5  # lowest score of a detected face
     min_face: int = 12
     several_faces: Literal["error", "largest"] = "error"
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    root: Place = "~/.insightface"
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)  # of onnxruntime, in order
+    root: Place = "~/.insightface"  # where insightface keeps its packs
     allow_download: bool = False
     threads: int = 1
 

@@ -20,9 +20,14 @@ class LoRAConfig:
     as peft does, with a random A.
     """
 
-    rank: int = 1
-    alpha: float = 1.0
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    rank: int = 1  # R, the rank of each layer's LoRA
+    alpha: float = 1.0  # the LoRA is multiplied by alpha / rank
+    target_modules: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    )  # ends of the names of the layers that carry a LoRA
     start: PlaceOrName | None = None
 
 
@@ -34,11 +39,11 @@ class PhotoConfig:
     times the longer side of the face's box (2.5 shows head and shoulders).
     """
 
-    min_photos: int = 1
-    max_photos: int = 20
-    max_pixels: int = 50_000_000
+    min_photos: int = 1  # people with fewer usable photos fail
+    max_photos: int = 20  # the first so many usable photos are used
+    max_pixels: int = 50_000_000  # larger photos are left out
     crop: Literal["centre", "face"] = "centre"
-    face_margin: float = 2.5
+    face_margin: float = 2.5  # side of the square around a face, in longer sides of its box
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_photos <= self.max_photos:
@@ -54,11 +59,13 @@ class ScoreConfig:
     min_similarity: people below it go to the failures table (the quality gate); None keeps everybody.
     """
 
-    prompts: tuple[str, ...] = ("a photo of sks person, facing the camera, white studio background",)
-    seeds_per_prompt: int = 2
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
-    max_batch: int = 64
+    prompts: tuple[str, ...] = (
+        "a photo of sks person, facing the camera, white studio background",
+    )  # one render a prompt and seed
+    seeds_per_prompt: int = 2  # renders of each prompt
+    num_inference_steps: int = 20  # of the base model's sampler
+    guidance_scale: float = 3.0  # of the base model's sampler
+    max_batch: int = 64  # pictures drawn at a time
     min_similarity: float | None = None
 
     def __post_init__(self) -> None:
@@ -74,13 +81,13 @@ class WorkerConfig:
     max_deaths: so often may a worker process die over the same people before they count as the cause.
     """
 
-    embed_min: int = 1
-    embed_max: int = 1
-    embed_cpus: float = 0.2
-    finetune_min: int = 1
+    embed_min: int = 1  # embedding workers at least
+    embed_max: int = 1  # embedding workers at most
+    embed_cpus: float = 0.2  # CPUs of each
+    finetune_min: int = 1  # fine-tuning workers at least
     finetune_max: int = 0
-    finetune_cpus: float = 0.9
-    finetune_gpus: float = 0.0
+    finetune_cpus: float = 0.9  # CPUs of each
+    finetune_gpus: float = 0.0  # GPUs of each; 0 fine-tunes on the CPU
     max_deaths: int = 3
 
 
@@ -98,10 +105,10 @@ class CorpusConfig:
 
     people: People
     output: Output
-    base: PlaceOrName = "tiny-sd"
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    vector_dtype: Literal["float32", "float16"] = "float32"
+    base: PlaceOrName = "tiny-sd"  # base model: a shipped name, folder, single file, s3:// or hub id
+    device: str = "auto"  # auto takes a GPU where there is one
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base model
+    vector_dtype: Literal["float32", "float16"] = "float32"  # of the stored vectors
     people_per_group: int = 16
     groups_per_shard: int = 1
     class_images: int = 0

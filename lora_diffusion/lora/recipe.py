@@ -12,32 +12,32 @@ class FinetuneConfig:
     The recipes of the corpora, far better, are in `configs/tiny.yaml` and `configs/sd15.yaml`.
     """
 
-    steps: int = 80
+    steps: int = 80  # optimiser steps
     batch_size: int = 4  # photos of each identity in a step
-    learning_rate: float = 4e-2
+    learning_rate: float = 4e-2  # highest rate of AdamW
     lr_schedule: Literal["constant", "cosine"] = "cosine"  # cosine decays to 0
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    weight_decay: float = 1e-2
+    warmup_steps: int = 0  # the rate rises from 0 over so many steps
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    epsilon: float = 1e-8  # of AdamW
+    weight_decay: float = 1e-2  # of AdamW
     max_grad_norm: float | None = 1.0  # for each identity
     train_A: bool = True  # False: A stays as it starts, the same for all, and only B is learned
     average_last: int = 0  # the LoRA is the mean of the last so many iterates; 0: the last one
     update_scale: float = 1.0  # the LoRA is the start and so many times what was learned: few steps end before the goal
-    seed: int = 0
+    seed: int = 0  # of noise, timesteps and the start
     common_random_numbers: bool = True  # False: each identity has its own A at the start, noise and timesteps
     instance_prompt: str = "a photo of sks person"  # for photos without a caption
-    class_prompt: str = "a photo of a person"
+    class_prompt: str = "a photo of a person"  # of the class images, for prior preservation
     prior_weight: float = 1.0  # of the class images; without any it has no effect
     prior_batch_size: int = 1  # class images of each identity in a step
-    timesteps: Literal["uniform", "stratified"] = "uniform"
+    timesteps: Literal["uniform", "stratified"] = "uniform"  # stratified spreads a step's timesteps evenly
     timestep_range: tuple[int, int] | None = None  # [low, high); None: all of the base model
     face_weight: float = 1.0  # of a place in the loss where the photo's face is; elsewhere it is 1. Needs face_boxes
-    min_snr_gamma: float | None = None
+    min_snr_gamma: float | None = None  # weight min(SNR, gamma) / SNR of a timestep; null: none
     autocast: Literal["off", "bfloat16"] = "off"  # over a float32 base; a bfloat16 base needs none
-    channels_last: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False
+    channels_last: bool = False  # memory layout of the base; faster on most machines
+    compile: bool = False  # torch.compile of the base
+    gradient_checkpointing: bool = False  # less memory, a third slower
 
     def __post_init__(self) -> None:
         lowest = {"steps": 0, "batch_size": 1, "warmup_steps": 0, "average_last": 0, "prior_batch_size": 1}

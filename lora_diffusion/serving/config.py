@@ -16,43 +16,43 @@ class LimitsConfig:
     max_in_flight: requests that one gateway works on at a time; more are answered 503 with Retry-After.
     """
 
-    max_body_bytes: int = 20_000_000
-    max_pixels: int = 50_000_000
-    max_photos: int = 8
-    max_faces: int = 16
-    max_prompt_chars: int = 1000
-    max_images: int = 8
-    max_samples: int = 8
-    max_inference_steps: int = 100
-    max_guidance_scale: float = 20.0
-    max_interpolations: int = 16
-    default_seconds: float = 60.0
-    max_seconds: float = 300.0
+    max_body_bytes: int = 20_000_000  # of a request
+    max_pixels: int = 50_000_000  # of a photo
+    max_photos: int = 8  # of a request
+    max_faces: int = 16  # reported of a photo
+    max_prompt_chars: int = 1000  # of each prompt
+    max_images: int = 8  # of a request
+    max_samples: int = 8  # LoRAs of a request
+    max_inference_steps: int = 100  # of a picture
+    max_guidance_scale: float = 20.0  # of a picture
+    max_interpolations: int = 16  # LoRAs between two people
+    default_seconds: float = 60.0  # deadline of a request that names none
+    max_seconds: float = 300.0  # longest deadline that a request may name
     body_seconds: float = 20.0
     max_in_flight: int = 64
-    retry_after_seconds: float = 1.0
+    retry_after_seconds: float = 1.0  # what a refused client is told to wait
 
 
 @dataclass(frozen=True)
 class LibraryConfig:
     """Memory for LoRAs that were made, and how long they stay. One LoRA takes 4 N bytes."""
 
-    max_bytes: int = 1_000_000_000
-    ttl_seconds: float = 3600.0
+    max_bytes: int = 1_000_000_000  # memory for LoRAs
+    ttl_seconds: float = 3600.0  # how long a LoRA stays
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """Defaults of a request that leaves them out. None: what the synthesiser's folder recommends."""
 
-    latent_guidance_scale: float | None = None
-    latent_inference_steps: int | None = None
-    temperature: float | None = None
-    deviation_scale: float | None = None
-    guidance_scale: float = 1.25
-    num_inference_steps: int = 20
-    negative_prompt: str = ""
-    score_prompt: str = "a photo of sks person, neutral, facing the camera, studio light, grey studio background"
+    latent_guidance_scale: float | None = None  # of the denoiser
+    latent_inference_steps: int | None = None  # of the denoiser
+    temperature: float | None = None  # of the denoiser
+    deviation_scale: float | None = None  # factor of the difference from the mean LoRA
+    guidance_scale: float = 1.25  # of pictures
+    num_inference_steps: int = 20  # of pictures
+    negative_prompt: str = ""  # of pictures
+    score_prompt: str = "a photo of sks person, neutral, facing the camera, studio light, grey studio background"  # of the picture that is scored with a LoRA
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AccessConfig:
 
     api_keys_env: str = "LORA_DIFFUSION_API_KEYS"
     requests_per_minute: int = 0
-    burst: int = 20
+    burst: int = 20  # requests that may come at once
     cors_origins: tuple[str, ...] = ()
 
 
@@ -74,30 +74,30 @@ class AccessConfig:
 class BatchConfig:
     """Largest batch of each stage, requests (of the renderer: pictures), and how many may wait."""
 
-    embedder: int = 8
-    denoiser: int = 64
-    decoder: int = 64
-    renderer: int = 16
-    max_waiting: int = 64
-    max_wait_seconds: float = 0.0
+    embedder: int = 8  # photos at a time
+    denoiser: int = 64  # faces at a time
+    decoder: int = 64  # LoRAs at a time
+    renderer: int = 16  # pictures at a time
+    max_waiting: int = 64  # requests that may wait at each stage
+    max_wait_seconds: float = 0.0  # a batch waits so long to fill; 0: never
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """synthesizer: a shipped name, a folder or s3://bucket/prefix. rank, alpha and modules of the LoRAs are its.
 
-    base: where the base model lies, as `synthesizer` or a hub id; None: where the synthesiser's training found it.
+    base: where the base model lies, as `synthesizer` or a hub id; None: where the synthesiser's training found it.  # base model: a shipped name, folder, single file, s3:// or hub id
     embedder: keys of `EmbedderConfig`; without `model`, the recogniser that the synthesiser was trained with. Another base
         model or recogniser than the synthesiser's is refused.
     deployments: Ray Serve options by deployment (Gateway, Embedder, Denoiser, Decoder, Renderer, Library).
     """
 
     base: PlaceOrName | None = None
-    synthesizer: PlaceOrName = "tiny"
-    licence: str = ""
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    threads: int = 1
+    synthesizer: PlaceOrName = "tiny"  # a shipped name, folder or s3://
+    licence: str = ""  # shown by /v1/model
+    device: str = "cpu"  # of all stages
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base model
+    threads: int = 1  # of each stage on a CPU
     embedder: dict[str, Any] = field(default_factory=dict)
     batch: BatchConfig = field(default_factory=BatchConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)

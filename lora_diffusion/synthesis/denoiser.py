@@ -46,11 +46,11 @@ class DenoiserConfig:
     linear_guess: the network adds to a linear regression from the face instead of starting from nothing (`linear_guess.py`).
     """
 
-    width: int = 512
-    depth: int = 4
-    expansion: int = 2
-    condition_width: int = 256
-    conditioning: Literal["adalora", "adanorm"] = "adalora"
+    width: int = 512  # D, of the hidden layers
+    depth: int = 4  # residual blocks
+    expansion: int = 2  # hidden width of a block, times D
+    condition_width: int = 256  # of the condition's embedding
+    conditioning: Literal["adalora", "adanorm"] = "adalora"  # how the face enters: see the method
     rank: int = 4
     generator_width: int = 32
     dropout: float = 0.0

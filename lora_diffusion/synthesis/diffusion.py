@@ -36,12 +36,12 @@ class DiffusionConfig:
     sampler: deterministic ones only, so that the noise of the start is all the chance there is.
     """
 
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
-    num_train_timesteps: int = 1000
-    beta_schedule: Literal["linear", "scaled_linear"] = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    prior: Literal["gaussian", "corpus"] = "gaussian"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"  # what the network predicts
+    num_train_timesteps: int = 1000  # noise levels
+    beta_schedule: Literal["linear", "scaled_linear"] = "linear"  # as in diffusers
+    beta_start: float = 1e-4  # of the schedule
+    beta_end: float = 0.02  # of the schedule
+    prior: Literal["gaussian", "corpus"] = "gaussian"  # noise N(0, I), or with the covariance of the corpus' latents
     condition_dropout: float = 0.1
     min_snr_gamma: float | None = None
     sampler: Literal["ddim", "dpm"] = "ddim"

@@ -58,9 +58,9 @@ class LatentSampling:
         more than 1 brings them back.
     """
 
-    guidance_scale: float = 1.0
-    num_inference_steps: int = 25
-    temperature: float = 1.0
+    guidance_scale: float = 1.0  # of the denoiser; 1 is the conditional answer
+    num_inference_steps: int = 25  # of the denoiser
+    temperature: float = 1.0  # factor of the starting noise
     deviation_scale: float = 1.0
 
     def __post_init__(self) -> None:

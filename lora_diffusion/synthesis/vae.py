@@ -42,13 +42,13 @@ class VAEConfig:
     input_noise: standard deviation of noise on the normalised input, in training; the target stays clean.
     """
 
-    latent_size: int = 512
+    latent_size: int = 512  # Z
     hidden: tuple[int, ...] = (1024, 768)
     linear_skip: bool = True
-    dropout: float = 0.1
+    dropout: float = 0.1  # in the hidden layers
     input_noise: float = 0.1
     kl_weight: float = 0.5
-    kl_warmup: float = 0.2
+    kl_warmup: float = 0.2  # steps over which the KL term rises
 
     def __post_init__(self) -> None:
         if self.latent_size < 1 or any(width < 1 for width in self.hidden):

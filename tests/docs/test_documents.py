@@ -97,3 +97,8 @@ def test_readme_is_one_screen_and_a_short_read() -> None:
         assert all(len(re.findall(r"\d+(?:\.\d+)?", cell)) <= 2 for cell in row.split("|")[2:4]), (
             f"one figure a cell: {row}"
         )
+
+
+def test_every_configuration_key_has_a_meaning() -> None:
+    lines = (ROOT / "docs" / "reference" / "configuration.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| `") and line.endswith("|  |")] == []

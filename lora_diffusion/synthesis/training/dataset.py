@@ -60,7 +60,7 @@ class DataConfig:
     """
 
     cache: Place = ""
-    validation_fraction: float = 0.1
+    validation_fraction: float = 0.1  # of people, chosen by their names, who are not trained on
     min_similarity: float | None = None
     max_people: int | None = None
 

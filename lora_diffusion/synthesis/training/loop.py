@@ -45,19 +45,19 @@ class LoopConfig:
     `patience`: so many validations without a better one end the training; 0: never.
     """
 
-    steps: int = 2000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    validate_every: int = 100
+    steps: int = 2000  # optimiser steps at most
+    batch_size: int = 64  # rows of a step, of all workers together
+    learning_rate: float = 1e-3  # highest rate of AdamW; falls to 0 by a cosine
+    warmup: int = 100  # the rate rises over so many steps
+    weight_decay: float = 0.01  # of AdamW
+    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
+    clip_norm: float = 1.0  # gradients are clipped to this norm
+    ema_decay: float = 0.999  # of the averaged weights, which are what is kept
+    validate_every: int = 100  # steps between validations
     patience: int = 0
-    log_every: int = 20
-    checkpoint_every: int = 200
-    seed: int = 0
+    log_every: int = 20  # steps between reports
+    checkpoint_every: int = 200  # steps between checkpoints
+    seed: int = 0  # of batches and noise
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "log_every", "checkpoint_every"):
