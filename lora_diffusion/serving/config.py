@@ -92,7 +92,7 @@ class ServeConfig:
     deployments: Ray Serve options by deployment (Gateway, Embedder, Denoiser, Decoder, Renderer, Library).
     """
 
-    base: PlaceOrName | None = None
+    base: PlaceOrName | None = None  # base model: a shipped name, folder, single file, s3:// or hub id
     synthesizer: PlaceOrName = "tiny"  # a shipped name, folder or s3://
     licence: str = ""  # shown by /v1/model
     device: str = "cpu"  # of all stages

@@ -29,11 +29,11 @@ class PCAConfig:
         decides, without the optimiser's noise (exact rows only). `penalty`: of that regression.
     """
 
-    num_components: int = 512
+    num_components: int = 512  # Z of code_space pca
     of: Literal["vectors", "predicted"] = "vectors"
-    penalty: float = 1e-2
+    penalty: float = 1e-2  # ridge penalty of that regression
     exact_rows: int = 4096
-    iterations: int = 6
+    iterations: int = 6  # passes of the randomised PCA
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class WorkersConfig:
     come and go. `cpus`: for each, threads as well. `compute_dtype` auto: bfloat16 (autocast) on GPUs, float32 on CPUs.
     `max_failures`: how often a worker may die before the run gives up; preempted spot machines do not count."""
 
-    num_workers: int = 1
-    max_workers: int | None = None
-    use_gpu: bool = False
-    cpus: int = 1
-    parallel: Parallel = "ddp"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    num_workers: int = 1  # training processes
+    max_workers: int | None = None  # Ray adds and removes workers up to here; null: fixed
+    use_gpu: bool = False  # one GPU a worker
+    cpus: int = 1  # CPUs and threads of each
+    parallel: Parallel = "ddp"  # fsdp splits weights over the workers
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     max_failures: int = 3
 
     def __post_init__(self) -> None:
@@ -72,9 +72,9 @@ class TrainConfig:
     keep_neighbours: put the people's embeddings and codes into the folder, too.
     """
 
-    corpus: Place = "runs/tiny/corpus"
-    output: Output = "runs/tiny/training"
-    stage: Literal["all", "pca", "vae", "denoiser", "pictures"] = "all"
+    corpus: Place = "runs/tiny/corpus"  # folder or s3:// of the corpus
+    output: Output = "runs/tiny/training"  # folder or s3:// of the run
+    stage: Literal["all", "pca", "vae", "denoiser", "pictures"] = "all"  # one stage, or all in order
     code_space: Literal["latent", "pca", "vector"] = "latent"
     layout_id: str | None = None
     recogniser: PlaceOrName | None = None
@@ -94,7 +94,7 @@ class TrainConfig:
     condition: Condition = "mean"
     latent_sampling: LatentSampling = field(default_factory=LatentSampling)
     keep_neighbours: bool = True
-    tensorboard: bool = True
+    tensorboard: bool = True  # write event files
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     @property
