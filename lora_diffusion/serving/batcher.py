@@ -44,8 +44,8 @@ class _Entry(Generic[Item, Value]):
 class Batcher(Generic[Item, Value]):
     """Runs `work(items)` in a thread of its own, one batch at a time.
 
-    work: answers in the order of the items; an Exception in the list is raised to that item's caller alone, one that
-        is raised reaches all of the batch.
+    work: answers in the order of the items; an Exception in the list is raised to that item's caller. What it raises for a
+        batch is found out by running each item alone, so that it reaches those alone whose data makes it raise.
     max_batch_size, max_waiting: bounds of a batch, and of the queue (beyond it: ServingError "overloaded").
     max_wait_s: how long an unfilled batch waits for more; 0 is right unless a larger batch costs the same as a small one.
     """
@@ -112,14 +112,9 @@ class Batcher(Generic[Item, Value]):
 
     async def _work_on(self, batch: list[_Entry[Item, Value]]) -> None:
         started = time.perf_counter()
-        try:
-            answers: Sequence[Value | Exception] = await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._work, [entry.item for entry in batch]
-            )
-            if len(answers) != len(batch):  # or somebody would get somebody else's
-                raise RuntimeError(f"{self.name} gave {len(answers)} answers to {len(batch)} items")
-        except Exception as error:
-            answers = [error] * len(batch)
+        answers = await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._isolated, [entry.item for entry in batch]
+        )
         ended = time.perf_counter()
         for entry, answer in zip(batch, answers, strict=True):
             if entry.future.done():
@@ -129,3 +124,12 @@ class Batcher(Generic[Item, Value]):
             else:
                 timing = Timing(self.name, started - entry.arrived, ended - started, len(batch))
                 entry.future.set_result((answer, timing))
+
+    def _isolated(self, items: Sequence[Item]) -> Sequence[Value | Exception]:
+        try:
+            answers = self._work(items)
+            if len(answers) != len(items):
+                raise RuntimeError(f"{self.name} gave {len(answers)} answers to {len(items)} items")
+            return answers
+        except Exception as error:
+            return [error] if len(items) == 1 else [self._isolated([item])[0] for item in items]

@@ -83,9 +83,7 @@ class RenderEngine:
 
     @torch.no_grad()
     def admit(self, pictures: list[Picture]) -> list[Row]:
-        """Add pictures to the batch. Raises ValueError for a vector of another layout."""
-        if not pictures:
-            return []
+        """Add the pictures of one request to the batch. Whatever their data makes raise, the batch is as it was."""
         vectors_BN = torch.from_numpy(np.stack([p.vector_N for p in pictures])).float().to(self.base.device)
         self.layout.check(vectors_BN)
         prompts = [text for p in pictures for text in (p.negative_prompt, p.prompt)]
@@ -112,20 +110,22 @@ class RenderEngine:
         self._stacked = None
 
     @torch.no_grad()
-    def advance(self) -> list[Row]:
-        """One denoising step for all rows. Those that are finished by it leave the batch, with their `pixels_HWC`."""
-        if not self.rows:
+    def advance(self, some: list[Row] | None = None) -> list[Row]:
+        """One denoising step for all rows, or for some. Those that are finished by it leave the batch, with `pixels_HWC`.
+
+        Where it raises, nothing has changed.
+        """
+        rows = [row for row in self.rows if some is None or row in some]
+        if not rows:
             return []
-        if self._stacked is None:
-            self._stacked = (
-                torch.stack([row.text_2SD for row in self.rows]),
-                torch.stack([row.vector_N for row in self.rows]),
-            )
+        if self._stacked is None or some is not None:
+            self._stacked = torch.stack([row.text_2SD for row in rows]), torch.stack([row.vector_N for row in rows])
         text_B2SD, vectors_BN = self._stacked
-        guided = any(row.picture.guidance_scale != 1 for row in self.rows)
+        self._stacked = self._stacked if some is None else None
+        guided = any(row.picture.guidance_scale != 1 for row in rows)
         copies = 2 if guided else 1  # unconditioned and conditioned side by side, so that a person's rows stay together
-        latents_BCHW = torch.stack([row.latent_CHW for row in self.rows])
-        now = [row.schedule[row.step] for row in self.rows]
+        latents_BCHW = torch.stack([row.latent_CHW for row in rows])
+        now = [row.schedule[row.step] for row in rows]
         timesteps_B = torch.tensor([t for t, _, _ in now], device=self.base.device)
         with self.bank.active(vectors_BN, samples_per_identity=copies):
             output = self.base.unet(
@@ -134,19 +134,20 @@ class RenderEngine:
                 encoder_hidden_states=(text_B2SD if guided else text_B2SD[:, 1:]).flatten(0, 1),
             ).sample.float()
         if guided:
-            scale_B = self._column([row.picture.guidance_scale for row in self.rows])
+            scale_B = self._column([row.picture.guidance_scale for row in rows])
             unconditioned, conditioned = output[0::2], output[1::2]
             output = unconditioned + scale_B * (conditioned - unconditioned)
         alpha_B, next_alpha_B = self._column([a for _, a, _ in now]), self._column([a for _, _, a in now])
         latents_BCHW = self._ddim(latents_BCHW, output, alpha_B, next_alpha_B)
-        for row, latent in zip(self.rows, latents_BCHW, strict=True):
-            row.latent_CHW = latent
+        ending = [i for i, row in enumerate(rows) if row.step + 1 == len(row.schedule)]
+        pictures = self.base.decode(latents_BCHW[ending]) if ending else []
+        for row, latent_CHW in zip(rows, latents_BCHW, strict=True):
+            row.latent_CHW = latent_CHW
             row.step += 1
-        finished = [row for row in self.rows if row.finished]
+        finished = [rows[i] for i in ending]
+        for row, pixels in zip(finished, pictures, strict=True):
+            row.pixels_HWC = pixels
         if finished:
-            pictures = self.base.decode(torch.stack([row.latent_CHW for row in finished]))
-            for row, pixels in zip(finished, pictures, strict=True):
-                row.pixels_HWC = pixels
             self.drop(finished)
         return finished
 

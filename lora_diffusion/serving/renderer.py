@@ -37,6 +37,7 @@ class _Request:
     started: float = 0.0
     busiest: int = 0
     rows: list[Row] = field(default_factory=list)
+    error: Exception | None = None
     gone: bool = False
 
 
@@ -101,14 +102,7 @@ class AsyncRenderer:
                 await self._arrival.wait()
             self._dismiss()
             admitted = self._admissible()
-            try:
-                await loop.run_in_executor(self._pool, self._advance, admitted)
-            except Exception as error:  # told to those in the batch; whoever waits starts from a clean one
-                self._engine.drop(list(self._engine.rows))
-                for request in self._running:
-                    request.events.put_nowait(error)
-                self._running = []
-                continue
+            await loop.run_in_executor(self._pool, self._advance, admitted)
             self._report()
 
     def _dismiss(self) -> None:
@@ -136,17 +130,31 @@ class AsyncRenderer:
         return admitted
 
     def _advance(self, admitted: Sequence[_Request]) -> None:
-        rows = iter(self._engine.admit([picture for request in admitted for picture in request.pictures]))
+        """A step for all. What the data of one request makes raise ends that request alone."""
         for request in admitted:
-            request.rows = [next(rows) for _ in request.pictures]
+            try:
+                request.rows = self._engine.admit(list(request.pictures))
+            except Exception as error:
+                request.error = error
         for request in self._running:
             request.busiest = max(request.busiest, len(self._engine.rows))
-        self._engine.advance()
+        try:
+            self._engine.advance()
+        except Exception:
+            for request in self._running:
+                try:
+                    self._engine.advance(request.rows)
+                except Exception as error:
+                    self._engine.drop(request.rows)
+                    request.error = error
 
     def _report(self) -> None:
         """Tell everybody in the batch how far they are. Those that are done leave; those that gave up do in `_dismiss`."""
         running = []
         for request in self._running:
+            if request.error is not None:
+                request.events.put_nowait(request.error)
+                continue
             for index, row in enumerate(request.rows):
                 if row.pixels_HWC is not None:
                     request.events.put_nowait(Drawn(index, row.pixels_HWC))

@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -213,16 +214,60 @@ def test_pictures_beyond_the_queue_are_refused_at_once(base: BaseModel, layout: 
     assert sum(isinstance(outcome, list) for outcome in outcomes) == 2
 
 
-def test_broken_picture_is_told_and_the_next_request_is_drawn(base: BaseModel, layout: LoRALayout) -> None:
+LONE_SURROGATE = "a \ud83d b"
+POISONS: dict[str, dict[str, Any]] = {
+    "surrogate in the prompt": {"prompt": LONE_SURROGATE},
+    "surrogate in the negative prompt": {"negative_prompt": LONE_SURROGATE},
+    "no prompt": {"prompt": None},
+    "number for a prompt": {"prompt": 7},
+    "bytes for a prompt": {"prompt": b"a"},
+    "no negative prompt": {"negative_prompt": None},
+    "vector of another layout": {"vector_N": np.zeros(3, np.float32)},
+    "empty vector": {"vector_N": np.zeros(0, np.float32)},
+    "matrix": {"vector_N": np.zeros((2, 2), np.float32)},
+    "no vector": {"vector_N": None},
+    "words for a vector": {"vector_N": np.array(["a"])},
+    "no steps": {"num_inference_steps": 0},
+    "negative steps": {"num_inference_steps": -1},
+    "more steps than there are": {"num_inference_steps": 5000},
+    "half a step": {"num_inference_steps": 2.5},
+    "huge seed": {"seed": 2**70},
+    "negative seed": {"seed": -(2**70)},
+    "word for a seed": {"seed": "x"},
+    "word for guidance": {"guidance_scale": "x"},
+    "no guidance": {"guidance_scale": None},
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_what_one_request_makes_raise_ends_that_request_alone(base: BaseModel, layout: LoRALayout, poison: str) -> None:
     async def scenario() -> list[Any]:
         renderer = AsyncRenderer(RenderEngine(base, layout))
-        with pytest.raises(ValueError, match="layout"):
-            await all_events(renderer, [Picture(np.zeros(3, np.float32), "a")])
-        events = await all_events(renderer, mixed(layout)[:1])
+        good = mixed(layout)[:3]
+        bad = replace(mixed(layout)[3], **POISONS[poison])
+        requests = [all_events(renderer, pictures) for pictures in ([good[0]], [good[1]], [good[2], bad], [good[2]])]
+        outcomes = await asyncio.gather(*requests, return_exceptions=True)
         await renderer.close()
-        return events
+        return outcomes
 
-    assert any(isinstance(event, Drawn) for event in asyncio.run(scenario()))
+    first, second, broken, third = asyncio.run(scenario())
+    assert isinstance(broken, Exception)
+    for events, alone in zip((first, second, third), mixed(layout)[:3], strict=True):
+        (picture,) = [event for event in events if isinstance(event, Drawn)]
+        assert_same_picture(picture.pixels_HWC, drawn(RenderEngine(base, layout), [alone])[0])
+
+
+def test_values_that_are_not_finite_spoil_nobody_elses_picture(base: BaseModel, layout: LoRALayout) -> None:
+    a, b = people(layout, 2)
+    engine = RenderEngine(base, layout)
+    spoiled = [
+        Picture(np.full_like(a, np.nan), "a", "", 1, 3.0, 3),
+        Picture(np.full_like(a, 3e38), "a", "", 1, 3.0, 3),
+        Picture(b, "a", "", 1, float("nan"), 3),
+        Picture(b, "a", "", 1, float("inf"), 3),
+    ]
+    good = Picture(a, "a b", "c", 5, 2.0, 4)
+    assert_same_picture(drawn(engine, [*spoiled, good])[-1], drawn(engine, [good])[0])
 
 
 # -- the batcher ---------------------------------------------------------------------------------------------------------
@@ -279,6 +324,22 @@ def test_error_of_one_item_reaches_its_caller_alone() -> None:
     good, bad, also_good = with_batcher(scenario)
     assert (good[0], also_good[0]) == (2, 4)
     assert isinstance(bad, ValueError)
+
+
+def test_what_one_item_makes_raise_reaches_its_caller_alone() -> None:
+    def work(items: Sequence[int]) -> list[int]:
+        if -2 in items:
+            return []  # as wrong as raising
+        return [10 // item for item in items]
+
+    async def scenario() -> list[Any]:
+        batcher: Batcher[int, int] = Batcher("divides", work)
+        return await asyncio.gather(*(batcher(i, later()) for i in (1, 0, 2, -2, 5)), return_exceptions=True)
+
+    one, zero, two, none, five = asyncio.run(scenario())
+    assert (one[0], two[0], five[0]) == (10, 5, 2)
+    assert isinstance(zero, ZeroDivisionError)
+    assert isinstance(none, RuntimeError)
 
 
 def test_cancelled_and_late_requests_are_never_worked_on() -> None:
