@@ -1,4 +1,4 @@
-"""Many people in one batch against one after the other, and what one more LoRA costs in memory.
+"""Many people in one batch against one after the other.
 
     python benchmarks/serve_render.py                  # 16 people, 20 steps, rounds A B C D A B C D ...
 
@@ -13,12 +13,11 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -30,12 +29,10 @@ from lora_diffusion.lora import formats
 from lora_diffusion.models.stable_diffusion import BaseModel, resolve_model
 from lora_diffusion.rendering import initial_noise, make_scheduler, render
 from lora_diffusion.serving.engine import Picture, RenderEngine
-from lora_diffusion.serving.library import LoRALibrary, LoRARecord
 from lora_diffusion.synthesis import Synthesizer
 
 GUIDANCE = 2.0
 PROMPT = "a photo of sks person, studio light, grey studio background"
-SD15_SIZE = 99_648
 
 
 def load_pipeline(name: str) -> StableDiffusionPipeline:
@@ -145,27 +142,6 @@ def race(ways: dict[str, Callable[[], np.ndarray]], rounds: int, people: int) ->
     return {name: round(people / float(np.median(seconds)), 3) for name, seconds in times.items()}
 
 
-def memory_of_a_library(counts: Sequence[int]) -> list[dict[str, float]]:
-    """Resident memory of so many LoRAs of SD 1.5's size, beside 4 N bytes each."""
-    rows = []
-    rng = np.random.default_rng(0)
-    for count in counts:
-        library = LoRALibrary(max_bytes=10**12, ttl_seconds=3600)
-        before = psutil.Process().memory_info().rss
-        for number in range(count):
-            library.put(str(number), LoRARecord(rng.standard_normal(SD15_SIZE, dtype=np.float32)))
-        grown = psutil.Process().memory_info().rss - before
-        rows.append(
-            {
-                "loras": count,
-                "bytes_each": round(grown / count),
-                "4N": 4 * SD15_SIZE,
-                "gigabytes": round(grown / 1e9, 3),
-            }
-        )
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="tiny-sd")
@@ -174,7 +150,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--loras", type=int, nargs="*", default=[1_000, 10_000], help="sizes of the library, SD 1.5")
     parser.add_argument("--name", default="serve_render")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -198,7 +173,6 @@ def main() -> None:
         "bank_against_one_by_one": round(speed["bank"] / speed["one_by_one"], 2),
         "bank_against_peft_in_one_batch": round(speed["bank"] / speed["peft"], 2),
         "cost_of_different_people": round(speed["same_person"] / speed["bank"] - 1, 4),
-        "library_memory": memory_of_a_library(args.loras),
     }
     print(result)
     print(write_result(args.name, result))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal
 
 import numpy as np
@@ -105,8 +105,8 @@ class Pictures:
             headers["X-LoRA-Similarity"] = f"{images[0].similarity:.4f}"
         return Response(base64.b64decode(images[0].data), 200, headers, images[0].media_type)
 
-    def _drawn(self) -> AsyncIterator[Progress | DrawnImage]:
-        return self._studio.draw(self._made, self._task, self._deadline)
+    def _drawn(self) -> AsyncGenerator[Progress | DrawnImage, None]:
+        return self._studio.draw(self._task, self._deadline)
 
     def _image(self, drawn: DrawnImage) -> schemas.Image:
         return schemas.Image(
@@ -137,7 +137,7 @@ class Pictures:
         return StreamingResponse(self._stream(first, events), media_type="text/event-stream", headers=NO_BUFFERING)
 
     async def _stream(
-        self, first: Progress | DrawnImage, events: AsyncIterator[Progress | DrawnImage]
+        self, first: Progress | DrawnImage, events: AsyncGenerator[Progress | DrawnImage, None]
     ) -> AsyncIterator[bytes]:
         images = []
         try:
@@ -156,7 +156,7 @@ class Pictures:
                 problem = ApiError("internal_error", "The pictures could not be drawn: an error of ours. Try again.")
             yield event("problem", problem.document())
         finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
 
 
 NO_BUFFERING = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -1,6 +1,8 @@
 """The graph on Ray Serve: a gateway, four stages that scale each by its own load, and the library.
 
-photo ─► Gateway ─► Embedder ─► Denoiser ─► Decoder ─► Library ◄─ Renderer ─► Embedder (scores)
+photo ─► Gateway ─► Embedder ─► Denoiser ─► Decoder ─► Library (codes)
+                        ▲                      ▲
+                        └────── scores ──── Renderer ─► pictures
 
 serve run serve/app.py                                   # configs/serve_tiny.yaml
 serve run serve.graph:build config=configs/serve_sd15.yaml limits.max_images=4
@@ -29,7 +31,7 @@ from serve.access import read_keys
 from serve.api import build_api
 from serve.logs import set_up_logs
 from serve.metrics import Metrics
-from serve.remote import Remote
+from serve.remote import remote
 from serve.studio import Studio
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +45,15 @@ class Gateway:
 
     def __init__(self, config: ServeConfig, **stages: DeploymentHandle[Any]) -> None:
         set_up_logs()
-        remotes = {name: Remote(handle, ("draw",) if name == "renderer" else ()) for name, handle in stages.items()}
-        self._studio = Studio(config, Metrics(), **remotes)
+        self._studio = Studio(
+            config,
+            Metrics(),
+            embedder=remote(Embedder, stages["embedder"]),
+            denoiser=remote(Denoiser, stages["denoiser"]),
+            decoder=remote(Decoder, stages["decoder"]),
+            renderer=remote(Renderer, stages["renderer"]),
+            library=remote(Library, stages["library"]),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._studio, echo_request_id=False)
@@ -52,12 +61,12 @@ class Gateway:
 
 class DecoderReplica(Decoder):
     def __init__(self, config: ServeConfig, library: DeploymentHandle[Any]) -> None:
-        super().__init__(config, Remote(library))
+        super().__init__(config, remote(Library, library))
 
 
 class RendererReplica(Renderer):
-    def __init__(self, config: ServeConfig, library: DeploymentHandle[Any], embedder: DeploymentHandle[Any]) -> None:
-        super().__init__(config, Remote(library), Remote(embedder))
+    def __init__(self, config: ServeConfig, decoder: DeploymentHandle[Any], embedder: DeploymentHandle[Any]) -> None:
+        super().__init__(config, remote(Decoder, decoder), remote(Embedder, embedder))
 
 
 def build(arguments: dict[str, Any]) -> Application:
@@ -87,13 +96,14 @@ def build(arguments: dict[str, Any]) -> Application:
         raise ValueError(f"deployments: there is no {unknown[0]!r}; there are {', '.join(sorted(DEPLOYMENTS))}")
     library = bind("Library", Library)
     embedder = bind("Embedder", Embedder)
+    decoder = bind("Decoder", DecoderReplica, library=library)
     return bind(
         "Gateway",
         Gateway,
         embedder=embedder,
         denoiser=bind("Denoiser", Denoiser),
-        decoder=bind("Decoder", DecoderReplica, library=library),
-        renderer=bind("Renderer", RendererReplica, library=library, embedder=embedder),
+        decoder=decoder,
+        renderer=bind("Renderer", RendererReplica, decoder=decoder, embedder=embedder),
         library=library,
     )
 

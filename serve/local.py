@@ -16,13 +16,14 @@ from serve.studio import Studio
 def local_studio(config: ServeConfig) -> Studio:
     """A studio whose stages are objects here. Work runs in one thread for each stage."""
     library, embedder = Library(config), Embedder(config)
+    decoder = Decoder(config, library)
     return Studio(
         config,
         Metrics(),
         embedder=embedder,
         denoiser=Denoiser(config),
-        decoder=Decoder(config, library),
-        renderer=Renderer(config, library, embedder),
+        decoder=decoder,
+        renderer=Renderer(config, decoder, embedder),
         library=library,
     )
 

@@ -7,8 +7,9 @@ every argument and answer.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import grpc
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
@@ -17,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lora_diffusion.serving.errors import ServingError
 
+Stage = TypeVar("Stage")
 LOST = (ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError)
 ATTEMPTS = 4
 PAUSE_SECONDS = 0.25
@@ -26,22 +28,28 @@ class ReplicaLost(Exception):
     """The replica that streamed an answer is gone; what has come so far is good."""
 
 
+def remote(stage: type[Stage], handle: DeploymentHandle[Any]) -> Stage:
+    """The stage that runs behind `handle`, with the methods that its class has here."""
+    return cast(Stage, Remote(stage, handle))
+
+
 class Remote:
     """`await remote.method(*args)` is `handle.method.remote(*args)`, tried again elsewhere if the replica is lost.
 
-    All methods of the stages may be repeated: they answer the same, and keep nothing. Errors of the stages come out as
-    they were raised; a full queue as ServingError "overloaded". A call that is cancelled is cancelled over there.
-    streams: names of methods that are async generators; a lost replica raises ReplicaLost in them.
+    All methods of the stages may be repeated. Errors of the stages come out as they were raised; a full queue as
+    ServingError "overloaded". A call that is cancelled is cancelled over there. In a method that is an async generator a
+    lost replica raises ReplicaLost.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], streams: tuple[str, ...] = ()) -> None:
+    def __init__(self, stage: type, handle: DeploymentHandle[Any]) -> None:
+        self._stage = stage
         self._handle = handle.options(_by_reference=False)
-        self._streams = streams
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         if method.startswith("_"):
             raise AttributeError(method)
-        answer = self._stream if method in self._streams else self._call
+        streams = inspect.isasyncgenfunction(getattr(self._stage, method))
+        answer = self._stream if streams else self._call
         return lambda *args: answer(method, args)
 
     async def _call(self, method: str, args: tuple[Any, ...]) -> Any:

@@ -147,7 +147,9 @@ class Routes:
         if format is None:
             await self.studio.library.get(lora_id)
             return answers.lora(Made(Decoded(lora_id)), self.config, root_of(request))
-        return answers.file(Made(Decoded(lora_id, await self.studio.decoder.file(lora_id, format))), format)
+        return answers.file(
+            Made(Decoded(lora_id, await self.studio.decoder.file(lora_id, format, deadline(request)))), format
+        )
 
     async def delete_lora(self, lora_id: str = Path(pattern=schemas.LORA_ID)) -> Response:
         """Forget a LoRA now."""
@@ -214,10 +216,11 @@ class Routes:
     async def _code(self, asked: schemas.LatentOrLoRA) -> Code:
         if asked.latent is not None:
             return _code(asked.latent)
+        assert asked.lora is not None
         record = await self.studio.library.get(asked.lora)
-        if record.code_Z is None:
+        if record.code is None:
             raise ApiError("stale_latent", "This LoRA was uploaded: it has no latent to change. Make one from a photo.")
-        return Code(record.code_Z, record.model_id)
+        return record.code
 
     async def _draw(self, asked: Any, request: Request, format: str | None) -> Any:
         how = answers.wanted(request)
@@ -237,6 +240,7 @@ class Routes:
             guidance_scale=_given(asked.guidance_scale, sampling.guidance_scale),
             num_inference_steps=_given(asked.num_inference_steps, sampling.num_inference_steps),
             image_format=answers.image_format(request, asked),
+            record=made.record,
             reference_C=made.sampled.embedding_C if made.sampled else None,
         )
         return await answers.Pictures(self.studio, made, task, deadline(request), root_of(request), format).answer(how)
@@ -253,6 +257,7 @@ class Routes:
             seeds=(0,),
             guidance_scale=sampling.guidance_scale,
             num_inference_steps=sampling.num_inference_steps,
+            record=made.record,
             reference_C=made.sampled.embedding_C,
         )
         whole = await answers.Pictures(self.studio, made, task, until).answer("json")

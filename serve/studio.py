@@ -1,7 +1,7 @@
 """What the routes do, in terms of the stages: which stage gets what, and what it costs in hops.
 
-Embeddings (2 KB) and codes (2 KB) pass through here; vectors go from the Decoder to the Library to the Renderer, and
-drawn faces from the Renderer to the Embedder for their scores, without touching the gateway.
+Embeddings and codes (2 KB each) pass through here; vectors go from the Decoder to the Renderer, and drawn faces from the
+Renderer to the Embedder for their scores, without touching the gateway.
 
 Axes: C embedding (512).
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,12 +29,16 @@ from lora_diffusion.serving.messages import (
     Floats,
     FoundFaces,
     LatentTask,
+    LoRARecord,
     Progress,
 )
+from lora_diffusion.serving.stages import DecoderStage, DenoiserStage, EmbedderStage, LibraryStage, RendererStage
 from serve.metrics import Metrics
 from serve.problems import ApiError
 from serve.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
 from serve.schemas import Upload
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ class Made:
 
     decoded: Decoded
     sampled: Sampled | None = None
-    task: DecodeTask | None = None
-    """How to make it again, should the library have lost it."""
+    record: LoRARecord | None = None
 
 
 class Studio:
@@ -64,11 +67,11 @@ class Studio:
         config: ServeConfig,
         metrics: Metrics,
         *,
-        embedder: Any,
-        denoiser: Any,
-        decoder: Any,
-        renderer: Any,
-        library: Any,
+        embedder: EmbedderStage,
+        denoiser: DenoiserStage,
+        decoder: DecoderStage,
+        renderer: RendererStage,
+        library: LibraryStage,
     ) -> None:
         self.config = config
         self.metrics = metrics
@@ -123,7 +126,8 @@ class Studio:
         for _, timing in answers:
             self.metrics.stage(timing)
         return [
-            Made(decoded, sampled, task) for (decoded, _), sampled, task in zip(answers, samples, tasks, strict=True)
+            Made(decoded, sampled, LoRARecord(sampled.code, deviation_scale))
+            for (decoded, _), sampled in zip(answers, samples, strict=True)
         ]
 
     async def _decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
@@ -139,11 +143,8 @@ class Studio:
                 await asyncio.sleep(PAUSE_SECONDS * attempt)
         raise AssertionError("unreachable")
 
-    async def draw(self, made: Made, task: DrawTask, deadline: float) -> AsyncIterator[Progress | DrawnImage]:
-        """Progress, and each picture as it is ready.
-
-        If the renderer dies, another draws what is left; if the library died since `made`, the LoRA is made again.
-        """
+    async def draw(self, task: DrawTask, deadline: float) -> AsyncGenerator[Progress | DrawnImage, None]:
+        """Progress, and each picture as it is ready. If the renderer dies, another draws what is left."""
         left = dict(enumerate(task.seeds))
         for attempt in range(1, ATTEMPTS + 1):
             order = list(left)
@@ -159,10 +160,6 @@ class Studio:
                     else:
                         yield event
                 return
-            except ServingError as error:
-                if error.reason != "unknown_lora" or made.task is None or attempt == ATTEMPTS:
-                    raise
-                await self._decode(made.task, deadline)
             except ReplicaLost:
                 if not left:
                     return
@@ -180,7 +177,7 @@ def _name(photo: Upload, index: int, photos: Sequence[Upload]) -> str:
     return photo.shown or (f"Photo {index + 1}" if len(photos) > 1 else "")
 
 
-async def together(calls: Any) -> list[Any]:
+async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
     """All answers, or the first error, with the rest cancelled."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:

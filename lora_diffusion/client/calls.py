@@ -54,7 +54,7 @@ class Call(Generic[T]):
     path: str
     parse: Callable[[httpx.Response], T]
     fields: Mapping[str, Any] | None = None
-    photos: Sequence[bytes] = ()
+    photos: Sequence[tuple[str, bytes]] = ()
     lora_file: bytes | None = None
     accept: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Call(Generic[T]):
     def body(self) -> dict[str, Any]:
         """Arguments of httpx: a form if there are files, else JSON, else nothing."""
         files: list[tuple[str, tuple[str, bytes, str]]] = [
-            ("photo", ("photo", photo, "application/octet-stream")) for photo in self.photos
+            ("photo", (name, photo, "application/octet-stream")) for name, photo in self.photos
         ]
         if self.lora_file is not None:
             files.append(("lora_file", ("lora_file", self.lora_file, "application/octet-stream")))
@@ -173,12 +173,15 @@ class EventReader:
         return kinds[name](data) if name in kinds else None
 
 
-def read(photos: Photo | Sequence[Photo]) -> list[bytes]:
-    """The files' bytes. Raises ValueError for none, and OSError for a path that cannot be read."""
+def read(photos: Photo | Sequence[Photo]) -> list[tuple[str, bytes]]:
+    """The files' names and bytes. Raises ValueError for none, and OSError for a path that cannot be read."""
     several = [photos] if isinstance(photos, str | Path | bytes) else list(photos)
     if not several:
         raise ValueError("no photos were given: give at least one, as a path or as bytes")
-    return [photo if isinstance(photo, bytes) else Path(photo).read_bytes() for photo in several]
+    return [
+        ("photo", photo) if isinstance(photo, bytes) else (Path(photo).name, Path(photo).read_bytes())
+        for photo in several
+    ]
 
 
 def _loras(response: httpx.Response) -> list[answers.LoRA]:

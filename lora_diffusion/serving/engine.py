@@ -140,7 +140,7 @@ class RenderEngine:
         alpha_B, next_alpha_B = self._column([a for _, a, _ in now]), self._column([a for _, _, a in now])
         latents_BCHW = self._ddim(latents_BCHW, output, alpha_B, next_alpha_B)
         ending = [i for i, row in enumerate(rows) if row.step + 1 == len(row.schedule)]
-        pictures = self.base.decode(latents_BCHW[ending]) if ending else []
+        pictures = self.base.decode(latents_BCHW[ending]) if ending else ()
         for row, latent_CHW in zip(rows, latents_BCHW, strict=True):
             row.latent_CHW = latent_CHW
             row.step += 1

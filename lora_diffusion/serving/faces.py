@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
@@ -18,14 +14,11 @@ from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.identity import read_identity
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.config import ServeConfig
-from lora_diffusion.serving.messages import FoundFace, FoundFaces
-
-Pixels = NDArray[np.uint8]
-Photo: TypeAlias = bytes | Pixels
+from lora_diffusion.serving.messages import Floats, FoundFace, FoundFaces, Photo
 
 
 class FaceStage:
-    """Finds and embeds the faces of each photo: the bytes of a file, or pixels (H, W, 3).
+    """Finds and embeds the faces of each photo.
 
     Raises ValueError if the configuration names another recogniser than the synthesiser was trained with.
     """
@@ -74,7 +67,7 @@ class Embedder:
         """Raises PhotoError, ServingError."""
         return await self._batcher(photo, deadline)
 
-    async def similarity(self, pixels_HWC: Pixels, reference_C: NDArray[np.float32], deadline: float) -> float:
+    async def similarity(self, pixels_HWC: Photo, reference_C: Floats, deadline: float) -> float:
         """Cosine of the largest face of a picture with `reference_C`; 0 where there is no face."""
         found, _ = await self._batcher(pixels_HWC, deadline)
         return float(found.faces[0].embedding_C @ reference_C) if found.faces else 0.0

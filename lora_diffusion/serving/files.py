@@ -17,20 +17,21 @@ from lora_diffusion.lora import formats
 from lora_diffusion.lora.foreign import PEFT_CONFIG
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.serving.errors import ServingError
-from lora_diffusion.serving.library import Floats, LoRARecord
+from lora_diffusion.serving.messages import Code, Floats
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 
 
-def encode_file(record: LoRARecord, layout: LoRALayout, format: str, metadata: dict[str, str]) -> bytes:
-    """The file of a LoRA. Raises ServingError "stale_latent" for the latent of a LoRA that has none."""
-    if format != "latent":
-        return formats.to_bytes(torch.from_numpy(np.array(record.vector_N)), layout, format, metadata=metadata)  # type: ignore[arg-type]
-    if record.code_Z is None or record.model_id is None:
-        raise ServingError("stale_latent", "This LoRA was uploaded: it has no latent. Take another format.")
-    header = {"format": "lora-diffusion-latent", "format_version": "1", "model": record.model_id}
-    return formats.serialise({"latent": torch.from_numpy(np.array(record.code_Z))}, {**header, **metadata})
+def encode_file(vector_N: Floats, layout: LoRALayout, format: str, metadata: dict[str, str]) -> bytes:
+    """The file of a LoRA."""
+    return formats.to_bytes(torch.from_numpy(np.array(vector_N)), layout, format, metadata=metadata)  # type: ignore[arg-type]
+
+
+def encode_latent(code: Code, metadata: dict[str, str]) -> bytes:
+    """The code as a file of its own: small, and enough to make the LoRA again with the synthesiser that made it."""
+    header = {"format": "lora-diffusion-latent", "format_version": "1", "model": code.model_id}
+    return formats.serialise({"latent": torch.from_numpy(np.array(code.values_Z))}, {**header, **metadata})
 
 
 def decode_file(data: bytes, layout: LoRALayout) -> Floats:

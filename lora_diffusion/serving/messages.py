@@ -6,11 +6,15 @@ Axes: C embedding (512), Z code of the synthesiser, H/W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+Photo: TypeAlias = bytes | Pixels
+"""The bytes of a file, or uint8 RGB (H, W, 3)."""
 
 FILE_NAMES = {
     "diffusers": ("pytorch_lora_weights.safetensors", "application/octet-stream"),
@@ -72,8 +76,22 @@ class DecodeTask:
 
 
 @dataclass(frozen=True)
+class LoRARecord:
+    """What a LoRA is made from: its code, and how it is decoded. Of an upload: the vector itself, float32."""
+
+    code: Code | None = None
+    deviation_scale: float | None = None
+    vector_N: Floats | None = None
+
+    @property
+    def nbytes(self) -> int:
+        code = 0 if self.code is None else self.code.values_Z.nbytes
+        return code + (0 if self.vector_N is None else self.vector_N.nbytes)
+
+
+@dataclass(frozen=True)
 class Decoded:
-    """A LoRA that lies in the library under `lora_id`, or is on its way there: whoever asks the library waits."""
+    """A LoRA that lies in the library under `lora_id`."""
 
     lora_id: str
     file: bytes | None = None
@@ -83,6 +101,7 @@ class Decoded:
 class DrawTask:
     """Pictures of one person. Picture i has the seed `seeds[i]`.
 
+    record: of a LoRA that was made for this task, so that the library need not be asked.
     reference_C: the person's embedding, to score the pictures with; None: no scores.
     image_format: "png", "jpeg" or "webp".
     """
@@ -94,6 +113,7 @@ class DrawTask:
     guidance_scale: float
     num_inference_steps: int
     image_format: str = "png"
+    record: LoRARecord | None = None
     reference_C: Floats | None = None
 
 

@@ -9,34 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.config import ServeConfig
-from lora_diffusion.serving.library import Floats, LoRARecord, content_id
-from lora_diffusion.serving.messages import Code, Decoded, DecodeTask, DrawnImage, DrawTask, LatentTask, Progress
+from lora_diffusion.serving.errors import ServingError
+from lora_diffusion.serving.library import content_id
+from lora_diffusion.serving.messages import (
+    Code,
+    Decoded,
+    DecodeTask,
+    DrawnImage,
+    DrawTask,
+    Floats,
+    LatentTask,
+    LoRARecord,
+    Pixels,
+    Progress,
+)
+from lora_diffusion.serving.stages import DecoderStage, EmbedderStage, LibraryStage
 
-Pixels = NDArray[np.uint8]
-LOG = logging.getLogger(__name__)
-
-
-class LibraryLike(Protocol):
-    async def expect(self, lora_id: str) -> None: ...
-    async def put(self, lora_id: str, record: LoRARecord) -> None: ...
-    async def get(self, lora_id: str) -> LoRARecord: ...
-
-
-class EmbedderLike(Protocol):
-    async def similarity(self, pixels_HWC: Pixels, reference_C: Floats, deadline: float) -> float: ...
+if TYPE_CHECKING:
+    from lora_diffusion.serving.renderer import Drawn
 
 
 class Denoiser:
@@ -99,15 +99,14 @@ class Denoiser:
 
 
 class Decoder:
-    """Code -> LoRA in the library, and LoRA files."""
+    """Code -> LoRA in the library, vectors and files."""
 
-    def __init__(self, config: ServeConfig, library: LibraryLike) -> None:
+    def __init__(self, config: ServeConfig, library: LibraryStage) -> None:
         from lora_diffusion.serving.latents import VectorStage
 
         set_threads(config)
         self._stage = VectorStage(config)
         self._library = library
-        self._keeping: set[asyncio.Task[None]] = set()
         self._licence = {"licence": config.licence} if config.licence else {}
         self._batcher: Batcher[DecodeTask, Floats] = Batcher(
             "decoder",
@@ -119,27 +118,34 @@ class Decoder:
 
     async def decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
         vector_N, timing = await self._batcher(task, deadline)
-        record = LoRARecord(vector_N, task.code.values_Z, task.code.model_id)
+        record = LoRARecord(task.code, task.deviation_scale)
         lora_id = content_id(vector_N, self._stage.layout.layout_id)
-        _, file = await asyncio.gather(
-            self._library.expect(lora_id), asyncio.to_thread(self._file, record, task.format)
-        )
-        self._keep_meanwhile(lora_id, record)
-        await asyncio.sleep(0)  # a library in this process has it then
+        _, file = await asyncio.gather(self._library.put(lora_id, record), self._file(vector_N, record, task.format))
         return Decoded(lora_id, file), timing
 
     async def accept(self, data: bytes, format: str | None = None) -> Decoded:
         """An uploaded LoRA file, checked against the layout. Raises ServingError "bad_lora"."""
         from lora_diffusion.serving.files import decode_file
 
-        record = LoRARecord(await asyncio.to_thread(decode_file, data, self._stage.layout))
-        lora_id = content_id(record.vector_N, self._stage.layout.layout_id)
+        vector_N = await asyncio.to_thread(decode_file, data, self._stage.layout)
+        lora_id, record = content_id(vector_N, self._stage.layout.layout_id), LoRARecord(vector_N=vector_N)
         await self._library.put(lora_id, record)
-        return Decoded(lora_id, self._file(record, format))
+        return Decoded(lora_id, await self._file(vector_N, record, format))
 
-    async def file(self, lora_id: str, format: str) -> bytes:
-        """Raises ServingError "unknown_lora"."""
-        return self._encode(await self._library.get(lora_id), format)
+    async def vector(self, lora_id: str, record: LoRARecord | None, deadline: float) -> Floats:
+        """(N,) float32 of a LoRA of the library, or of `record`. Raises ServingError."""
+        record = record or await self._library.get(lora_id)
+        if record.vector_N is not None:
+            return record.vector_N
+        assert record.code is not None
+        return (await self._batcher(DecodeTask(record.code, record.deviation_scale), deadline))[0]
+
+    async def file(self, lora_id: str, format: str, deadline: float) -> bytes:
+        """Raises ServingError "unknown_lora"; "stale_latent" where the synthesiser that made it is not loaded any more."""
+        record = await self._library.get(lora_id)
+        file = await self._file(await self.vector(lora_id, record, deadline), record, format)
+        assert file is not None
+        return file
 
     async def reconfigure(self, options: Mapping[str, Any]) -> None:
         """As the Denoiser's."""
@@ -149,32 +155,24 @@ class Decoder:
     async def ready(self) -> bool:
         return True
 
-    def _file(self, record: LoRARecord, format: str | None) -> bytes | None:
-        return None if format is None else self._encode(record, format)
+    async def _file(self, vector_N: Floats, record: LoRARecord, format: str | None) -> bytes | None:
+        from lora_diffusion.serving.files import encode_file, encode_latent
 
-    def _encode(self, record: LoRARecord, format: str) -> bytes:
-        from lora_diffusion.serving.files import encode_file
-
-        metadata = self._stage.models.identity(record.model_id).metadata()
-        return encode_file(record, self._stage.layout, format, metadata | self._licence)
-
-    def _keep_meanwhile(self, lora_id: str, record: LoRARecord) -> None:
-        """Send it to the library without waiting: who asks the library for it waits there."""
-
-        def kept(task: asyncio.Task[None]) -> None:
-            self._keeping.discard(task)
-            if not task.cancelled() and task.exception() is not None:
-                LOG.warning("a LoRA could not be kept: %s", type(task.exception()).__name__)
-
-        task = asyncio.create_task(self._library.put(lora_id, record))
-        self._keeping.add(task)  # or nobody would hold it
-        task.add_done_callback(kept)
+        if format is None:
+            return None
+        model_id = record.code.model_id if record.code else None
+        metadata = self._stage.models.identity(model_id).metadata() | self._licence
+        if format != "latent":
+            return await asyncio.to_thread(encode_file, vector_N, self._stage.layout, format, metadata)
+        if record.code is None:
+            raise ServingError("stale_latent", "This LoRA was uploaded: it has no latent. Take another format.")
+        return encode_latent(record.code, metadata)
 
 
 class Renderer:
-    """LoRAs of the library + prompts -> encoded pictures, many people in one running batch."""
+    """LoRAs + prompts -> encoded pictures, many people in one running batch."""
 
-    def __init__(self, config: ServeConfig, library: LibraryLike, embedder: EmbedderLike) -> None:
+    def __init__(self, config: ServeConfig, decoder: DecoderStage, embedder: EmbedderStage) -> None:
         import torch
 
         from lora_diffusion.models.stable_diffusion import BaseModel
@@ -184,7 +182,7 @@ class Renderer:
         from lora_diffusion.synthesis.synthesizer import Synthesizer
 
         set_threads(config)
-        self._library = library
+        self._decoder = decoder
         self._embedder = embedder
         synthesizer = Synthesizer.from_pretrained(synthesizer_folder(config.synthesizer))
         name = config.base or synthesizer.identity.base_name
@@ -195,11 +193,11 @@ class Renderer:
             RenderEngine(base, synthesizer.layout), max_rows=config.batch.renderer, max_waiting=config.batch.max_waiting
         )
 
-    async def draw(self, task: DrawTask, deadline: float) -> AsyncIterator[Progress | DrawnImage | Timing]:
+    async def draw(self, task: DrawTask, deadline: float) -> AsyncGenerator[Progress | DrawnImage | Timing, None]:
         """Pictures as they are ready, with progress between. Raises ServingError."""
         from lora_diffusion.serving.engine import Picture
 
-        vector_N = (await self._library.get(task.lora_id)).vector_N
+        vector_N = await self._decoder.vector(task.lora_id, task.record, deadline)
         pictures = [
             Picture(vector_N, task.prompt, task.negative_prompt, seed, task.guidance_scale, task.num_inference_steps)
             for seed in task.seeds
@@ -208,7 +206,7 @@ class Renderer:
             async for event in events:
                 yield event if isinstance(event, Progress | Timing) else await self._encoded(event, task, deadline)
 
-    async def _encoded(self, drawn: Any, task: DrawTask, deadline: float) -> DrawnImage:
+    async def _encoded(self, drawn: Drawn, task: DrawTask, deadline: float) -> DrawnImage:
         similarity = None
         if task.reference_C is not None:
             similarity = await self._embedder.similarity(drawn.pixels_HWC, task.reference_C, deadline)

@@ -7,7 +7,6 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -19,6 +18,7 @@ from serve_world import base_model
 
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.serving.messages import LoRARecord
 from serve.studio import Studio
 
 
@@ -177,33 +177,16 @@ def test_deleted_lora_is_gone_at_once(api: Client) -> None:
     problem(api("DELETE", f"/v1/loras/{lora_id}"), 404, "unknown_lora")
 
 
-class Forgetful:
-    """A library that dies, and with it what it held, the first time that somebody asks."""
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-        self.lost: list[str] = []
-
-    async def get(self, lora_id: str) -> Any:
-        if not self.lost:
-            self.lost.append(lora_id)
-            await self._library.delete(lora_id)
-        return await self._library.get(lora_id)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._library, name)
-
-
-def test_lora_that_the_library_lost_meanwhile_is_made_again(
+def test_lora_that_was_just_made_is_drawn_although_the_library_lost_it(
     api: Client, studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forgetful = Forgetful(studio.library)
-    monkeypatch.setattr(studio.renderer, "_library", forgetful)
+    async def lose(lora_id: str, record: LoRARecord) -> None:
+        pass
+
+    monkeypatch.setattr(studio.library, "put", lose)
     answer = api.form("/v1/personalize", prompt=PROMPT, **FAST)
     assert answer.status_code == 200, answer.text
-    assert forgetful.lost == [answer.json()["lora"]["id"]]
     # but one that a client names, and that is gone, is gone
-    forgetful.lost.clear()
     problem(api.json("/v1/images", lora=answer.json()["lora"]["id"], prompt=PROMPT), 404, "unknown_lora")
 
 

@@ -143,6 +143,18 @@ def test_errors_of_the_stages_keep_their_reason_across_processes(server: Server)
     assert huge.status_code == 413
 
 
+@pytest.mark.parametrize("seconds", ["0.3", "1"])
+def test_deadline_is_answered_by_us_and_not_by_the_proxy(server: Server, seconds: str) -> None:
+    headers = {"X-Request-Timeout-Seconds": seconds, "X-Request-ID": "abc"}
+    many = form(num_images=8, num_inference_steps=100, guidance_scale=3)
+    late = httpx.post(f"{server.url}/v1/images", headers=headers, timeout=PATIENCE, **many)
+    assert (late.status_code, late.json()["reason"]) == (504, "deadline_exceeded")
+    assert late.headers.get_list("x-request-id") == ["abc"]  # Serve puts it there, too
+    for senseless in ("abc", "-1"):
+        answer = httpx.get(f"{server.url}/v1/model", headers={"X-Request-Timeout-Seconds": senseless}, timeout=PATIENCE)
+        assert (answer.status_code, answer.json()["reason"]) == (422, "invalid_request")
+
+
 def test_events_arrive_while_the_picture_is_drawn(server: Server) -> None:
     arrivals: dict[str, float] = {}
     with httpx.stream(

@@ -1,8 +1,9 @@
-"""Where the endpoint keeps LoRAs: bounded, forgetful, and right while one is still on its way there."""
+"""Where the endpoint keeps LoRAs: bounded and forgetful."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from lora_diffusion.config import load_config
 from lora_diffusion.serving import library as module
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
-from lora_diffusion.serving.library import Library, LoRALibrary, LoRARecord, content_id
-from lora_diffusion.serving.messages import Code, DecodeTask
+from lora_diffusion.serving.library import Library, LoRALibrary, content_id
+from lora_diffusion.serving.messages import Code, DecodeTask, LoRARecord
 from lora_diffusion.serving.services import Decoder
 
 CONFIG = load_config(ServeConfig, Path(__file__).resolve().parents[2] / "configs/serve_tiny.yaml", [])
@@ -27,7 +28,7 @@ class Clock:
 
 
 def record(value: float, size: int = 10) -> LoRARecord:
-    return LoRARecord(np.full(size, value, np.float32))
+    return LoRARecord(vector_N=np.full(size, value, np.float32))
 
 
 def test_id_is_of_the_content_and_the_layout() -> None:
@@ -43,15 +44,16 @@ def test_library_forgets_what_expired_what_was_deleted_and_what_was_least_used()
     clock.now = 5
     library.put("b", record(2))
     library.get("a")
-    library.put("c", record(3))  # b was used least recently
-    with pytest.raises(ServingError, match="no LoRA"):
+    third = record(3)
+    library.put("c", third)  # b was used least recently
+    with pytest.raises(ServingError, match="make room"):
         library.get("b")
     assert library.stats() == {"loras": 2, "bytes": 80, "max_bytes": 80}
     clock.now = 10
     with pytest.raises(ServingError) as caught:
         library.get("a")
     assert caught.value.reason == "unknown_lora"
-    assert library.get("c").vector_N[0] == 3
+    assert library.get("c") is third
     assert library.delete("c")
     assert not library.delete("c")
     assert library.stats()["bytes"] == 0
@@ -76,79 +78,58 @@ def test_putting_again_renews_and_does_not_count_twice() -> None:
     assert library.get("a").nbytes == library.stats()["bytes"] == 40
 
 
-# -- LoRAs on their way ------------------------------------------------------------------------------------------------
+def test_who_asks_for_one_that_is_gone_is_told_why() -> None:
+    clock = Clock()
+    library = LoRALibrary(max_bytes=40, ttl_seconds=10, clock=clock)
+    library.put("evicted", record(1))
+    library.put("deleted", record(2))
+    library.delete("deleted")
+    library.put("expired", record(3))
+    clock.now = 11
+    told = {}
+    for lora_id in ("evicted", "deleted", "expired", "never"):
+        with pytest.raises(ServingError) as caught:
+            library.get(lora_id)
+        told[lora_id] = str(caught.value)
+    assert told == {
+        "evicted": "This LoRA had to make room for newer ones. Make it again.",
+        "deleted": "This LoRA was deleted. Make it again.",
+        "expired": "This LoRA has expired. Make it again.",
+        "never": "There is no LoRA with this id here. Make it again.",
+    }
+    library.put("expired", record(3))
+    assert library.get("expired").nbytes == 40
 
 
-def test_who_asks_for_an_expected_one_waits_for_it() -> None:
-    async def scene() -> LoRARecord:
-        library = Library(CONFIG)
-        await library.expect("a")
-        asked = asyncio.create_task(library.get("a"))
-        await asyncio.sleep(0.05)
-        assert not asked.done()
-        await library.put("a", record(1))
-        return await asyncio.wait_for(asked, 5)
-
-    assert asyncio.run(scene()).vector_N[0] == 1
+def test_of_those_that_are_gone_only_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 2)
+    library = LoRALibrary(max_bytes=1000, ttl_seconds=10)
+    for lora_id in "abc":
+        library.put(lora_id, record(1))
+        library.delete(lora_id)
+    assert list(library._gone) == ["b", "c"]
 
 
-def test_deleted_on_its_way_it_never_arrives() -> None:
+def test_the_code_is_kept_and_makes_the_same_lora_again() -> None:
     async def scene() -> None:
         library = Library(CONFIG)
-        await library.expect("a")
-        asked = asyncio.create_task(library.get("a"))
-        await asyncio.sleep(0.01)
-        assert await library.delete("a")
-        assert not await library.delete("a")
-        with pytest.raises(ServingError, match="There is no LoRA"):
-            await asyncio.wait_for(asked, 1)
-        await library.put("a", record(1))
-        with pytest.raises(ServingError):
-            await library.get("a")
-        assert (await library.stats())["loras"] == 0
-        await library.expect("a")  # made anew, it is kept again
-        await library.put("a", record(1))
-        assert (await library.get("a")).vector_N[0] == 1
-
-    asyncio.run(scene())
-
-
-def test_one_that_never_comes_is_unknown_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WAIT_SECONDS", 0.1)
-    monkeypatch.setattr(module, "EXPECTED_SECONDS", 0.2)
-
-    async def scene() -> None:
-        library = Library(CONFIG)
-        await library.expect("a")
-        with pytest.raises(ServingError, match="There is no LoRA"):
-            await asyncio.wait_for(library.get("a"), 5)
-        assert library._coming  # a deletion would still be remembered
-        await asyncio.sleep(0.2)
-        assert not library._coming
-        await library.put("a", record(1))  # late, but it came
-        assert (await library.get("a")).vector_N[0] == 1
-
-    asyncio.run(scene())
-
-
-class SlowLibrary(Library):
-    """`put` takes a while, as across processes."""
-
-    async def put(self, lora_id: str, record: LoRARecord) -> None:
-        await asyncio.sleep(0.2)
-        await super().put(lora_id, record)
-
-
-def test_decoder_answers_before_the_library_has_the_vector() -> None:
-    async def scene() -> None:
-        library = SlowLibrary(CONFIG)
         decoder = Decoder(CONFIG, library)
         model = decoder._stage.models.current
-        code = Code(np.zeros(model.code_size, np.float32), decoder._stage.models.current_id)
-        done, _ = await decoder.decode(DecodeTask(code, 1.0, "vector"), deadline=float("inf"))
-        assert done.file
-        assert (await library.stats())["loras"] == 0
-        kept = await library.get(done.lora_id)
-        assert content_id(kept.vector_N, model.layout.layout_id) == done.lora_id
+        code = Code(np.ones(model.code_size, np.float32), decoder._stage.models.current_id)
+        later = time.time() + 60
+        made, _ = await decoder.decode(DecodeTask(code, 0.5, "vector"), later)
+        assert (await library.stats())["bytes"] == code.values_Z.nbytes
+        vector_N = await decoder.vector(made.lora_id, None, later)
+        assert content_id(vector_N, model.layout.layout_id) == made.lora_id
+        assert await decoder.file(made.lora_id, "vector", later) == made.file
+        await library.delete(made.lora_id)
+        kept = await decoder.vector(made.lora_id, LoRARecord(code, 0.5), later)  # whoever has the code needs no library
+        assert np.array_equal(kept, vector_N)
+        with pytest.raises(ServingError, match="was deleted"):
+            await decoder.vector(made.lora_id, None, later)
+        uploaded = await decoder.accept(made.file or b"")
+        assert uploaded.lora_id == made.lora_id
+        with pytest.raises(ServingError, match="no latent"):
+            await decoder.file(made.lora_id, "latent", later)
 
     asyncio.run(scene())

@@ -65,18 +65,11 @@ class Client:
         return self("POST", path, json=fields, headers=headers)
 
 
-def variant(studio: Studio, denoiser: Any = None, root_path: str = "", **changes: Any) -> Client:
-    """The same stages behind another configuration."""
-    changed = Studio(
-        replace(studio.config, **changes),
-        studio.metrics,
-        embedder=studio.embedder,
-        denoiser=denoiser or studio.denoiser,
-        decoder=studio.decoder,
-        renderer=studio.renderer,
-        library=studio.library,
-    )
-    return Client(changed, root_path)
+def variant(studio: Studio, root_path: str = "", stages: dict[str, Any] | None = None, **changes: Any) -> Client:
+    """The same stages, or others, behind another configuration."""
+    names = ("embedder", "denoiser", "decoder", "renderer", "library")
+    kept = {name: getattr(studio, name) for name in names} | (stages or {})
+    return Client(Studio(replace(studio.config, **changes), studio.metrics, **kept), root_path)
 
 
 @pytest.fixture(scope="session")
