@@ -18,8 +18,10 @@ from starlette.routing import Match
 
 from lora_diffusion import __version__
 from lora_diffusion.serving.errors import ServingError
+from lora_diffusion.serving.stages import Stage
+from serve import schemas
 from serve.access import Access, AdmissionControl
-from serve.docs import describe
+from serve.docs import describe, operation
 from serve.middleware import TIMEOUT, Deadline, Errors, FixedHeaders, Lenient, Log, RequestId
 from serve.problems import ApiError, invalid
 from serve.routes import Routes
@@ -39,9 +41,6 @@ EXPOSED = [
 STATIC = Path(__file__).parent / "static"
 READY_SECONDS = 5.0
 CSP = "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-DESCRIPTION = (
-    "One photo of a face in, a LoRA for Stable Diffusion and pictures out. Errors are RFC 9457 problem documents."
-)
 
 
 def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
@@ -84,30 +83,31 @@ def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
     _add_page(app)
     _add_docs(app)
     _add_problems(app)
-    describe(app, DESCRIPTION)
+    describe(app)
     return app
 
 
 def _add_operations(app: FastAPI, studio: Studio) -> None:
-    @app.get("/healthz", tags=["operations"])
-    @public
-    async def healthz() -> dict[str, str]:
-        """The gateway is alive."""
-        return {"status": "ok"}
+    def told(summary: str, *reasons: str) -> dict[str, Any]:
+        return operation("server", summary, schemas.Status, reasons, public=True)
 
-    @app.get("/readyz", tags=["operations"])
+    @app.get("/healthz", **told("The gateway is alive"))
     @public
-    async def readyz() -> dict[str, str]:
-        """All stages answer."""
-        stages = (studio.embedder, studio.denoiser, studio.decoder, studio.renderer, studio.library)
+    async def healthz() -> schemas.Status:
+        return schemas.Status(status="ok")
+
+    @app.get("/readyz", **told("All stages answer", "not_ready"))
+    @public
+    async def readyz() -> schemas.Status:
+        stages: list[Stage] = [studio.embedder, studio.denoiser, studio.decoder, studio.renderer, studio.library]
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await together(stage.ready() for stage in stages)
         except (TimeoutError, ServingError):
             raise ApiError("not_ready", headers={"Retry-After": "2"}) from None
-        return {"status": "ready"}
+        return schemas.Status(status="ready")
 
-    @app.get("/metrics", tags=["operations"], include_in_schema=False)
+    @app.get("/metrics", include_in_schema=False)
     @public
     async def metrics() -> Response:
         studio.metrics.library(await studio.library.stats())

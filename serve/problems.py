@@ -39,7 +39,7 @@ PROBLEMS = {
     "deadline_exceeded": (504, "The request's time was up. Allow it more time, or ask for less."),
 }
 """reason -> status, and how its detail may read. Reasons that are not here, as those of unreadable photos, are 422."""
-PHOTO_REASONS = ("no_face", "several_faces", *get_args(PhotoReason))
+PHOTO_REASONS: tuple[str, ...] = get_args(PhotoReason)
 TITLES = {422: "Unprocessable request", 413: "Content too large"}
 
 

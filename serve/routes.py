@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 from fastapi import FastAPI, Path, Request, Response
@@ -13,12 +13,32 @@ from fastapi import FastAPI, Path, Request, Response
 from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask
 from serve import answers, schemas
 from serve.checks import check_limits, unit_embedding
-from serve.docs import form_of
-from serve.problems import ApiError
+from serve.docs import LORA_FILES, PICTURES, WITH_PHOTOS, operation
+from serve.problems import PHOTO_REASONS, ApiError
+from serve.routing import Endpoint
 from serve.studio import Made, Sampled, Studio, new_seed, together
 
 # the API says it of latents where pictures have the same setting
+T = TypeVar("T")
 LATENT_NAMES = {"guidance_scale": "latent_guidance_scale", "num_inference_steps": "latent_inference_steps"}
+
+
+# reasons of refusals, beside those of every route (docs.py)
+SAMPLED = (*WITH_PHOTOS, "diverged")
+CODED = ("unknown_lora", "stale_latent", "diverged")
+CHANGED = (*CODED, "unknown_attribute")
+MADE = (*SAMPLED, "bad_lora", "stale_latent")
+DRAWN = (*MADE, "unknown_lora", "not_acceptable")
+
+
+def route(method: str, path: str, *description: Any, **options: Any) -> Callable[[Endpoint], Endpoint]:
+    """Declares a method of `Routes` as an endpoint. description, options: of `docs.operation`."""
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        endpoint.declared = (method, path, description, options)  # type: ignore[attr-defined]
+        return endpoint
+
+    return declare
 
 
 class Routes:
@@ -30,22 +50,12 @@ class Routes:
         self._embedding_size = 0
 
     def add_to(self, app: FastAPI) -> None:
-        created = {"status_code": 201, "response_model": schemas.LorasResponse}
-        for path, endpoint, options in (
-            ("/embeddings", self.embeddings, {"response_model": schemas.EmbeddingsResponse}),
-            ("/latents", self.latents, {"response_model": schemas.LatentsResponse}),
-            ("/loras", self.loras, created),
-            ("/images", self.images, {"response_model": schemas.ImagesResponse}),
-            ("/personalize", self.personalize, {"response_model": schemas.PersonalizeResponse}),
-            ("/edits", self.edits, created),
-            ("/interpolations", self.interpolations, created),
-        ):
-            app.post(f"/v1{path}", openapi_extra=form_of(get_type_hints(endpoint)["asked"]), **options)(
-                self._limited(endpoint)
-            )
-        app.get("/v1/loras/{lora_id}", response_model=schemas.LoRA)(self.lora)
-        app.delete("/v1/loras/{lora_id}", status_code=204)(self.delete_lora)
-        app.get("/v1/model", response_model=schemas.ModelResponse)(self.model)
+        for name, function in vars(Routes).items():
+            if declared := getattr(function, "declared", None):
+                method, path, description, options = declared
+                endpoint, request = getattr(self, name), get_type_hints(function).get("asked")
+                endpoint = self._limited(endpoint) if request else endpoint
+                app.api_route(path, methods=[method], **operation(*description, **options, request=request))(endpoint)
 
     def _limited(self, endpoint: Callable[..., Any]) -> Callable[..., Any]:
         """The endpoint, for requests within the limits of this server."""
@@ -59,6 +69,7 @@ class Routes:
 
     # -- one step of the way each ---------------------------------------------------------------------------------------
 
+    @route("POST", "/v1/embeddings", "people", "Photos to faces", schemas.EmbeddingsResponse, PHOTO_REASONS)
     async def embeddings(self, asked: schemas.EmbeddingsRequest, request: Request) -> schemas.EmbeddingsResponse:
         """The faces of each photo, with their embeddings."""
         found = await self.studio.faces(asked.photos, deadline(request))
@@ -81,6 +92,7 @@ class Routes:
             ]
         )
 
+    @route("POST", "/v1/latents", "people", "A person to latents", schemas.LatentsResponse, SAMPLED)
     async def latents(self, asked: schemas.LatentsRequest, request: Request) -> schemas.LatentsResponse:
         """Codes of a person: small, and enough to make the LoRA later."""
         samples = await self._samples(asked, request, asked.num_samples)
@@ -94,6 +106,7 @@ class Routes:
             nearest=answers.nearest(Made(Decoded(""), samples[0])),
         )
 
+    @route("POST", "/v1/loras", "LoRAs", "A person to LoRAs", schemas.LorasResponse, MADE, status=201, files=LORA_FILES)
     async def loras(self, asked: schemas.LorasRequest, request: Request) -> Any:
         """LoRAs of a person. With `format`, the file itself."""
         if asked.format and asked.num_samples > 1:
@@ -111,20 +124,26 @@ class Routes:
             loras=[answers.lora(m, self.config, root_of(request), score) for m, score in zip(made, scores, strict=True)]
         )
 
+    @route("POST", "/v1/images", "pictures", "Pictures of a person", schemas.ImagesResponse, DRAWN, files=PICTURES)
     async def images(self, asked: schemas.ImagesRequest, request: Request) -> Any:
         """Pictures of a person."""
         return await self._draw(asked, request, None)
 
+    @route(
+        "POST", "/v1/personalize", "pictures", "Photos to pictures", schemas.PersonalizeResponse, DRAWN, files=PICTURES
+    )
     async def personalize(self, asked: schemas.PersonalizeRequest, request: Request) -> Any:
         """LoRA and scored pictures in one go."""
         return await self._draw(asked, request, asked.format)
 
+    @route("POST", "/v1/edits", "LoRAs", "The LoRA of a changed person", schemas.LorasResponse, CHANGED, status=201)
     async def edits(self, asked: schemas.EditsRequest, request: Request) -> schemas.LorasResponse:
         """The LoRA of a changed person."""
         code = await self.studio.denoiser.edit(await self._code(asked), asked.edits)
         made = await self.studio.decode([Sampled(code)], self._deviation(asked), deadline(request))
         return schemas.LorasResponse(loras=[answers.lora(made[0], self.config, root_of(request))])
 
+    @route("POST", "/v1/interpolations", "LoRAs", "LoRAs between two people", schemas.LorasResponse, CODED, status=201)
     async def interpolations(self, asked: schemas.InterpolationsRequest, request: Request) -> schemas.LorasResponse:
         """LoRAs on the way from one person to another."""
         positions = asked.positions or np.linspace(0, 1, asked.num or 2).tolist()
@@ -140,6 +159,7 @@ class Routes:
 
     # -- LoRAs by their id ----------------------------------------------------------------------------------------------
 
+    @route("GET", "/v1/loras/{lora_id}", "LoRAs", "A LoRA, or its file", schemas.LoRA, CODED, files=LORA_FILES)
     async def lora(
         self, request: Request, lora_id: str = Path(pattern=schemas.LORA_ID), format: schemas.FileFormat | None = None
     ) -> Any:
@@ -151,12 +171,14 @@ class Routes:
             Made(Decoded(lora_id, await self.studio.decoder.file(lora_id, format, deadline(request)))), format
         )
 
+    @route("DELETE", "/v1/loras/{lora_id}", "LoRAs", "Forget a LoRA", None, ["unknown_lora"], status=204)
     async def delete_lora(self, lora_id: str = Path(pattern=schemas.LORA_ID)) -> Response:
         """Forget a LoRA now."""
         if not await self.studio.library.delete(lora_id):
             raise ApiError("unknown_lora", "There is no LoRA of this id here (any more): nothing is left to delete.")
         return Response(status_code=204)
 
+    @route("GET", "/v1/model", "server", "What is served here", schemas.ModelResponse)
     async def model(self) -> schemas.ModelResponse:
         """What this server serves, and what it allows."""
         about, base = await together([self.studio.denoiser.describe(), self.studio.renderer.describe()])
@@ -180,16 +202,16 @@ class Routes:
 
     # -- what they share ------------------------------------------------------------------------------------------------
 
-    async def _samples(self, asked: Any, request: Request, count: int) -> list[Sampled]:
+    async def _samples(self, asked: schemas.Sampling, request: Request, count: int) -> list[Sampled]:
         """Codes of the person in the request's photos, embedding or latent."""
-        if getattr(asked, "latent", None) is not None:
+        if isinstance(asked, schemas.AnySource) and asked.latent is not None:
             return [Sampled(_code(asked.latent))]
-        if asked.photos:
-            embedding_C = await self.studio.embedding(asked.photos, asked.faces, deadline(request))
-        else:
+        if isinstance(asked, schemas.FaceSource) and asked.embedding is not None:
             if not self._embedding_size:
                 self._embedding_size = (await self.studio.denoiser.describe())["synthesizer"]["embedding_size"]
             embedding_C = unit_embedding(asked.embedding, self._embedding_size)
+        else:
+            embedding_C = await self.studio.embedding(asked.photos or [], asked.faces, deadline(request))
         sampling = self.config.sampling
         first = new_seed() if asked.seed is None else asked.seed
         task = LatentTask(
@@ -202,13 +224,15 @@ class Routes:
         seeds = [(first + i) % (schemas.MAX_SEED + 1) for i in range(count)]
         return await self.studio.sample([replace(task, seed=seed) for seed in seeds], deadline(request))
 
-    async def _make(self, asked: Any, request: Request, count: int, format: str | None = None) -> list[Made]:
+    async def _make(
+        self, asked: schemas.Sampling, request: Request, count: int, format: str | None = None
+    ) -> list[Made]:
         """The LoRAs of a request, whatever it gives to make them of."""
-        if count > 1 and asked.photos is None and asked.embedding is None:
+        if isinstance(asked, schemas.AnySource) and count > 1 and (asked.latent or asked.lora_file):
             raise ApiError(
                 "invalid_request", "num_samples draws from photos or an embedding; a latent or a file is one LoRA."
             )
-        if getattr(asked, "lora_file", None) is not None:
+        if isinstance(asked, schemas.AnySource) and asked.lora_file is not None:
             return [Made(await self.studio.decoder.accept(asked.lora_file.data, format))]
         samples = await self._samples(asked, request, count)
         return await self.studio.decode(samples, self._deviation(asked), deadline(request), format)
@@ -222,13 +246,15 @@ class Routes:
             raise ApiError("stale_latent", "This LoRA was uploaded: it has no latent to change. Make one from a photo.")
         return record.code
 
-    async def _draw(self, asked: Any, request: Request, format: str | None) -> Any:
+    async def _draw(
+        self, asked: schemas.ImagesRequest | schemas.PersonalizeRequest, request: Request, format: str | None
+    ) -> Any:
         how = answers.wanted(request)
         if how == "image" and asked.num_images > 1:
             raise ApiError(
                 "not_acceptable", "An image/* answer holds one picture: accept application/json for several."
             )
-        lora_id = getattr(asked, "lora", None)
+        lora_id = asked.lora if isinstance(asked, schemas.ImagesRequest) else None
         made = Made(Decoded(lora_id)) if lora_id else (await self._make(asked, request, 1, format))[0]
         first = new_seed() if asked.image_seed is None else asked.image_seed
         sampling = self.config.sampling
@@ -264,7 +290,9 @@ class Routes:
         similarity: float | None = whole.lora.similarity
         return similarity
 
-    def _deviation(self, asked: Any) -> float | None:
+    def _deviation(
+        self, asked: schemas.Sampling | schemas.EditsRequest | schemas.InterpolationsRequest
+    ) -> float | None:
         return _given(asked.deviation_scale, self.config.sampling.deviation_scale)
 
 
@@ -278,7 +306,7 @@ def root_of(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
-def _given(value: Any, default: Any) -> Any:
+def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -74,7 +74,17 @@ LoRAId = Annotated[Text, Field(pattern=LORA_ID, description="id of a LoRA that t
 
 
 class Request(BaseModel):
+    """one_of: names of fields of which exactly one is wanted."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    one_of: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in self.one_of if getattr(self, name) is not None]
+        if self.one_of and len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(self.one_of)}; got {', '.join(given) or 'none of them'}")
+        return self
 
 
 class Latent(Request):
@@ -87,31 +97,38 @@ class Latent(Request):
 class LatentOrLoRA(Request):
     """Exactly one of the two; a LoRA that was uploaded has no latent."""
 
+    one_of = ("latent", "lora")
     latent: Latent | None = None
     lora: LoRAId | None = None
 
-    @model_validator(mode="after")
-    def _one(self) -> LatentOrLoRA:
-        return _exactly_one(self, "latent", "lora")
 
+class Sampling(Request):
+    """Photos of one person (their embeddings are averaged), and how the synthesiser draws the person's code.
 
-class PhotoSource(Request):
-    """Photos of one person (their embeddings are averaged), as base64 in JSON."""
+    Left out: the server's defaults, else what its synthesiser recommends.
+    """
 
     photos: list[File] | None = Field(None, min_length=1, description="photos of one person, base64")
     faces: Literal["one", "largest"] = Field(
         "one", description="a photo with several faces is an error (one), or its largest face is taken"
     )
-
-
-class LatentSampling(Request):
-    """How the synthesiser draws a person's code. Left out: the server's defaults, else what its synthesiser recommends."""
-
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="left out: a random one, told in the answer")
     latent_guidance_scale: Number | None = Field(None, ge=0, le=20)
     latent_inference_steps: int | None = Field(None, ge=1, le=1000)
     temperature: Number | None = Field(None, ge=0, le=2, description="how much samples of one person differ")
     deviation_scale: Number | None = Field(None, ge=0, le=4, description="how far from the mean LoRA; 1 is as learned")
+
+
+class FaceSource(Sampling):
+    embedding: Floats | None = Field(None, description="of the server's recogniser; need not be of unit length")
+
+
+class AnySource(FaceSource):
+    latent: Latent | None = None
+    lora_file: File | None = Field(
+        None,
+        description="safetensors in diffusers', kohya's or our vector format, or a zip of peft's two files; base64",
+    )
 
 
 class ImageOptions(Request):
@@ -130,49 +147,30 @@ class EmbeddingsRequest(Request):
     photos: list[File] = Field(min_length=1, description="photos, base64; of anybody, each answered for itself")
 
 
-class LatentsRequest(PhotoSource, LatentSampling):
+class LatentsRequest(FaceSource):
     """Exactly one of photos and embedding."""
 
-    embedding: Floats | None = Field(None, description="of the server's recogniser; need not be of unit length")
+    one_of = ("photos", "embedding")
     num_samples: int = Field(1, ge=1, description="different codes of the same person; sample i has seed + i")
 
-    @model_validator(mode="after")
-    def _one(self) -> LatentsRequest:
-        return _exactly_one(self, "photos", "embedding")
 
-
-class LorasRequest(PhotoSource, LatentSampling):
+class LorasRequest(AnySource):
     """Exactly one of photos, embedding, latent and lora_file."""
 
-    embedding: Floats | None = None
-    latent: Latent | None = None
-    lora_file: File | None = Field(
-        None,
-        description="safetensors in diffusers', kohya's or our vector format, or a zip of peft's two files; base64",
-    )
+    one_of = ("photos", "embedding", "latent", "lora_file")
     num_samples: int = Field(1, ge=1)
     format: FileFormat | None = Field(None, description="answer with the file itself; only for one sample")
     score: bool = Field(False, description="draw each LoRA once and compare the face with the photo's")
 
-    @model_validator(mode="after")
-    def _one(self) -> LorasRequest:
-        return _exactly_one(self, "photos", "embedding", "latent", "lora_file")
 
-
-class ImagesRequest(PhotoSource, LatentSampling, ImageOptions):
+class ImagesRequest(AnySource, ImageOptions):
     """Exactly one of lora, lora_file, latent, embedding and photos."""
 
+    one_of = ("lora", "lora_file", "latent", "embedding", "photos")
     lora: LoRAId | None = None
-    lora_file: File | None = None
-    latent: Latent | None = None
-    embedding: Floats | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> ImagesRequest:
-        return _exactly_one(self, "lora", "lora_file", "latent", "embedding", "photos")
 
 
-class PersonalizeRequest(PhotoSource, LatentSampling, ImageOptions):
+class PersonalizeRequest(Sampling, ImageOptions):
     photos: list[File] = Field(min_length=1, description="photos of one person, base64")
     format: FileFormat | None = Field(None, description="put the LoRA file into the answer, too")
 
@@ -189,6 +187,7 @@ class EditsRequest(LatentOrLoRA):
 class InterpolationsRequest(Request):
     """From one person to another. Give num (evenly spaced, ends included) or positions."""
 
+    one_of = ("num", "positions")
     a: LatentOrLoRA
     b: LatentOrLoRA
     num: int | None = Field(None, ge=2)
@@ -196,10 +195,6 @@ class InterpolationsRequest(Request):
         None, min_length=1, description="0 is a, 1 is b"
     )
     deviation_scale: Number | None = Field(None, ge=0, le=4)
-
-    @model_validator(mode="after")
-    def _one(self) -> InterpolationsRequest:
-        return _exactly_one(self, "num", "positions")
 
 
 class Face(BaseModel):
@@ -295,6 +290,10 @@ class ModelResponse(BaseModel):
     licence: str
 
 
+class Status(BaseModel):
+    status: str
+
+
 class Problem(BaseModel):
     """RFC 9457. `reason` is for programs, `detail` for people: it says what to do."""
 
@@ -305,10 +304,3 @@ class Problem(BaseModel):
     reason: str
     request_id: str | None = None
     errors: list[dict[str, Any]] | None = Field(None, description="where and why, for a request of the wrong form")
-
-
-def _exactly_one(request: Any, *names: str) -> Any:
-    given = [name for name in names if getattr(request, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {', '.join(names)}; got {', '.join(given) or 'none of them'}")
-    return request

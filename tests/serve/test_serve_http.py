@@ -358,3 +358,9 @@ def test_what_is_wrong_is_said_in_words(api: Client, fields: dict[str, Any], det
 def test_an_id_that_is_none_is_told_what_one_looks_like(api: Client, method: str, lora_id: str) -> None:
     told = problem(api(method, f"/v1/loras/{lora_id}"), 422, "invalid_request")
     assert told["detail"] == "lora_id: is no id: an id has 32 hexadecimal digits, as in the answer that gave it"
+
+
+def test_without_javascript_the_page_says_so_before_anything_else(api: Client) -> None:
+    page = api("GET", "/").text
+    assert page.partition("<body>")[2].lstrip().startswith('<noscript><p class="alert">')
+    assert "v1/loras" in page.partition("</noscript>")[0]
