@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal
 
@@ -19,22 +20,25 @@ from serve.problems import ApiError, as_problem
 from serve.studio import Made, Studio
 
 IMAGE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+QUALITY = re.compile(r"\bq\s*=\s*(0(?:\.\d*)?|1)")
 Wanted = Literal["json", "image", "events"]
 
 
 def wanted(request: Request) -> Wanted:
-    """What the Accept header asks for. Raises ApiError for a type that we do not have."""
-    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "*/*").split(",")]
-    for media_type in accepted:
+    """What the Accept header likes best. Raises ApiError for types that we do not have."""
+    accepted: list[tuple[float, str]] = []
+    for part in request.headers.get("accept", "*/*").split(","):
+        media_type, _, parameters = part.partition(";")
+        quality = QUALITY.search(parameters)
+        accepted.append((float(quality[1]) if quality else 1.0, media_type.strip().lower()))
+    for _, media_type in sorted((a for a in accepted if a[0] > 0), key=lambda a: -a[0]):
         if media_type == "text/event-stream":
             return "events"
         if media_type in ("image/*", *IMAGE_TYPES.values()):
             return "image"
         if media_type in ("", "*/*", "application/*", "application/json", "application/problem+json"):
             return "json"
-    raise ApiError(
-        "not_acceptable", f"Accept {', '.join(('application/json', 'text/event-stream', *IMAGE_TYPES.values()))}."
-    )
+    raise ApiError("not_acceptable")
 
 
 def image_format(request: Request, asked: schemas.ImageOptions) -> str:

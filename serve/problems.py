@@ -104,7 +104,7 @@ def invalid(errors: Sequence[Any], schema: type[BaseModel] | None = None) -> Api
 
 def _where(error: Any) -> str:
     """Half of a surrogate pair in a name cannot be answered as UTF-8."""
-    return ".".join(str(part) for part in error["loc"][1:]).encode("utf-8", "replace").decode()
+    return ".".join(str(part)[:64] for part in error["loc"][1:]).encode("utf-8", "replace").decode()
 
 
 def _message(error: Any, schema: type[BaseModel] | None) -> str:

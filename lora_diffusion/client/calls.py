@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx
@@ -50,6 +50,8 @@ class PersonalizeOptions(SamplingOptions, ImageOptions, total=False):
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
+    """forgiven: reason of a refusal that is as good as an answer."""
+
     method: str
     path: str
     parse: Callable[[httpx.Response], T]
@@ -57,7 +59,7 @@ class Call(Generic[T]):
     photos: Sequence[tuple[str, bytes]] = ()
     lora_file: bytes | None = None
     accept: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
+    forgiven: str = ""
 
     def body(self) -> dict[str, Any]:
         """Arguments of httpx: a form if there are files, else JSON, else nothing."""
@@ -71,8 +73,25 @@ class Call(Generic[T]):
             return {"files": files, "data": {name: _text(value) for name, value in fields.items()}}
         return {} if self.fields is None else {"json": fields}
 
+    def as_events(self) -> Call[T]:
+        return replace(self, accept="text/event-stream")
+
+    def accepts(self, response: httpx.Response) -> bool:
+        return response.is_success or bool(self.forgiven and problem(response).reason == self.forgiven)
+
+
+def problem(response: httpx.Response) -> ApiError:
+    """The error of an answer that is none."""
+    try:
+        data = response.json()
+    except ValueError:
+        data = None
+    return ApiError.of(data, response.status_code)
+
 
 def embeddings(photos: Sequence[Photo]) -> Call[list[list[answers.Face]]]:
+    """The faces of each photo, largest first."""
+
     def parse(response: httpx.Response) -> list[list[answers.Face]]:
         return [[answers.Face.of(face) for face in photo["faces"]] for photo in response.json()["photos"]]
 
@@ -80,8 +99,10 @@ def embeddings(photos: Sequence[Photo]) -> Call[list[list[answers.Face]]]:
 
 
 def latents(
-    photos: Photo | Sequence[Photo], num_samples: int, options: Mapping[str, Any]
+    photos: Photo | Sequence[Photo], num_samples: int = 1, **options: Unpack[SamplingOptions]
 ) -> Call[list[answers.Latent]]:
+    """Codes of the person in the photos."""
+
     def parse(response: httpx.Response) -> list[answers.Latent]:
         return [answers.Latent.of(sample) for sample in response.json()["latents"]]
 
@@ -89,19 +110,25 @@ def latents(
 
 
 def loras(
-    source: Photo | Sequence[Photo] | answers.Latent, num_samples: int, score: bool, options: Mapping[str, Any]
+    source: Photo | Sequence[Photo] | answers.Latent,
+    num_samples: int = 1,
+    *,
+    score: bool = False,
+    **options: Unpack[SamplingOptions],
 ) -> Call[list[answers.LoRA]]:
+    """LoRAs of the person in the photos, or of a latent. score: draw each once and compare the face."""
     if isinstance(source, answers.Latent):
         return Call("POST", "v1/loras", _loras, {"latent": source.to_json(), **options})
     return Call("POST", "v1/loras", _loras, {"num_samples": num_samples, "score": score, **options}, read(source))
 
 
-def upload(file: str | Path | bytes) -> Call[answers.LoRA]:
+def upload(file: Photo) -> Call[answers.LoRA]:
+    """Give the server a LoRA file: diffusers', kohya's, our vector, or a zip of peft's two files."""
     data = file if isinstance(file, bytes) else Path(file).read_bytes()
-    return Call("POST", "v1/loras", lambda response: _loras(response)[0], {}, lora_file=data)
+    return Call("POST", "v1/loras", _lora, {}, lora_file=data)
 
 
-def download(lora: answers.LoRA | str, format: Format) -> Call[answers.File]:
+def download(lora: answers.LoRA | str, format: Format = "diffusers") -> Call[answers.File]:
     def parse(response: httpx.Response) -> answers.File:
         disposition = response.headers.get("Content-Disposition", "")
         name = disposition.partition('filename="')[2].partition('"')[0]
@@ -113,35 +140,39 @@ def download(lora: answers.LoRA | str, format: Format) -> Call[answers.File]:
 
 
 def delete(lora: answers.LoRA | str) -> Call[None]:
-    return Call("DELETE", _url(lora), lambda response: None)
+    """Have it forgotten now; also if the server has forgotten it already."""
+    return Call("DELETE", _url(lora), lambda response: None, forgiven="unknown_lora")
 
 
-def images(person: Person, prompt: str, options: Mapping[str, Any], events: bool = False) -> Call[answers.Pictures]:
-    fields = {**_person(person), "prompt": prompt, **options}
-    return Call("POST", "v1/images", _pictures, fields, accept=_accept(events))
+def images(person: Person, prompt: str, **options: Unpack[ImageOptions]) -> Call[answers.Pictures]:
+    """Pictures with a LoRA that the server holds, or of a latent."""
+    return Call("POST", "v1/images", _pictures, {**_person(person), "prompt": prompt, **options})
 
 
 def personalize(
     photos: Photo | Sequence[Photo],
     prompt: str,
-    format: Format | None,
-    options: Mapping[str, Any],
-    events: bool = False,
+    *,
+    format: Format | None = None,
+    **options: Unpack[PersonalizeOptions],
 ) -> Call[answers.Pictures]:
-    fields = {"prompt": prompt, "format": format, **options}
-    return Call("POST", "v1/personalize", _pictures, fields, read(photos), accept=_accept(events))
+    """LoRA and scored pictures of the person in the photos; with `format`, the LoRA's file too."""
+    return Call("POST", "v1/personalize", _pictures, {"prompt": prompt, "format": format, **options}, read(photos))
 
 
-def edit(person: Person, edits: Mapping[str, float], deviation_scale: float | None) -> Call[answers.LoRA]:
+def edit(person: Person, edits: Mapping[str, float], *, deviation_scale: float | None = None) -> Call[answers.LoRA]:
+    """The LoRA of the changed person: attribute (`model()` lists them) -> strength in standard deviations."""
     fields = {**_person(person), "edits": dict(edits), "deviation_scale": deviation_scale}
-    return Call("POST", "v1/edits", lambda response: _loras(response)[0], fields)
+    return Call("POST", "v1/edits", _lora, fields)
 
 
 def interpolate(a: Person, b: Person, positions: Sequence[float]) -> Call[list[answers.LoRA]]:
+    """LoRAs on the way from a (0) to b (1)."""
     return Call("POST", "v1/interpolations", _loras, {"a": _person(a), "b": _person(b), "positions": list(positions)})
 
 
 def model() -> Call[dict[str, Any]]:
+    """What the server serves: base, layout, attributes, limits, defaults."""
     return Call("GET", "v1/model", lambda response: response.json())
 
 
@@ -188,6 +219,10 @@ def _loras(response: httpx.Response) -> list[answers.LoRA]:
     return [answers.LoRA.of(lora) for lora in response.json()["loras"]]
 
 
+def _lora(response: httpx.Response) -> answers.LoRA:
+    return _loras(response)[0]
+
+
 def _pictures(response: httpx.Response) -> answers.Pictures:
     return answers.Pictures.of(response.json())
 
@@ -200,10 +235,6 @@ def _person(person: Person) -> dict[str, Any]:
 
 def _url(lora: answers.LoRA | str) -> str:
     return f"v1/loras/{quote(lora if isinstance(lora, str) else lora.id, safe='')}"
-
-
-def _accept(events: bool) -> str:
-    return "text/event-stream" if events else "application/json"
 
 
 def _text(value: Any) -> str:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import httpx
 
 from lora_diffusion.client import calls
-from lora_diffusion.client.answers import Event, Face, File, Latent, LoRA, Pictures
-from lora_diffusion.client.calls import (
-    Call,
-    EventReader,
-    Format,
-    ImageOptions,
-    Person,
-    PersonalizeOptions,
-    Photo,
-    SamplingOptions,
-)
-from lora_diffusion.client.retry import ApiError, Retry
+from lora_diffusion.client.answers import Event
+from lora_diffusion.client.calls import Call, EventReader, PersonalizeOptions, Photo
+from lora_diffusion.client.retry import Retry
 
+P = ParamSpec("P")
 T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8000"
 GRACE_SECONDS = 2.0
@@ -55,8 +48,37 @@ class _Shared:
         if seconds is not None:
             return seconds
         if isinstance(outcome, httpx.Response):
-            raise _problem(outcome)
+            raise calls.problem(outcome)
         raise outcome
+
+
+def _now(build: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
+    """The call that `build` describes, as a method of Client."""
+
+    @wraps(build)
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._call(build(*args, **kwargs))
+
+    return _shown(method, build)
+
+
+def _awaited(build: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """The same, as a method of AsyncClient."""
+
+    @wraps(build)
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._call(build(*args, **kwargs))
+
+    return _shown(method, build)
+
+
+def _shown(method: T, build: Callable[..., Any]) -> T:
+    """The method with the signature that a reader expects: with self, and what the call answers."""
+    signature = inspect.signature(build)
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values()]
+    answer = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")
+    vars(method)["__signature__"] = signature.replace(parameters=parameters, return_annotation=answer)
+    return method
 
 
 class Client(_Shared):
@@ -75,93 +97,29 @@ class Client(_Shared):
         OSError: a photo cannot be read.
     """
 
+    personalize = _now(calls.personalize)
+    embeddings = _now(calls.embeddings)
+    latents = _now(calls.latents)
+    loras = _now(calls.loras)
+    upload = _now(calls.upload)
+    download = _now(calls.download)
+    delete = _now(calls.delete)
+    images = _now(calls.images)
+    edit = _now(calls.edit)
+    interpolate = _now(calls.interpolate)
+    model = _now(calls.model)
+
     def __init__(
         self, url: str = DEFAULT_URL, *, transport: httpx.BaseTransport | None = None, **settings: Any
     ) -> None:
         super().__init__(url, **settings)
         self._http = httpx.Client(transport=transport, **self._settings)
 
-    def personalize(
-        self,
-        photos: Photo | Sequence[Photo],
-        prompt: str,
-        *,
-        format: Format | None = None,
-        **options: Unpack[PersonalizeOptions],
-    ) -> Pictures:
-        """LoRA and scored pictures of the person in the photos; with `format`, the LoRA's file too."""
-        return self._call(calls.personalize(photos, prompt, format, options))
-
     def personalize_events(
         self, photos: Photo | Sequence[Photo], prompt: str, **options: Unpack[PersonalizeOptions]
     ) -> Iterator[Event]:
-        """The same as it happens: the LoRA, progress, each picture when it is ready, and last all of it without the data."""
-        return self._events(calls.personalize(photos, prompt, None, options, events=True))
-
-    def embeddings(self, photos: Sequence[Photo]) -> list[list[Face]]:
-        """The faces of each photo, largest first."""
-        return self._call(calls.embeddings(photos))
-
-    def latents(
-        self, photos: Photo | Sequence[Photo], num_samples: int = 1, **options: Unpack[SamplingOptions]
-    ) -> list[Latent]:
-        """Codes of the person in the photos."""
-        return self._call(calls.latents(photos, num_samples, options))
-
-    def loras(
-        self,
-        source: Photo | Sequence[Photo] | Latent,
-        num_samples: int = 1,
-        *,
-        score: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> list[LoRA]:
-        """LoRAs of the person in the photos, or of a latent. score: draw each once and compare the face."""
-        return self._call(calls.loras(source, num_samples, score, options))
-
-    def upload(self, file: Photo) -> LoRA:
-        """Give the server a LoRA file: diffusers', kohya's, our vector, or a zip of peft's two files."""
-        return self._call(calls.upload(file))
-
-    def download(self, lora: LoRA | str, format: Format = "diffusers") -> File:
-        return self._call(calls.download(lora, format))
-
-    def delete(self, lora: LoRA | str) -> None:
-        """Have it forgotten now; also if the server has forgotten it already."""
-        try:
-            self._call(calls.delete(lora))
-        except ApiError as error:
-            _forgive(error)
-
-    def images(self, person: Person, prompt: str, **options: Unpack[ImageOptions]) -> Pictures:
-        """Pictures with a LoRA that the server holds, or of a latent."""
-        return self._call(calls.images(person, prompt, options))
-
-    def edit(self, person: Person, edits: Mapping[str, float], *, deviation_scale: float | None = None) -> LoRA:
-        """The LoRA of the changed person: attribute (`model()` lists them) -> strength in standard deviations."""
-        return self._call(calls.edit(person, edits, deviation_scale))
-
-    def interpolate(self, a: Person, b: Person, positions: Sequence[float]) -> list[LoRA]:
-        """LoRAs on the way from a (0) to b (1)."""
-        return self._call(calls.interpolate(a, b, positions))
-
-    def model(self) -> dict[str, Any]:
-        """What the server serves: base, layout, attributes, limits, defaults."""
-        return self._call(calls.model())
-
-    def close(self) -> None:
-        self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _call(self, call: Call[T]) -> T:
-        return call.parse(self._send(call, stream=False))
+        """`personalize` as it happens: the LoRA, progress, each picture when it is ready, and last all of it without the data."""
+        return self._events(calls.personalize(photos, prompt, **options).as_events())
 
     def _events(self, call: Call[Any]) -> Iterator[Event]:
         response = self._send(call, stream=True)
@@ -173,6 +131,18 @@ class Client(_Shared):
         finally:
             response.close()
 
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _call(self, call: Call[T]) -> T:
+        return call.parse(self._send(call, stream=False))
+
     def _send(self, call: Call[Any], stream: bool) -> httpx.Response:
         deadline = time.monotonic() + self._timeout
         attempt = 0
@@ -181,7 +151,7 @@ class Client(_Shared):
             outcome: httpx.Response | httpx.TransportError
             try:
                 outcome = self._http.send(self._request(self._http, call, deadline), stream=stream)
-                if outcome.is_success:
+                if call.accepts(outcome):
                     return outcome
                 outcome.read()
                 outcome.close()
@@ -193,82 +163,28 @@ class Client(_Shared):
 class AsyncClient(_Shared):
     """`Client` for asyncio: every call is awaited, `personalize_events` is iterated with `async for`."""
 
+    personalize = _awaited(calls.personalize)
+    embeddings = _awaited(calls.embeddings)
+    latents = _awaited(calls.latents)
+    loras = _awaited(calls.loras)
+    upload = _awaited(calls.upload)
+    download = _awaited(calls.download)
+    delete = _awaited(calls.delete)
+    images = _awaited(calls.images)
+    edit = _awaited(calls.edit)
+    interpolate = _awaited(calls.interpolate)
+    model = _awaited(calls.model)
+
     def __init__(
         self, url: str = DEFAULT_URL, *, transport: httpx.AsyncBaseTransport | None = None, **settings: Any
     ) -> None:
         super().__init__(url, **settings)
         self._http = httpx.AsyncClient(transport=transport, **self._settings)
 
-    async def personalize(
-        self,
-        photos: Photo | Sequence[Photo],
-        prompt: str,
-        *,
-        format: Format | None = None,
-        **options: Unpack[PersonalizeOptions],
-    ) -> Pictures:
-        return await self._call(calls.personalize(photos, prompt, format, options))
-
     def personalize_events(
         self, photos: Photo | Sequence[Photo], prompt: str, **options: Unpack[PersonalizeOptions]
     ) -> AsyncIterator[Event]:
-        return self._events(calls.personalize(photos, prompt, None, options, events=True))
-
-    async def embeddings(self, photos: Sequence[Photo]) -> list[list[Face]]:
-        return await self._call(calls.embeddings(photos))
-
-    async def latents(
-        self, photos: Photo | Sequence[Photo], num_samples: int = 1, **options: Unpack[SamplingOptions]
-    ) -> list[Latent]:
-        return await self._call(calls.latents(photos, num_samples, options))
-
-    async def loras(
-        self,
-        source: Photo | Sequence[Photo] | Latent,
-        num_samples: int = 1,
-        *,
-        score: bool = False,
-        **options: Unpack[SamplingOptions],
-    ) -> list[LoRA]:
-        return await self._call(calls.loras(source, num_samples, score, options))
-
-    async def upload(self, file: Photo) -> LoRA:
-        return await self._call(calls.upload(file))
-
-    async def download(self, lora: LoRA | str, format: Format = "diffusers") -> File:
-        return await self._call(calls.download(lora, format))
-
-    async def delete(self, lora: LoRA | str) -> None:
-        try:
-            await self._call(calls.delete(lora))
-        except ApiError as error:
-            _forgive(error)
-
-    async def images(self, person: Person, prompt: str, **options: Unpack[ImageOptions]) -> Pictures:
-        return await self._call(calls.images(person, prompt, options))
-
-    async def edit(self, person: Person, edits: Mapping[str, float], *, deviation_scale: float | None = None) -> LoRA:
-        return await self._call(calls.edit(person, edits, deviation_scale))
-
-    async def interpolate(self, a: Person, b: Person, positions: Sequence[float]) -> list[LoRA]:
-        return await self._call(calls.interpolate(a, b, positions))
-
-    async def model(self) -> dict[str, Any]:
-        return await self._call(calls.model())
-
-    async def close(self) -> None:
-        await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def _call(self, call: Call[T]) -> T:
-        return call.parse(await self._send(call, stream=False))
+        return self._events(calls.personalize(photos, prompt, **options).as_events())
 
     async def _events(self, call: Call[Any]) -> AsyncIterator[Event]:
         response = await self._send(call, stream=True)
@@ -280,6 +196,18 @@ class AsyncClient(_Shared):
         finally:
             await response.aclose()
 
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def _call(self, call: Call[T]) -> T:
+        return call.parse(await self._send(call, stream=False))
+
     async def _send(self, call: Call[Any], stream: bool) -> httpx.Response:
         deadline = time.monotonic() + self._timeout
         attempt = 0
@@ -288,24 +216,10 @@ class AsyncClient(_Shared):
             outcome: httpx.Response | httpx.TransportError
             try:
                 outcome = await self._http.send(self._request(self._http, call, deadline), stream=stream)
-                if outcome.is_success:
+                if call.accepts(outcome):
                     return outcome
                 await outcome.aread()
                 await outcome.aclose()
             except httpx.TransportError as error:
                 outcome = error
             await asyncio.sleep(self._next_wait(attempt, outcome, deadline))
-
-
-def _problem(response: httpx.Response) -> ApiError:
-    try:
-        data = response.json()
-    except ValueError:
-        data = None
-    return ApiError.of(data, response.status_code)
-
-
-def _forgive(error: ApiError) -> None:
-    """What is gone already need not be deleted, and a repeated deletion finds nothing."""
-    if error.reason != "unknown_lora":
-        raise error

@@ -1,5 +1,5 @@
 """The work behind the endpoint, as plain classes: no Ray, no HTTP. `serve/` puts them on a cluster and behind an API.
 
-`batcher.py` gathers single requests into batches; `stages.py` holds the three short stages (faces, latents, vectors);
-`engine.py` and `renderer.py` draw; `library.py` keeps LoRAs for a while.
+`stages.py` says what each stage answers; `faces.py` and `latents.py` hold the short ones (faces, codes, vectors), whose single
+requests `batcher.py` gathers into batches; `engine.py` and `renderer.py` draw; `library.py` keeps LoRAs for a while.
 """

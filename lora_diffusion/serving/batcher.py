@@ -47,7 +47,6 @@ class Batcher(Generic[Item, Value]):
     work: answers in the order of the items; an Exception in the list is raised to that item's caller. What it raises for a
         batch is found out by running each item alone, so that it reaches those alone whose data makes it raise.
     max_batch_size, max_waiting: bounds of a batch, and of the queue (beyond it: ServingError "overloaded").
-    max_wait_s: how long an unfilled batch waits for more; 0 is right unless a larger batch costs the same as a small one.
     """
 
     def __init__(
@@ -57,13 +56,11 @@ class Batcher(Generic[Item, Value]):
         *,
         max_batch_size: int = 16,
         max_waiting: int = 256,
-        max_wait_s: float = 0.0,
     ) -> None:
         self.name = name
         self._work = work
         self._max_batch_size = max_batch_size
         self._max_waiting = max_waiting
-        self._max_wait_s = max_wait_s
         self._waiting: deque[_Entry[Item, Value]] = deque()
         self._arrival = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
@@ -82,15 +79,9 @@ class Batcher(Generic[Item, Value]):
         self._arrival.set()
         return await entry.future  # cancelled with its caller, and then skipped
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
     async def _run(self) -> None:
         while True:
             await self._arrival.wait()
-            if self._max_wait_s and len(self._waiting) < self._max_batch_size:
-                await asyncio.sleep(self._max_wait_s)
             batch = self._take()
             if not self._waiting:
                 self._arrival.clear()

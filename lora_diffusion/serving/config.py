@@ -35,7 +35,7 @@ class LimitsConfig:
 
 @dataclass(frozen=True)
 class LibraryConfig:
-    """Memory for LoRAs that were made, and how long they stay. One LoRA takes 4 N bytes."""
+    """Memory for LoRAs that were made, and how long they stay. One LoRA takes 2 KB, an uploaded one 4 N bytes."""
 
     max_bytes: int = 1_000_000_000  # memory for LoRAs
     ttl_seconds: float = 3600.0  # how long a LoRA stays
@@ -59,7 +59,7 @@ class SamplingConfig:
 class AccessConfig:
     """Who may ask, and how often.
 
-    api_keys_env: environment variable with comma-separated keys; unset or empty: everybody may ask.
+    api_keys_env: environment variable with comma-separated keys; unset: everybody may ask; set without a key: an error.
     requests_per_minute: for each key (or each address, without keys), at one gateway; 0: as many as they like.
     cors_origins: pages of other sites that a browser may let in; empty: none.
     """
@@ -79,7 +79,6 @@ class BatchConfig:
     decoder: int = 64  # LoRAs at a time
     renderer: int = 16  # pictures at a time
     max_waiting: int = 64  # requests that may wait at each stage
-    max_wait_seconds: float = 0.0  # a batch waits so long to fill; 0: never
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,6 @@ class Embedder:
             FaceStage(config),
             max_batch_size=config.batch.embedder,
             max_waiting=config.batch.max_waiting,
-            max_wait_s=config.batch.max_wait_seconds,
         )
 
     async def detect(self, photo: Photo, deadline: float) -> tuple[FoundFaces, Timing]:

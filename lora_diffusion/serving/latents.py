@@ -124,7 +124,7 @@ class LatentStage:
         known = attributes_of(model)
         if unknown := sorted(set(edits) - set(known)):
             raise ServingError(
-                "unknown_attribute", f"No attribute {unknown[0]!r}; there are: {', '.join(known) or 'none'}."
+                "unknown_attribute", f"No attribute {unknown[0][:40]!r}; there are: {', '.join(known) or 'none'}."
             )
         values_BZ = _of_size(code, model.code_size)[None]
         for attribute, strength in edits.items():

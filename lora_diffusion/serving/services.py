@@ -52,7 +52,6 @@ class Denoiser:
             self._stage,
             max_batch_size=config.batch.denoiser,
             max_waiting=config.batch.max_waiting,
-            max_wait_s=config.batch.max_wait_seconds,
         )
 
     async def sample(self, task: LatentTask, deadline: float) -> tuple[Code, Timing]:
@@ -113,7 +112,6 @@ class Decoder:
             self._stage,
             max_batch_size=config.batch.decoder,
             max_waiting=config.batch.max_waiting,
-            max_wait_s=config.batch.max_wait_seconds,
         )
 
     async def decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:

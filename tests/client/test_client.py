@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 from collections.abc import Iterator
 from io import BytesIO
@@ -129,6 +130,13 @@ def test_async_client_says_the_same_as_the_sync_one(client: Client, address: str
     assert [ada[0].id, bob[0].id] == [client.loras(photo, seed=0)[0].id for photo in (ADA, BOB)]
     assert kinds[0] is LoRA
     assert kinds[-1] is Pictures
+
+
+def test_help_shows_what_a_call_takes_and_gives() -> None:
+    shown = str(inspect.signature(Client.download))
+    assert shown == "(self, lora: 'answers.LoRA | str', format: 'Format' = 'diffusers') -> 'answers.File'"
+    assert "score: draw each once" in (inspect.getdoc(AsyncClient.loras) or "")
+    assert inspect.iscoroutinefunction(AsyncClient.loras)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,10 @@ from typing import Any
 import httpx
 import pytest
 from serve_client import ADA, BOB, FAST, PROMPT, Client, problem, variant
+from starlette.requests import Request
 
+from serve.answers import wanted
+from serve.problems import ApiError
 from serve.studio import Studio
 
 PNG = ADA.read_bytes()
@@ -277,6 +280,27 @@ def test_request_id_comes_once(api: Client) -> None:
     for path in ("/healthz", "/nothing", LORA):
         answer = api("GET", path, headers={"X-Request-ID": "abc"})
         assert answer.headers.get_list("x-request-id") == ["abc"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "answer"),
+    [
+        ("image/png;q=0.1, application/json", "json"),
+        ("application/json;q=0.2, image/webp ; q=0.9", "image"),
+        ("text/html, application/xhtml+xml, */*;q=0.8", "json"),
+        ("application/json;q=0, text/event-stream", "events"),
+        ("IMAGE/PNG", "image"),
+        ("", "json"),
+    ],
+)
+def test_what_is_liked_best_is_answered(accept: str, answer: str) -> None:
+    assert wanted(Request({"type": "http", "headers": [(b"accept", accept.encode())]})) == answer
+
+
+@pytest.mark.parametrize("accept", ["application/json;q=0", "image/gif", "text/html"])
+def test_what_we_do_not_have_is_refused(accept: str) -> None:
+    with pytest.raises(ApiError, match="Accept application/json"):
+        wanted(Request({"type": "http", "headers": [(b"accept", accept.encode())]}))
 
 
 # -- what the messages say -------------------------------------------------------------------------------------------------
