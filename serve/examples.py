@@ -54,6 +54,7 @@ EXAMPLES: dict[str, Any] = {
             "attributes": ["smile", "age"],
         },
         "recogniser": "tiny",
+        "identity": {"base": {"name": "tiny-sd", "fingerprint": "12fd"}, "layout_id": "a1b2"},
         "formats": list(LORA["files"]),
         "limits": {"max_images": 8, "max_photos": 8},
         "defaults": {"num_inference_steps": 20, "guidance_scale": 1.25},
