@@ -14,10 +14,10 @@ import safetensors
 import torch
 from torch import Tensor
 
+from lora_diffusion.models.clip_tokenizer import clip_tokenizer
 from lora_diffusion.models.kinds import Shapes, kind_of_tensors, kind_of_unet, shapes_of
 from lora_diffusion.models.parts import Parts
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "clip-tokenizer"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."  # text encoder of 1.x and of 2.x
@@ -50,7 +50,7 @@ def load(path: Path, dtype: torch.dtype) -> Parts:
     """Raises ValueError: what the file is instead, or what it lacks."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as names
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     check_name(str(path))
     shapes, metadata = shapes_of(path)
@@ -65,7 +65,7 @@ def load(path: Path, dtype: torch.dtype) -> Parts:
     except KeyError as error:
         raise ValueError(f"it lacks the tensor {error}: get the file again") from error
     padding = {"pad_token": "!"} if second else {}  # OpenCLIP pads with token 0
-    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, **padding)
+    tokenizer = clip_tokenizer(**padding)
     prediction = metadata.get("modelspec.prediction_type", "").lower()
     if prediction.startswith(("v", "eps")) or not second:
         prediction = "v_prediction" if prediction.startswith("v") else "epsilon"

@@ -19,9 +19,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from ldm_names import ldm_checkpoint
 from tiny_pipeline import tiny_pipeline
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_diffusion.models import single_file
+from lora_diffusion.models.clip_tokenizer import clip_tokenizer
 from lora_diffusion.models.loading import load_parts
 from lora_diffusion.models.parts import check_finite
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -65,7 +65,7 @@ def narrow(second: bool, levels: int = 4) -> StableDiffusionPipeline:
     )
     noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     scheduler = DDIMScheduler(**noise, prediction_type="v_prediction" if second else "epsilon")
-    tokenizer = CLIPTokenizer.from_pretrained(single_file.TOKENIZER, **({"pad_token": "!"} if second else {}))
+    tokenizer = clip_tokenizer(**({"pad_token": "!"} if second else {}))
     return StableDiffusionPipeline(vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None, None, False)
 
 
