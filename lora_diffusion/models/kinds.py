@@ -15,15 +15,21 @@ import safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor -> its shape
 
+CHECKPOINT = "a Stable Diffusion checkpoint"
+
 # in the name of any tensor
 _CLUES = (
     (r"lora_(up|down|A|B)\b|\.lora\.|\bhada_w|\blokr_w|\.oft_", "a LoRA, which changes a base model and is none"),
     (r"^(control_model|zero_convs|controlnet_)|controlnet_cond_embedding", "a ControlNet"),
     (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion (the embedding of a word)"),
-    (r"conditioner\.embedders\.|label_emb\.0\.0|^add_embedding\.", "a Stable Diffusion XL model"),
+    (r"conditioner\.embedders\.|^add_embedding\.", "a Stable Diffusion XL model"),
+    (
+        r"\blabel_emb\.",
+        "a model that needs more than a prompt (label_emb), as Stable Diffusion XL, unCLIP and upscalers do",
+    ),
     (r"double_blocks\.\d|single_transformer_blocks\.\d", "a FLUX model, a transformer"),
     (r"joint_blocks\.\d|\.norm1_context\.linear", "a Stable Diffusion 3 model, a transformer"),
-    (r"^model\.diffusion_model\.input_blocks\.", "a Stable Diffusion checkpoint"),
+    (r"^model\.diffusion_model\.input_blocks\.", CHECKPOINT),
     (r"^(down_blocks|input_blocks)\.", "a UNet alone"),
     (r"^(first_stage_model\.)?encoder\.(conv_in|down)", "a VAE alone"),
     (r"^(cond_stage_model\.|text_model\.|embeddings\.token_embedding)", "a text encoder alone"),
@@ -52,11 +58,19 @@ _CHANNELS = {
 
 def shapes_of(path: str | Path) -> tuple[Shapes, dict[str, str]]:
     """Shapes of all tensors of a .safetensors file, and its metadata. Raises ValueError if it is none, or is cut off."""
+    check_pointer(Path(path))
     try:
         with safetensors.safe_open(str(path), "pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no whole .safetensors file ({error}): download it again") from error
+
+
+def check_pointer(path: Path) -> None:
+    """Raises ValueError if the file is not there, but only a note of where Git keeps it."""
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise ValueError(f"{path.name} is only a pointer to the weights: fetch them by git lfs pull")
 
 
 def kind_of_tensors(shapes: Shapes) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from lora_diffusion.models import single_file
 from lora_diffusion.models.files import fetch_folder
-from lora_diffusion.models.kinds import kind_of_class, kind_of_folder, read_json
+from lora_diffusion.models.kinds import check_pointer, kind_of_class, kind_of_folder, read_json
 from lora_diffusion.models.parts import Parts, check_parts
 
 EXPECTED = (
@@ -69,7 +69,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(f"it is {kind_of_folder(folder)}")
     index = read_json(folder / "model_index.json")
     pipeline = kind_of_class(str(index.get("_class_name", "")))
-    if "text_encoder_2" in index or "transformer" in index or "unet" not in index:
+    if "text_encoder_2" in index or "transformer" in index or not _CLASSES.keys() <= index.keys():
         raise ValueError(f"it is {pipeline}")
     for part, wanted in _CLASSES.items():
         config = read_json(folder / part / "config.json")
@@ -98,24 +98,31 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Parts:
         ("text_encoder", CLIPTextModel),
     ):
         variant = _variant(folder, part)
-        try:
-            with _no_progress_bars():
-                loaded[part], report = cls.from_pretrained(folder / part, variant=variant, **options)
-        except Exception as error:
-            raise ValueError(f"its {part} cannot be loaded ({_first(error)})") from error
+        with _told(part), _no_progress_bars():
+            loaded[part], report = cls.from_pretrained(folder / part, variant=variant, **options)
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise ValueError(f"its {part} lacks {len(missing)} weights, such as {missing[0]}: get the file again")
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     name = str(config.get("_class_name") or index.get("scheduler", ["", ""])[1])
-    try:
+    with _told(f"scheduler ({name})"):
         scheduler = getattr(diffusers, name).from_config(config)
+    with _told("tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"its scheduler ({name}) or tokenizer cannot be loaded ({_first(error)})") from error
     # transformers gives 1e30 where tokenizer_config.json does not say it
     tokenizer.model_max_length = min(tokenizer.model_max_length, loaded["text_encoder"].config.max_position_embeddings)
     return Parts(**loaded, tokenizer=tokenizer, scheduler=scheduler)
+
+
+@contextmanager
+def _told(part: str) -> Iterator[None]:
+    """What a library raises about a part, as a ValueError; but memory that ends is no fault of the model."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+        raise ValueError(f"its {part} cannot be loaded ({_first(error)})") from error
 
 
 @contextmanager
@@ -136,6 +143,8 @@ def _variant(folder: Path, part: str) -> str | None:
     stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
     shard = r"(-\d+-of-\d+)?"
     names = [path.name for path in (folder / part).iterdir()]
+    for name in names:
+        check_pointer(folder / part / name)
     found = [re.fullmatch(rf"{stem}{shard}(?:\.([\w]+))?{shard}\.safetensors", name) for name in names]
     variants = {match[2] for match in found if match}
     if variants:

@@ -40,6 +40,10 @@ def check_parts(parts: Parts) -> None:
     ]
     if extra:
         raise ValueError(f"its UNet needs more than a latent, a time and a prompt ({', '.join(extra)} is set)")
+    if not isinstance(unet.sample_size, int):
+        raise ValueError(
+            f"its unet/config.json says sample_size {unet.sample_size}: write the side of a latent there, 64 for 512 px"
+        )
     width = unet.cross_attention_dim
     if width != text.hidden_size:
         raise ValueError(f"its UNet takes prompts of width {width}, its text encoder gives {text.hidden_size}")

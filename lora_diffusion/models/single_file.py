@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.models.clip_tokenizer import clip_tokenizer
-from lora_diffusion.models.kinds import Shapes, kind_of_tensors, kind_of_unet, shapes_of
+from lora_diffusion.models.kinds import CHECKPOINT, Shapes, kind_of_tensors, kind_of_unet, shapes_of
 from lora_diffusion.models.parts import Parts
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -80,7 +80,7 @@ def load(path: Path, dtype: torch.dtype) -> Parts:
 def _is_second(shapes: Shapes) -> bool:
     """Whether the family is 2.x; else it is 1.x. Raises ValueError for anything else."""
     kind = kind_of_tensors(shapes)
-    if kind != "a Stable Diffusion checkpoint":
+    if kind != CHECKPOINT:
         raise ValueError(f"it is {kind}")
     for prefix, part in ((_VAE, "VAE"), ("cond_stage_model.", "text encoder")):
         if not any(name.startswith(prefix) for name in shapes):

@@ -65,11 +65,11 @@ class BaseModel:
                 f"cannot load a base model from {str(name_or_path)!r}: {error}; {EXPECTED} ({', '.join(EMBEDDED)})"
             ) from error
         if dtype in EXACT:
-            return cls.from_pipeline(parts, device, name_or_path)
+            return cls.from_pipeline(parts, device, str(name_or_path))
         fingerprint = model_fingerprint(vars(parts), parts.scheduler)
         for part in PARTS:
             nn.Module.to(getattr(parts, part), dtype)  # diffusers warns of its own `to`
-        base = cls.from_pipeline(parts, device, name_or_path)
+        base = cls.from_pipeline(parts, device, str(name_or_path))
         base.exact_fingerprint = fingerprint
         return base
 
