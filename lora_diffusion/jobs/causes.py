@@ -10,6 +10,24 @@ USER_ERRORS = (ValueError, OSError)
 _ATTRIBUTES = ("cause", "_base_exc", "controller_failure", "__cause__", "__context__")
 
 
+# types of Ray's for processes, machines and data that are gone
+_GONE = (
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "LocalRayletDiedError",
+    "NodeDiedError",
+    "ObjectLostError",
+    "OwnerDiedError",
+    "RaySystemError",
+    "RpcError",
+    "WorkerCrashedError",
+)
+
+
+class RunAgain(RuntimeError):
+    """What is nobody's fault and needs no change: the same command goes on."""
+
+
 def find_cause(error: BaseException, wanted: tuple[type[BaseException], ...] = USER_ERRORS) -> BaseException | None:
     """The first error of a type in ``wanted`` in or behind ``error``, breadth first; None if there is none.
 
@@ -30,6 +48,16 @@ def explain(error: BaseException, wanted: tuple[type[BaseException], ...] = (), 
         return str(found)
     if any(_out_of_memory(item) for item in _chain(error)):
         return f"memory ended, and what was finished is kept. Use machines with more of it, or {less_memory or 'smaller batches'}"
+    return None
+
+
+def gone(error: BaseException) -> str | None:
+    """The sentence about machines or processes that ended under the job; None if `error` is something else."""
+    for item in _chain(error):
+        if isinstance(item, RunAgain):
+            return str(item)
+        if any(kind.__name__ in _GONE for kind in type(item).__mro__) and "creation task" not in str(item):
+            return f"a part of Ray ended ({str(item).strip().partition(chr(10))[0].rstrip('.')}): run the same command again"
     return None
 
 

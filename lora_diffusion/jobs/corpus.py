@@ -38,6 +38,7 @@ from lora_diffusion.factory import (
 )
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of
+from lora_diffusion.jobs.causes import RunAgain
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
 from lora_diffusion.jobs.synthetic import render_people
 from lora_diffusion.storage import open_store, relative
@@ -162,13 +163,13 @@ class Make:
 
 
 def finish(begun: CorpusRun, progress: report.Progress) -> None:
-    """Check that nobody is missing, merge statistics, report. Raises ValueError if somebody is in no shard."""
+    """Check that nobody is missing, merge statistics, report. Raises RunAgain if somebody is in no shard."""
     config, store, shards = begun.config, begun.store, begun.plan.shards
     infos, damaged = CorpusReader(store).verify(shards)
     if len(infos) < len(shards):
         good = {info.index for info in infos}
         missing = sum(len(shard.identities) for shard in shards if shard.index not in good)
-        raise ValueError(f"{missing} people are in no shard: run the same command again {damaged or ''}")
+        raise RunAgain(f"{missing} people are in no shard: run the same command again {damaged or ''}")
     before = begun.manifest
     pending = bool(begun.todo) or before.state != "complete" or before.counts["num_shards"] != len(infos)
     if pending:
@@ -191,4 +192,5 @@ def small_task(config: CorpusConfig, gpus: float = 0) -> Any:
 def describe(config: CorpusConfig) -> tuple[Manifest, int]:
     """Manifest and picture size. A task, because a driver may have neither the models nor the memory for them."""
     maker = LoRAMaker(dataclasses.replace(config, device="cpu"))
+    maker.try_out()
     return maker.manifest(Manifest.find(open_store(config.output))), maker.base.image_size

@@ -6,8 +6,8 @@
 Settings are words `key=value`, a YAML file is named with or without --config, and all stand in any order.
 
 Exit code 0: everybody who was planned is done, or has a reason of their own in failures/. 1: refused, or stopped by a
-fault that is nobody's own; one sentence on stderr says what came, what was expected and the way out. 130: Ctrl-C. After 1
-and 130 the same command goes on where it stopped.
+fault that is nobody's own; one sentence on stderr says what came, what was expected and the way out. 3: a machine or a
+process ended under the job. 130: Ctrl-C. After each the same command goes on (docs/reference/exit-codes.md).
 
 Light: whatever a job needs is imported after its options are read.
 """
@@ -90,13 +90,14 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
         print(f"{job.name}: {STOPPED}", file=sys.stderr)
         return 130
     except Exception as error:
-        from lora_diffusion.jobs.causes import explain
+        from lora_diffusion.jobs.causes import explain, gone
 
-        sentence = explain(error, getattr(module, "USER_ERRORS", ()), getattr(module, "LESS_MEMORY", ""))
+        mend = explain(error, getattr(module, "USER_ERRORS", ()), getattr(module, "LESS_MEMORY", ""))
+        sentence = mend or gone(error)
         if sentence is None:
             raise
         print(f"{job.name}: {sentence}", file=sys.stderr)
-        return 1
+        return 1 if mend else 3
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -277,12 +278,57 @@ def test_mistakes_are_named_before_any_work(
         ([f"output={tmp_path}/file"], "a part of this path is a file, not a folder"),
         (["output=gs://bucket/x"], "give a local folder or s3://bucket/prefix"),
         (["base=nowhere/at-all"], "cannot load a base model from 'nowhere/at-all'"),
+        (["dtype=float16"], "the base model is in float16"),
         (["lora.target_modules=[to_x]"], "target module 'to_x' matches no module"),
         ([f"embedder.model={tmp_path}/empty"], "holds no .onnx file"),
     ):
         assert main("corpus", ["--config", config, f"output={tmp_path}/corpus", *words]) == 1, words
         assert message in capsys.readouterr().err
     assert not (tmp_path / "corpus").exists()
+
+
+def test_a_dry_run_finds_what_would_fail_for_everybody(
+    config: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "base", tmp_path / "sdxl")
+    index = tmp_path / "sdxl" / "model_index.json"
+    two = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | two))
+    shutil.copytree(world / "base", tmp_path / "silent")
+    shutil.rmtree(tmp_path / "silent" / "tokenizer")
+    for words, message in (
+        ([f"base={tmp_path}/sdxl"], "it is a Stable Diffusion XL model"),
+        ([f"base={tmp_path}/silent"], "its tokenizer/ is missing"),
+        (["dtype=float16"], "the base model is in float16"),
+    ):
+        assert main("corpus", ["--config", config, "--dry-run", f"output={tmp_path}/corpus", *words]) == 1, words
+        assert message in capsys.readouterr().err
+
+
+def test_a_fault_of_everybody_ends_the_run_blames_nobody_and_the_next_run_makes_everybody(
+    job: ModuleType,
+    config: str,
+    tmp_path: Path,
+    calm: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Broken(job.Make):  # type: ignore[name-defined, misc]
+        def __init__(self, config: Any, ledger: Any) -> None:
+            super().__init__(config, ledger)
+            self.make.maker.base.tokenizer.model_max_length = 10**30
+
+    words = ["--config", config, f"output={tmp_path}/corpus"]
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "Make", Broken)
+        assert main("corpus", words) == 1
+    assert "fails for everybody, also for a stand-in with pictures of noise" in capsys.readouterr().err
+    store = open_store(tmp_path / "corpus")
+    # a shard all of whose people have reasons of their own may be there
+    assert not any(f.reason == "error" for f in CorpusReader(store).failures())
+    assert not CorpusReader(store).identities
+    assert main("corpus", words) == 0
+    assert outcome(tmp_path / "corpus") == calm
 
 
 def test_another_recipe_in_the_same_place_is_refused(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray.exceptions
 
+from lora_diffusion.jobs.causes import RunAgain
 from lora_diffusion.jobs.run import JOBS, Job, main, read_options, run_job
 from lora_diffusion.storage import Output
 
@@ -116,14 +118,22 @@ def test_the_exit_code_says_what_happened(
         (OSError("the disk is full"), 1, "job: the disk is full\n"),
         (MemoryError(), 1, "job: memory ended, and what was finished is kept. Use machines with more of it"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "job: memory ended"),
+        (RunAgain("3 people are in no shard: run the same command again"), 3, "job: 3 people are in no shard"),
+        (
+            ray.exceptions.ActorDiedError("The actor died unexpectedly: its node died."),
+            3,
+            "job: a part of Ray ended (The actor died unexpectedly: its node died): run the same command again",
+        ),
         (KeyboardInterrupt(), 130, "job: Stopped. The same command goes on.\n"),
     ):
         made, _ = job(_raise(error))
         assert run_job(made, []) == code
         assert capsys.readouterr().err.startswith(message)
-    made, _ = job(_raise(KeyError("a fault of ours")))
-    with pytest.raises(KeyError):  # its traceback is wanted
-        run_job(made, [])
+    ours = ray.exceptions.RayTaskError("task", "traceback", KeyError("x")).as_instanceof_cause()
+    for error in (KeyError("a fault of ours"), ours):
+        made, _ = job(_raise(error))
+        with pytest.raises(KeyError):  # its traceback is wanted
+            run_job(made, [])
 
 
 @pytest.mark.parametrize("name", sorted(JOBS))
