@@ -1,6 +1,6 @@
 """Embedded people -> fine-tuned and scored LoRAs, K at a time, on one base model that is loaded once.
 
-Axes: K people of a group, N length of a LoRA vector, S scoring renders of one person, E embedding.
+Axes: K people of a group, N length of a LoRA vector, E embedding.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure, Person
-from lora_diffusion.faces.embedder import CROP_SIZE, FaceEmbedder, embed_pictures, folder_fingerprint
+from lora_diffusion.faces.embedder import CROP_SIZE, FaceEmbedder, folder_fingerprint
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
+from lora_diffusion.factory.score import Scorer
 from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import render
 
-_SCORE_SEED, _CLASS_SEED = 1_000, 500_000  # far from each other and from what a user would type
+_CLASS_SEED = 500_000  # far from those of scoring, and from what a user would type
 
 
 class DeviceError(RuntimeError):
@@ -56,6 +56,7 @@ class LoRAMaker:
         self.layout = LoRALayout.from_unet(self.base.unet, lora.rank, lora.target_modules, lora.alpha)
         self.start_1N = None if lora.start is None else load_start(lora.start, self.layout, self.base)[None]
         self.embedder = FaceEmbedder(config.embedder)
+        self.scorer = Scorer(self.base, self.embedder, config.score)
 
     @cached_property
     def finetuner(self) -> Finetuner:
@@ -63,7 +64,7 @@ class LoRAMaker:
         pictures = None
         if count:
             prompts = [self.config.finetune.class_prompt] * count
-            pictures = self.draw(None, prompts, range(_CLASS_SEED, _CLASS_SEED + count))
+            pictures = self.scorer.draw(None, prompts, range(_CLASS_SEED, _CLASS_SEED + count))
         return Finetuner(self.base, self.layout, self.config.finetune, class_pixels=pictures)
 
     def manifest(self, there: Manifest | None = None) -> Manifest:
@@ -114,7 +115,8 @@ class LoRAMaker:
         try:
             tuned = self.finetuner([person.photos() for person in people], self.start_1N)
             start = time.perf_counter()
-            similarity_K, base_similarity_K = self._score(people, tuned.vectors_KN)
+            photos_KE = np.stack([person.embedding for person in people if person.embedding is not None])
+            similarity_K, base_similarity_K = self.scorer(photos_KE, tuned.vectors_KN, self.finetuner.bank)
             score_seconds = time.perf_counter() - start
         except torch.OutOfMemoryError as error:
             raise DeviceError(
@@ -160,45 +162,6 @@ class LoRAMaker:
                 )
             )
         return answers
-
-    def _score(self, people: Sequence[EmbeddedPerson], vectors_KN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) mean cosine of each person's renders with its photos, and of the base model's renders with them.
-
-        The same prompts and seeds for everybody. A render without exactly one face counts as 0.
-        """
-        prompts, seeds = self.score_prompts()
-        if not prompts:
-            return np.full(len(people), np.nan), np.full(len(people), np.nan)
-        photos_KE = np.stack([person.embedding for person in people if person.embedding is not None])
-        pictures = self.draw(vectors_KN, prompts * len(people), seeds * len(people))
-        renders_KSE = embed_pictures(self.embedder, pictures)[0].reshape(len(people), len(prompts), -1)
-        return (
-            np.einsum("kse,ke->k", renders_KSE, photos_KE) / len(prompts),
-            (photos_KE @ self._base_renders_SE.T).mean(1),
-        )
-
-    def score_prompts(self) -> tuple[list[str], list[int]]:
-        """Prompts and seeds of one person's S renders."""
-        each = self.config.score.seeds_per_prompt
-        prompts = [prompt for prompt in self.config.score.prompts for _ in range(each)]
-        return prompts, list(range(_SCORE_SEED, _SCORE_SEED + len(prompts)))
-
-    @cached_property
-    def _base_renders_SE(self) -> np.ndarray:
-        return embed_pictures(self.embedder, self.draw(None, *self.score_prompts()))[0]
-
-    def draw(self, vectors_KN: np.ndarray | None, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        """Pictures as `render` draws them, with the sampler settings of scoring."""
-        return render(
-            self.base,
-            vectors_KN,
-            prompts,
-            seeds,
-            bank=None if vectors_KN is None else self.finetuner.bank,
-            num_inference_steps=self.config.score.num_inference_steps,
-            guidance_scale=self.config.score.guidance_scale,
-            max_batch=self.config.score.max_batch,
-        )
 
 
 def resolve_device(device: str) -> str:

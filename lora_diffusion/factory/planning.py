@@ -7,13 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from lora_diffusion.corpus import CorpusReader, Manifest, Plan, ShardInfo, ShardPlan, extend_plan, open_corpus
 from lora_diffusion.factory import report
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.people import PersonRef, open_people
-from lora_diffusion.factory.tables import planned_table
 from lora_diffusion.storage import SYNTHETIC, Store, open_store
 
 
@@ -34,10 +31,9 @@ class CorpusRun:
         done = {info.index for info in self.done}
         return [shard for shard in self.plan.shards if shard.index not in done]
 
-    def tables(self) -> list[pa.Table]:
-        """The people of each shard that is to be made, for the workers."""
-        rows = self.plan.people_per_shard
-        return [planned_table(s, [find(self.people, name) for name in s.identities], rows) for s in self.todo]
+    def work(self) -> list[tuple[ShardPlan, list[PersonRef]]]:
+        """Each shard that is to be made, and where its people are."""
+        return [(shard, [find(self.people, name) for name in shard.identities]) for shard in self.todo]
 
     def workers(self, resources: Mapping[str, float]) -> int:
         """Size of the pool: what was asked for, or what `resources` hold now; never more than there are shards."""

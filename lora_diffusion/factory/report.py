@@ -140,8 +140,8 @@ def contact_sheet(config: CorpusConfig, people: Sequence[PersonRef], count: int 
     vectors_KN = matrix(table["vector"]).astype(np.float32)
     maker = LoRAMaker(config)
     prompt = (config.score.prompts or ("a photo of sks person",))[0]
-    tuned = maker.draw(vectors_KN, [prompt] * len(table), [0] * len(table))
-    base = maker.draw(None, [prompt], [0])[0]
+    tuned = maker.scorer.draw(vectors_KN, [prompt] * len(table), [0] * len(table), maker.finetuner.bank)
+    base = maker.scorer.draw(None, [prompt], [0])[0]
     embedder = PersonEmbedder(config, maker.base.image_size)
     refs = {person.identity: person for person in people}
     cells = []

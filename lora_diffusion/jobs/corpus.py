@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import sys
 from typing import Any
 
@@ -22,7 +23,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_diffusion.config import to_dict
-from lora_diffusion.corpus import CorpusReader, Manifest, finish_corpus
+from lora_diffusion.corpus import CorpusReader, Manifest, ShardPlan, finish_corpus
 from lora_diffusion.factory import (
     AttemptsHere,
     BrokenDeviceError,
@@ -37,7 +38,6 @@ from lora_diffusion.factory import (
     report,
 )
 from lora_diffusion.factory.planning import CorpusRun
-from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of
 from lora_diffusion.jobs.causes import RunAgain
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
 from lora_diffusion.jobs.synthetic import render_people
@@ -88,17 +88,16 @@ def run(config: CorpusConfig, ray_address: str) -> None:
 
 
 def make(begun: CorpusRun, picture_size: int, workers: int, progress: report.Progress) -> None:
-    """Read, embed, fine-tune, score and commit. One row of Ray Data is one person, one block one shard."""
+    """Read, embed, fine-tune, score and commit. One row and one block of Ray Data is one shard."""
     config, need = begun.config, begun.config.workers
-    rows = config.people_per_group * config.groups_per_shard
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     ledger = ray.remote(AttemptsHere).options(num_cpus=0, scheduling_strategy=here).remote()
     # Retries are without limit (Ray's default): a lost node costs nobody, and the ledger ends what would never end.
     dataset = (
-        ray.data.from_arrow(begun.tables())
+        ray.data.from_arrow([pack(work) for work in begun.work()])
         .map_batches(
             Embed,
-            batch_size=rows,
+            batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=need.embed_min, max_size=need.embed_max),
             num_cpus=need.embed_cpus,
@@ -106,7 +105,7 @@ def make(begun: CorpusRun, picture_size: int, workers: int, progress: report.Pro
         )
         .map_batches(
             Make,
-            batch_size=rows,
+            batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=min(need.finetune_min, workers), max_size=workers, initial_size=workers),
             num_cpus=need.finetune_cpus,
@@ -133,6 +132,16 @@ class LedgerOf:
         ray.get(self.actor.end.remote(key))
 
 
+def pack(work: tuple[ShardPlan, list[Any]]) -> pa.Table:
+    """A shard and its people as one row, pickled as Ray pickles all that goes between its processes."""
+    return pa.table({"work": pa.array([pickle.dumps(work, protocol=5)], pa.large_binary())})
+
+
+def unpack(table: pa.Table) -> tuple[ShardPlan, list[Any]]:
+    """Inverse of `pack`."""
+    return pickle.loads(table["work"][0].as_buffer())
+
+
 class Embed:
     """Ray Data's view of `PersonEmbedder`."""
 
@@ -141,21 +150,21 @@ class Embed:
         self.embed.check(CorpusReader(config.output).manifest)
         self.attempts, self.max_deaths = LedgerOf(ledger), config.workers.max_deaths
 
-    def __call__(self, planned: pa.Table) -> pa.Table:
-        people = embed_people(self.embed, people_of(planned), self.attempts, self.max_deaths)
-        return embedded_table(planned, people)
+    def __call__(self, table: pa.Table) -> pa.Table:
+        shard, people = unpack(table)
+        placed = list(zip(shard.positions, people, strict=True))
+        return pack((shard, embed_people(self.embed, placed, self.attempts, self.max_deaths)))
 
 
 class Make:
     """Ray Data's view of `ShardMaker`. The rows stay in the shard; Ray carries only counts on."""
 
     def __init__(self, config: CorpusConfig, ledger: Any) -> None:
-        self.people_per_group = config.people_per_group
         self.make = ShardMaker(config, LedgerOf(ledger))
 
-    def __call__(self, embedded: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> pa.Table:
         try:
-            done = self.make(*embedded_people(embedded, self.people_per_group))
+            done = self.make(*unpack(table))
         except BrokenDeviceError as error:
             print(f"{error}: this worker ends, another takes over", file=sys.stderr, flush=True)
             os._exit(1)

@@ -30,7 +30,6 @@ from lora_diffusion.factory import (
 from lora_diffusion.factory.config import PhotoConfig
 from lora_diffusion.factory.embed import mean_pairwise_cosine, square_picture
 from lora_diffusion.factory.isolate import embed_people
-from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of, planned_table
 from lora_diffusion.storage import open_store
 
 
@@ -284,21 +283,3 @@ def test_a_fault_of_everybody_commits_nothing_and_once_it_is_mended_everybody_is
             make(shard, embedded)
     assert store.files("shards") == store.files("failures") == {}
     assert make(shard, embedded).num_people == len(embedded)
-
-
-def test_people_survive_the_way_through_arrow(embedded: list[EmbeddedPerson]) -> None:
-    refs = [PersonRef(person.identity, "place", ("r", "m") if i == 2 else None) for i, person in enumerate(embedded)]
-    shard = ShardPlan(3, 40, tuple(person.identity for person in embedded), 2)
-    planned = planned_table(shard, refs, rows=6)
-    assert len(planned) == 6
-    assert people_of(planned) == [(40 + i, ref) for i, ref in enumerate(refs)]
-    moved = [dataclasses.replace(person, position=40 + i) for i, person in enumerate(embedded)]
-    failure = Failure(41, moved[1].identity, "x.jpg", "read", "truncated", "cut")
-    moved[1] = dataclasses.replace(moved[1], failures=(failure,), captions=("a", "b"))
-    table = embedded_table(planned, moved)
-    assert len(table) == 6
-    back_shard, back = embedded_people(table, 2)
-    assert back_shard == shard
-    for before, after in zip(moved, back, strict=True):
-        for field in dataclasses.fields(before):
-            np.testing.assert_equal(getattr(after, field.name), getattr(before, field.name), field.name)
