@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from ldm_names import ldm_checkpoint
 from tiny_pipeline import tiny_pipeline
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_diffusion.models.clip_tokenizer import clip_tokenizer
 from lora_diffusion.models.loading import load_parts
