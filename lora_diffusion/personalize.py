@@ -12,12 +12,12 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, FaceError, mean_embedding
+from lora_diffusion.faces.choice import Which, choose_face
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, mean_embedding
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -75,23 +75,12 @@ class Personalizer:
         self.embedder = recogniser
         self._bank = LoRABank(base.unet, loaded.layout)
 
-    def embedding(
-        self, photos: Sequence[str | Path | bytes], faces: Literal["one", "largest"] = "one"
-    ) -> NDArray[np.float32]:
+    def embedding(self, photos: Sequence[str | Path | bytes], faces: Which = "one") -> NDArray[np.float32]:
         """(C,) unit vector of the one person in the photos, averaged. Raises PhotoError and FaceError, both ValueErrors."""
         found = []
-        for photo in photos:
-            all_faces = self.embedder.embed_all(load_photo(photo))
-            if not all_faces:
-                raise FaceError(
-                    "no_face", "The photo shows no face that can be used. Take one where it is larger, frontal and lit."
-                )
-            if len(all_faces) > 1 and faces == "one":
-                raise FaceError(
-                    "several_faces",
-                    f"The photo shows {len(all_faces)} faces. Crop it to one person, or take the largest.",
-                )
-            found.append(all_faces[0])
+        for i, photo in enumerate(photos):
+            seen = self.embedder.find(load_photo(photo))
+            found.append(choose_face(seen.faces, seen.doubt, faces, _name(photo, i, len(photos))))
         return mean_embedding(found)
 
     def __call__(
@@ -99,7 +88,7 @@ class Personalizer:
         photos: str | Path | bytes | Sequence[str | Path | bytes],
         prompt: str,
         *,
-        faces: Literal["one", "largest"] = "one",
+        faces: Which = "one",
         seed: int | None = None,
         num_images: int = 1,
         image_seed: int | None = None,
@@ -134,6 +123,13 @@ class Personalizer:
                 guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
                 negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
             )
-        drawn = [self.embedder.embed_all(image) for image in images_BHWC]
+        drawn = [self.embedder.find_drawn(image, max_faces=1) for image in images_BHWC]
         similarity_B = np.array([found[0].vector @ embedding_C if found else 0.0 for found in drawn], np.float32)
         return Personalized(vectors_1N[0], images_BHWC, similarity_B, seed, image_seed)
+
+
+def _name(photo: str | Path | bytes, index: int, photos: int) -> str:
+    """What an error calls a photo: the name of its file, else its number among several."""
+    if not isinstance(photo, bytes):
+        return Path(photo).name
+    return f"Photo {index + 1}" if photos > 1 else "The photo"

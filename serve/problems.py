@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
+from lora_diffusion.faces.choice import FaceError, FaceReason
 from lora_diffusion.faces.photos import PhotoError, PhotoReason
 from lora_diffusion.serving.errors import ServingError
 
@@ -27,8 +28,8 @@ PROBLEMS = {
     "too_large": (413, "ada.png: The photo has 60 megapixels; at most 50 are decoded. Scale it down."),
     "unsupported_media_type": (415, "The body is of no type; send application/json, or multipart/form-data."),
     "invalid_request": (422, "sed: there is no such field here; did you mean seed?"),
-    "no_face": (422, "ada.jpg shows no face that can be used. Send one where it is larger, frontal and lit."),
-    "several_faces": (422, "ada.jpg shows 2 faces. Crop it to one person, or send faces=largest."),
+    "no_face": (422, "ada.jpg shows no face that can be used. Take one where it is larger, frontal and lit."),
+    "several_faces": (422, "ada.jpg shows 2 faces. Crop it to one person, or ask for the largest: faces=largest."),
     "bad_lora": (422, "The file is no LoRA for this base model: it is empty."),
     "unknown_attribute": (422, "No attribute 'hat'; there are: smile, age."),
     "diverged": (422, "The synthesiser gave no finite LoRA. Try another seed, or less guidance."),
@@ -39,7 +40,7 @@ PROBLEMS = {
     "deadline_exceeded": (504, "The request's time was up. Allow it more time, or ask for less."),
 }
 """reason -> status, and how its detail may read. Reasons that are not here, as those of unreadable photos, are 422."""
-PHOTO_REASONS: tuple[str, ...] = get_args(PhotoReason)
+PHOTO_REASONS = (*get_args(FaceReason), *get_args(PhotoReason))
 TITLES = {422: "Unprocessable request", 413: "Content too large"}
 
 
@@ -82,7 +83,7 @@ def as_problem(error: BaseException, retry_after_seconds: float) -> ApiError | N
         return error
     if isinstance(error, TimeoutError):
         return ApiError("deadline_exceeded")
-    if isinstance(error, PhotoError | ServingError):
+    if isinstance(error, PhotoError | FaceError | ServingError):
         problem = ApiError(error.reason, str(error))
         if problem.status == 503:
             problem.headers["Retry-After"] = f"{max(1, round(retry_after_seconds))}"

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from lora_diffusion.faces.choice import Which, choose_face
 from lora_diffusion.faces.photos import PhotoError
 from lora_diffusion.serving.batcher import Timing
 from lora_diffusion.serving.config import ServeConfig
@@ -34,7 +35,6 @@ from lora_diffusion.serving.messages import (
 )
 from lora_diffusion.serving.stages import DecoderStage, DenoiserStage, EmbedderStage, LibraryStage, RendererStage
 from serve.metrics import Metrics
-from serve.problems import ApiError
 from serve.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
 from serve.schemas import Upload
 
@@ -93,21 +93,12 @@ class Studio:
         self.metrics.stage(timing)
         return found
 
-    async def embedding(self, photos: Sequence[Upload], which: str, deadline: float) -> Floats:
-        """(C,) unit vector of the one person in the photos. Raises ApiError for no face, or several."""
+    async def embedding(self, photos: Sequence[Upload], which: Which, deadline: float) -> Floats:
+        """(C,) unit vector of the one person in the photos. Raises FaceError for no face, or several."""
         vectors = []
         for i, found in enumerate(await self.faces(photos, deadline)):
             name = _name(photos[i], i, photos) or "The photo"
-            if not found.faces:
-                raise ApiError(
-                    "no_face", f"{name} shows no face that can be used. Send one where it is larger, frontal and lit."
-                )
-            if len(found.faces) > 1 and which == "one":
-                raise ApiError(
-                    "several_faces",
-                    f"{name} shows {len(found.faces)} faces. Crop it to one person, or send faces=largest.",
-                )
-            vectors.append(found.faces[0].embedding_C)
+            vectors.append(choose_face(found.faces, found.doubt, which, name).embedding_C)
         mean_C = np.mean(vectors, axis=0)
         return np.asarray(mean_C / max(1e-9, float(np.linalg.norm(mean_C))), np.float32)
 

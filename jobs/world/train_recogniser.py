@@ -5,7 +5,7 @@
     jobs/world/train_recogniser.py --work runs/full --people 3200 --minutes 15   # what is shipped
     jobs/world/train_recogniser.py --work runs/full --only measure               # figures of the shipped folders
 
-Every stage (render, detector, a, b, measure) is skipped where its result lies in --work already; a training goes on
+Every stage (render, detector, a, b, known, measure) is skipped where its result lies in --work already; a training goes on
 from its last epoch. Only people of their own split are trained on: base for A and the detector, recogniser-b for B;
 figures are over held-out people.
 """
@@ -24,18 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from lora_diffusion.faces.crops import aligned_crops
+from lora_diffusion.faces.known import FILE
 from lora_diffusion.world.people import SPLITS
+from lora_diffusion.world.recognisers.crops import aligned_crops
 from lora_diffusion.world.recognisers.data import load_people, render_people
 from lora_diffusion.world.recognisers.detector import FaceDetector
 from lora_diffusion.world.recognisers.detector_training import DetectorTrainingConfig, train_detector
 from lora_diffusion.world.recognisers.files import build_recogniser, load_recogniser, save_recogniser
+from lora_diffusion.world.recognisers.known_faces import drawn_photos, measure_known
 from lora_diffusion.world.recognisers.measurement import measure_detector, measure_recogniser, open_folder
 from lora_diffusion.world.recognisers.network import RecogniserConfig
 from lora_diffusion.world.recognisers.onnx_export import export_detector, export_recogniser
 from lora_diffusion.world.recognisers.training import RecogniserTrainer, TrainingConfig
 
-STAGES = ("render", "detector", "a", "b", "measure")
+STAGES = ("render", "detector", "a", "b", "known", "measure")
 FOLDERS = {"a": "recogniser", "b": "recogniser-b"}
 ARCHITECTURES = {"a": "resnet", "b": "patches"}
 
@@ -73,7 +75,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    stages = {"render": render, "detector": detector, "a": recogniser, "b": recogniser, "measure": measure}
+    stages = {
+        "render": render,
+        "detector": detector,
+        "a": recogniser,
+        "b": recogniser,
+        "known": known,
+        "measure": measure,
+    }
     for stage in args.only or STAGES:
         started = time.monotonic()
         stages[stage](args, stage)
@@ -124,14 +133,24 @@ def recogniser(args: argparse.Namespace, which: str) -> None:
     export_recogniser(load_recogniser(args.work / f"recogniser-{which}.safetensors"), folder / "rec.onnx")
 
 
+def known(args: argparse.Namespace, _: str) -> None:
+    folder = args.work / FOLDERS["a"]
+    if (folder / "rec.onnx").exists() and not (folder / FILE).exists():
+        measure_known(with_detector(args, folder), ARCHITECTURES["a"], drawn_photos(min(1.0, args.people / 3200)))
+
+
+def with_detector(args: argparse.Namespace, folder: Path) -> Path:
+    if (args.work / "det.onnx").exists():
+        shutil.copyfile(args.work / "det.onnx", folder / "det.onnx")
+    return folder
+
+
 def measure(args: argparse.Namespace, _: str) -> None:
     shards, held_out = str(args.work / "shards"), people_of("held-out", args.held_out)
     for folder in (args.work / name for name in FOLDERS.values()):
         if not (folder / "rec.onnx").exists():
             continue
-        if (args.work / "det.onnx").exists():
-            shutil.copyfile(args.work / "det.onnx", folder / "det.onnx")
-        embedder = open_folder(folder)
+        embedder = open_folder(with_detector(args, folder))
         figures = {"detector": measure_detector(embedder, shards, held_out, args.canvases)}
         figures |= measure_recogniser(embedder, shards, held_out)
         (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -19,7 +19,8 @@ from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, matrix
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.similarity import unit
-from lora_diffusion.faces.embedder import FaceEmbedder, FaceError
+from lora_diffusion.faces.choice import FaceError
+from lora_diffusion.faces.embedder import FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.embed import square_picture
@@ -95,7 +96,8 @@ class PhotoEmbedder:
             faces = [embedder.embed(pixels) for embedder in self.embedders]
         except (PhotoError, FaceError):
             return None
-        picture, _ = square_picture(pixels, self.picture_size, faces[0].box, self.photos)
+        upright, box = faces[0].turn_upright(pixels)
+        picture, _ = square_picture(upright, self.picture_size, box, self.photos)
         return picture, np.stack([face.vector for face in faces])
 
 

@@ -183,10 +183,10 @@ class Teacher(nn.Module):
 
     def __init__(self, embedder: FaceEmbedder) -> None:
         super().__init__()
-        recogniser = embedder.recognition
+        recogniser = embedder.recogniser
         self.network = OnnxNetwork(recogniser.model_file)
         # insightface feeds (pixel - mean) / std: 127.5 both, or raw pixels to networks that normalise by themselves
-        self.mean, self.std = float(recogniser.input_mean), float(recogniser.input_std)
+        self.mean, self.std = recogniser.input_mean, recogniser.input_std
         self.embedder = embedder
 
     def faces(self, pictures_BCHW: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:

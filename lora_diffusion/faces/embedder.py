@@ -13,35 +13,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnxruntime
 from insightface.app import FaceAnalysis
-from insightface.utils import face_align
 from numpy.typing import NDArray
 
+from lora_diffusion.faces.choice import FaceError, choose_face
+from lora_diffusion.faces.crops import CROP_SIZE
+from lora_diffusion.faces.known import Recogniser
+from lora_diffusion.faces.looks import Detector
+from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
 from lora_diffusion.storage import Place, PlaceOrName, local_place, place_or_name
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-FaceReason = Literal["no_face", "several_faces", "face_too_small"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = {"tiny": ASSETS / "recogniser", "tiny-b": ASSETS / "recogniser-b"}
-CROP_SIZE = 112
-
-
-class FaceError(ValueError):
-    """A photo that does not show exactly one usable face. `reason` is one of `FaceReason`."""
-
-    def __init__(self, reason: FaceReason, message: str) -> None:
-        super().__init__(message)
-        self.reason: FaceReason = reason
-
-    def __reduce__(self) -> tuple[type[FaceError], tuple[FaceReason, str]]:
-        return type(self), (self.reason, str(self))
 
 
 @dataclass(frozen=True)
@@ -69,40 +60,33 @@ class EmbedderConfig:
     threads: int = 1
 
 
-@dataclass(frozen=True)
-class FaceEmbedding:
-    """vector: (512,) float32 of unit length. box (4,) x1 y1 x2 y2 and kps (5, 2) in px of the photo. crop (112, 112, 3) RGB."""
-
-    vector: Floats
-    box: Floats
-    kps: Floats
-    det_score: float
-    crop: Pixels
-
-
 class FaceEmbedder:
-    """Detects the one face of a photo and embeds it. Not thread-safe; build one for each worker."""
+    """Detects the one face of a photo and embeds it. Not thread-safe; build one for each worker.
 
-    def __init__(self, config: EmbedderConfig | None = None) -> None:
+    maps: feature maps of a recogniser of which `known.npz` is yet to be measured.
+    """
+
+    def __init__(self, config: EmbedderConfig | None = None, maps: Sequence[str] = ()) -> None:
         self.config = config = config or EmbedderConfig()
         _check(config)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = config.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self._app = FaceAnalysis(
-            name=str(model_folder(config)),
+        folder = model_folder(config)
+        app = FaceAnalysis(
+            name=str(folder),
             allowed_modules=["detection", "recognition"],
             providers=list(config.providers),
             sess_options=options,
         )
-        if "recognition" not in self._app.models:
-            raise ValueError(
-                f"{model_folder(config)} holds a detector but no recognition model (an ONNX of 112 × 112 input)."
-            )
+        if "recognition" not in app.models:
+            raise ValueError(f"{folder} holds a detector but no recognition model (an ONNX of 112 × 112 input).")
         side = config.det_size or (128 if config.model in BUNDLED else 640)
-        self._app.prepare(ctx_id=0, det_thresh=config.det_thresh, det_size=(side, side))
-        self.recognition: Any = self._app.models["recognition"]
+        app.prepare(ctx_id=0, det_thresh=config.det_thresh, det_size=(side, side))
+        self.detector = Detector(app.det_model, side)
+        self.recogniser = Recogniser(app.models["recognition"], options, config.providers, maps)
+        self._search = FaceSearch(self.detector, self.recogniser, config.min_face)
 
     @property
     def name(self) -> str:
@@ -111,7 +95,7 @@ class FaceEmbedder:
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of SHA-256 over the recognition model's file: two embeddings can be compared if theirs is the same."""
-        with open(self.recognition.model_file, "rb") as file:
+        with open(self.recogniser.model_file, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:20]
 
     def knows(self, fingerprint: str) -> bool:
@@ -121,50 +105,22 @@ class FaceEmbedder:
         return bool(fingerprint) and fingerprint == folder_fingerprint(self.config)
 
     def embed(self, image_HWC: Pixels) -> FaceEmbedding:
-        """The one face of an RGB uint8 image (H, W, 3). Raises FaceError where there is none, or several."""
-        image = _checked(image_HWC)
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        boxes, points = self._app.det_model.detect(bgr)
-        if len(boxes) == 0:
-            raise FaceError("no_face", f"No face found in the photo of {image.shape[1]} × {image.shape[0]} px.")
-        if len(boxes) > 1 and self.config.several_faces == "error":
-            raise FaceError("several_faces", f"{len(boxes)} faces found in the photo; crop it to one person.")
-        best = int(_areas(boxes).argmax())
-        box = boxes[best, :4]
-        side = float(min(box[2] - box[0], box[3] - box[1]))
-        if side < self.config.min_face:
-            raise FaceError(
-                "face_too_small", f"The face is {side:.0f} px wide; at least {self.config.min_face} px are needed."
-            )
-        return self._embed_face(bgr, boxes[best], points[best])
+        """The one face of an RGB uint8 photo (H, W, 3). Raises FaceError where there is none, or several."""
+        found = self.find(image_HWC)
+        return choose_face(found.faces, found.doubt, "largest" if self.config.several_faces == "largest" else "one")
+
+    def find(self, image_HWC: Pixels, max_faces: int = 16) -> Faces:
+        """The faces of an RGB uint8 photo (H, W, 3) that pass all checks, and why there is none."""
+        return self._search.find(_bgr(image_HWC), max_faces)
+
+    def find_drawn(self, image_HWC: Pixels, max_faces: int = 16) -> list[FaceEmbedding]:
+        """What one look at a drawn picture shows, largest first: scores ask how near it is, not whether it is a person's."""
+        return self._search.first(_bgr(image_HWC), max_faces)
 
     def locate(self, image_HWC: Pixels) -> tuple[Floats, Floats] | None:
-        """Box (4,) and five points (5, 2), px, of the largest face of an RGB uint8 image (H, W, 3); None: there is none."""
-        boxes, points = self._app.det_model.detect(np.ascontiguousarray(_checked(image_HWC)[..., ::-1]))
-        if len(boxes) == 0:
-            return None
-        best = int(_areas(boxes).argmax())
-        return boxes[best, :4].astype(np.float32), points[best].astype(np.float32)
-
-    def embed_all(self, image_HWC: Pixels, max_faces: int = 16) -> list[FaceEmbedding]:
-        """Every face of an RGB uint8 image (H, W, 3) of at least `min_face` px, largest first; empty if there is none."""
-        bgr = np.ascontiguousarray(_checked(image_HWC)[..., ::-1])
-        boxes, points = self._app.det_model.detect(bgr)
-        if len(boxes) == 0:
-            return []
-        sides = np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
-        order = [i for i in np.argsort(-_areas(boxes), kind="stable") if sides[i] >= self.config.min_face]
-        return [self._embed_face(bgr, boxes[i], points[i]) for i in order[:max_faces]]
-
-    def _embed_face(self, bgr: Pixels, box: Floats, kps: Floats) -> FaceEmbedding:
-        crop = face_align.norm_crop(bgr, landmark=kps, image_size=CROP_SIZE)
-        return FaceEmbedding(
-            vector=_unit(self.recognition.get_feat(crop).reshape(-1)),
-            box=box[:4].astype(np.float32),
-            kps=kps.astype(np.float32),
-            det_score=float(box[4]),
-            crop=np.ascontiguousarray(crop[..., ::-1]),
-        )
+        """Box (4,) and five points (5, 2), px, of the largest face that one look at a drawn picture shows; None: there is none."""
+        seen = self.detector.look(_bgr(image_HWC))
+        return (seen[0].box.astype(np.float32), seen[0].points.astype(np.float32)) if seen else None
 
     def embed_batch(self, images: Iterable[Pixels]) -> list[FaceEmbedding | FaceError]:
         """One answer for each image, in order; a FaceError takes the place of an embedding, nothing is raised for one."""
@@ -184,15 +140,20 @@ class FaceEmbedder:
         parts = []
         for start in range(0, len(crops), batch_size):
             batch = [np.ascontiguousarray(crop[..., ::-1]) for crop in crops[start : start + batch_size]]
-            parts.append(_unit(self.recognition.get_feat(batch)))
+            parts.append(_unit(self.recogniser.embed(batch)))
         return np.concatenate(parts) if parts else np.zeros((0, 512), np.float32)
 
 
 def face_boxes(embedder: FaceEmbedder, pictures_PHW3: Pixels) -> Floats:
-    """(P, 4) float32, x1 y1 x2 y2 in px, where the one face of each picture is; NaN where `embed` finds none, or several."""
-    nowhere = np.full(4, np.nan, np.float32)
-    answers = embedder.embed_batch(pictures_PHW3)
-    return np.stack([nowhere if isinstance(answer, FaceError) else answer.box for answer in answers])
+    """(P, 4) float32, x1 y1 x2 y2 in px, where the one face of each picture is; NaN where there is none, or several."""
+    found = [_drawn(embedder, picture) for picture in pictures_PHW3]
+    return np.stack([np.full(4, np.nan, np.float32) if face is None else face.box for face in found])
+
+
+def _drawn(embedder: FaceEmbedder, picture: Pixels) -> FaceEmbedding | None:
+    """The face of a drawn picture; with several, the largest if the configuration takes it."""
+    found = embedder.find_drawn(picture, max_faces=2)
+    return found[0] if len(found) == 1 or (found and embedder.config.several_faces == "largest") else None
 
 
 def mean_embedding(embeddings: Sequence[FaceEmbedding] | Floats) -> Floats:
@@ -271,17 +232,13 @@ def _check(config: EmbedderConfig) -> None:
         raise ValueError(f"several_faces is 'error' or 'largest', got {config.several_faces!r}.")
 
 
-def _checked(image_HWC: Pixels) -> Pixels:
+def _bgr(image_HWC: Pixels) -> Pixels:
     image = np.asarray(image_HWC)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(
             f"Expected an RGB uint8 image (H, W, 3), got {image.dtype} {image.shape}. Use photos.load_photo."
         )
-    return image
-
-
-def _areas(boxes: Floats) -> Floats:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return np.ascontiguousarray(image[..., ::-1])
 
 
 def _unit(vectors: Floats) -> Floats:
@@ -297,8 +254,8 @@ def embed_pictures(
     Zeros make its similarity 0: a LoRA that destroys the face is not rewarded for it.
     """
     flat = pictures.reshape(-1, *pictures.shape[-3:])
-    answers = embedder.embed_batch(flat)
-    found = np.array([not isinstance(answer, FaceError) for answer in answers])
-    vectors = np.stack([np.zeros(512, np.float32) if isinstance(a, FaceError) else a.vector for a in answers])
+    faces = [_drawn(embedder, picture) for picture in flat]
+    found = np.array([face is not None for face in faces])
+    vectors = np.stack([np.zeros(512, np.float32) if face is None else face.vector for face in faces])
     shape = pictures.shape[:-3]
     return vectors.reshape(*shape, -1), found.reshape(shape)

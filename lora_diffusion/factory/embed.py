@@ -16,16 +16,11 @@ from PIL import Image
 
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure
-from lora_diffusion.faces.embedder import (
-    CROP_SIZE,
-    FaceEmbedder,
-    FaceEmbedding,
-    FaceError,
-    folder_fingerprint,
-    mean_embedding,
-    model_folder,
-)
+from lora_diffusion.faces.choice import FaceError
+from lora_diffusion.faces.crops import CROP_SIZE
+from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint, mean_embedding, model_folder
 from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
+from lora_diffusion.faces.search import FaceEmbedding
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
 from lora_diffusion.identity import Mismatch
@@ -133,7 +128,8 @@ class PersonEmbedder:
             raise PhotoError("unreadable", photo.error)
         pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels)
         face = self.embedder.embed(pixels)
-        picture, box = square_picture(pixels, self.picture_size, face.box, self.config.photos)
+        upright, box = face.turn_upright(pixels)
+        picture, box = square_picture(upright, self.picture_size, box, self.config.photos)
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue(), box, face

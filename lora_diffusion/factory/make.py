@@ -17,7 +17,8 @@ import torch
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure, Person
-from lora_diffusion.faces.embedder import CROP_SIZE, FaceEmbedder, folder_fingerprint
+from lora_diffusion.faces.crops import CROP_SIZE
+from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.factory.score import Scorer

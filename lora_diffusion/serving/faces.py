@@ -5,12 +5,12 @@ Axes: B photos, C embedding (512), H/W pixels.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
+from lora_diffusion.faces.search import Faces
 from lora_diffusion.identity import read_identity
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.config import ServeConfig
@@ -18,15 +18,12 @@ from lora_diffusion.serving.messages import Floats, FoundFace, FoundFaces, Photo
 
 
 class FaceStage:
-    """Finds and embeds the faces of each photo.
+    """Finds and embeds the faces of each photo: the bytes of a file. Of a drawn picture, pixels (H, W, 3), the largest face.
 
     Raises ValueError if the configuration names another recogniser than the synthesiser was trained with.
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        warnings.filterwarnings(
-            "ignore", category=FutureWarning, module="insightface"
-        )  # one for each face, in the logs
         identity = read_identity(config.synthesizer)
         values = {"threads": config.threads, **config.embedder}
         values["model"] = values.get("model") or identity.recogniser_name
@@ -45,10 +42,13 @@ class FaceStage:
         return answers
 
     def _faces(self, photo: Photo) -> FoundFaces:
-        pixels = load_photo(photo, max_pixels=self._limits.max_pixels) if isinstance(photo, bytes) else photo
-        height, width = pixels.shape[:2]
-        found = self._embedder.embed_all(pixels, self._limits.max_faces)
-        return FoundFaces(width, height, tuple(FoundFace(f.box, f.kps, f.det_score, f.vector) for f in found))
+        if isinstance(photo, bytes):
+            pixels = load_photo(photo, max_pixels=self._limits.max_pixels)
+            found = self._embedder.find(pixels, self._limits.max_faces)
+        else:
+            pixels, found = photo, Faces(tuple(self._embedder.find_drawn(photo, max_faces=1)))
+        faces = tuple(FoundFace(f.box, f.kps, f.det_score, f.vector) for f in found.faces)
+        return FoundFaces(pixels.shape[1], pixels.shape[0], faces, found.doubt)
 
 
 class Embedder:

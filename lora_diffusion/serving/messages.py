@@ -11,6 +11,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_diffusion.faces.choice import Doubt
+
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Photo: TypeAlias = bytes | Pixels
@@ -38,11 +40,12 @@ class FoundFace:
 
 @dataclass(frozen=True)
 class FoundFaces:
-    """The faces of one photo of width x height px, largest first."""
+    """The faces of one photo of width x height px, largest first; doubt: why there is none."""
 
     width: int
     height: int
     faces: tuple[FoundFace, ...]
+    doubt: Doubt | None = None
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 from insightface.app import FaceAnalysis
 
-from lora_diffusion.faces.embedder import (
-    BUNDLED,
-    EmbedderConfig,
-    FaceEmbedder,
-    FaceEmbedding,
-    FaceError,
-    mean_embedding,
-    model_folder,
-)
+from lora_diffusion.faces.choice import FaceError
+from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, mean_embedding, model_folder
 from lora_diffusion.faces.photos import load_photo
+from lora_diffusion.faces.search import FaceEmbedding
 
 PICTURES = Path(__file__).parents[1] / "data" / "faces"
 PEOPLE = ("80000", "80001", "80003", "80007")

@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 from tiny_pipeline import tiny_pipeline
 
-from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, FaceError
+from lora_diffusion.faces.choice import FaceError
+from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder
 from lora_diffusion.models import files as model_files
 from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.models.stable_diffusion import BaseModel

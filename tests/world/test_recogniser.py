@@ -14,7 +14,8 @@ from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.utils.face_align import estimate_norm
 from torch.nn import functional as F
 
-from lora_diffusion.faces.crops import aligned_crops, alignment, augment, to_input
+from lora_diffusion.faces.crops import alignment
+from lora_diffusion.world.recognisers.crops import aligned_crops, augment, to_input
 from lora_diffusion.world.recognisers.files import build_recogniser, load_recogniser, save_recogniser
 from lora_diffusion.world.recognisers.network import (
     ArcFaceHead,

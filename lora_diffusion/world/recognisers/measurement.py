@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.crops import CROP_SIZE, alignment
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, FaceError
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.world.people import sample_view
 from lora_diffusion.world.recognisers.composites import Labelled, compose
 from lora_diffusion.world.recognisers.data import load_people

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_diffusion.faces.crops import Pixels, augment, to_input
+from lora_diffusion.world.recognisers.crops import Pixels, augment, to_input
 from lora_diffusion.world.recognisers.network import ArcFaceHead
 
 
