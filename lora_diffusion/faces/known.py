@@ -134,9 +134,13 @@ class KnownFaces:
         self.limit, self.sure = float(limit_distance), float(sure_distance / limit_distance)
 
     def save(self, path: Path) -> None:
-        numbers = {"limits": np.array([self.limit, self.sure]), "maps": np.array(self.maps)}
-        half = {"basis": self._arrays["basis"].astype(np.float16)}
-        np.savez_compressed(path, **{**self._arrays, **half, **numbers})
+        arrays: dict[str, Any] = {
+            **self._arrays,
+            "limits": np.array([self.limit, self.sure]),
+            "maps": np.array(self.maps),
+        }
+        arrays["basis"] = arrays["basis"].astype(np.float16)
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> KnownFaces:

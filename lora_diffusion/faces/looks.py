@@ -128,11 +128,11 @@ class Detector:
         turn[:, 2] += (spread - [width, height]) / 2
         size = (round(spread[0]), round(spread[1]))
         turned = np.asarray(cv2.warpAffine(photo_HW3, turn, size, borderValue=GREY), np.uint8)
-        back = cv2.invertAffineTransform(turn)
+        back = np.asarray(cv2.invertAffineTransform(turn), np.float64)
         found = []
         for face in self.look_closely(turned):
             centre, half = (
-                _moved((face.box[None, :2] + face.box[None, 2:]) / 2, back)[0],
+                _moved(np.asarray((face.box[None, :2] + face.box[None, 2:]) / 2, np.float32), back)[0],
                 (face.box[2:] - face.box[:2]) / 2,
             )
             half = half[::-1] if round(degrees / 90) % 2 else half

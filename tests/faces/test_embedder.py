@@ -84,7 +84,7 @@ def test_a_larger_photo_gives_the_same_face_in_its_own_pixels(embedder: FaceEmbe
 
 def test_no_face_and_two_faces_have_their_reasons(embedder: FaceEmbedder) -> None:
     grey, two = np.full((64, 64, 3), 120, np.uint8), on_canvas(picture("80000", 0), picture("80001", 0))
-    with pytest.raises(FaceError, match="No face") as caught:
+    with pytest.raises(FaceError, match="no face") as caught:
         embedder.embed(grey)
     assert caught.value.reason == "no_face"
     with pytest.raises(FaceError, match="2 faces") as caught:

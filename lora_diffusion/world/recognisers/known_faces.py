@@ -92,8 +92,8 @@ def presented(photo_HW3: Pixels, rng: np.random.Generator) -> Pixels:
     if rng.random() < 0.5:
         photo = np.asarray(cv2.resize(photo, (64, 64), interpolation=cv2.INTER_AREA), np.uint8)
     if rng.random() < 0.1:
-        border = rng.integers(0, photo.shape[0] // 2, 4).tolist()
-        photo = np.asarray(cv2.copyMakeBorder(photo, *border, cv2.BORDER_REPLICATE), np.uint8)
+        top, bottom, left, right = rng.integers(0, photo.shape[0] // 2, 4).tolist()
+        photo = np.asarray(cv2.copyMakeBorder(photo, top, bottom, left, right, cv2.BORDER_REPLICATE), np.uint8)
     if rng.random() < 0.05:
         photo = np.repeat(photo.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
     if rng.random() < 0.25:
