@@ -273,8 +273,13 @@ class Synthesizer:
             config = from_dict(FinetuneConfig, self.provenance.finetune)
         return refine(base, self.layout, people, self._tensor(start_KN), steps, config)
 
-    def nearest(self, embeddings: Array) -> tuple[NDArray[np.int64], Floats]:
-        """The nearest corpus person of each embedding (B,), as a row of `neighbours`, and the cosine (B,)."""
+    def nearest(self, embeddings: Array, embedder: FaceEmbedder | None = None) -> tuple[NDArray[np.int64], Floats]:
+        """The nearest corpus person of each embedding (B,), as a row of `neighbours`, and the cosine (B,).
+
+        `embedder`: what made the embeddings, to be compared with the recogniser of the corpus. Raises ValueError.
+        """
+        if embedder is not None:
+            self.check_recogniser(embedder)
         if self.neighbours is None:
             raise ValueError("this synthesiser carries no corpus people: save it with neighbours for this control")
         cosines_BP = self.check_embeddings(embeddings) @ _numpy(self.neighbours.embeddings_PC).T

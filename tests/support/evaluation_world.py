@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from factory_world import make_config
+from factory_world import build_corpus, make_config
 
-from lora_diffusion.corpus import CorpusReader, finish_corpus
 from lora_diffusion.evaluation import HeldOut, Method, Scores
 from lora_diffusion.evaluation.methods import with_scales
-from lora_diffusion.factory import AttemptsHere, LoRAMaker, PersonEmbedder, ShardMaker, embed_people, planning
 
 RECOGNISERS = ["tiny", "tiny-b"]
 PICTURES, SIDE, HEADS = 4, 16, 5
@@ -82,14 +80,7 @@ def build_corpora(world: Path) -> None:
         for person in people:
             shutil.copytree(world / "people" / person, folder / person)
         config = make_config(world, people=str(folder), output=str(world / name), score={"prompts": []})
-        source = planning.list_people(config)
-        embed = PersonEmbedder(config, 16)
-        begun = planning.begin(config, LoRAMaker(config).manifest(), source)
-        make = ShardMaker(config, AttemptsHere())
-        for shard in begun.todo:
-            rows = [(p, planning.find(source, i)) for p, i in zip(shard.positions, shard.identities, strict=True)]
-            make(shard, embed_people(embed, rows, AttemptsHere(), 3))
-        finish_corpus(begun.store, begun.manifest, CorpusReader(begun.store).verify(begun.plan.shards)[0])
+        build_corpus(config)
 
 
 def evaluation_settings(world: Path) -> list[str]:

@@ -8,7 +8,16 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.config import from_dict
-from lora_diffusion.factory import CorpusConfig
+from lora_diffusion.corpus import CorpusReader, finish_corpus
+from lora_diffusion.factory import (
+    AttemptsHere,
+    CorpusConfig,
+    LoRAMaker,
+    PersonEmbedder,
+    ShardMaker,
+    embed_people,
+    planning,
+)
 from lora_diffusion.world.people.dataset import FacesConfig, FacesFolder, FacesWriter
 
 PEOPLE = range(20_000, 20_008)
@@ -39,3 +48,15 @@ def settings(world: Path) -> dict[str, object]:
 
 def make_config(world: Path, **values: object) -> CorpusConfig:
     return from_dict(CorpusConfig, {**settings(world), **values})
+
+
+def build_corpus(config: CorpusConfig) -> None:
+    """What jobs/build_corpus.py does, without Ray."""
+    source, maker = planning.list_people(config), LoRAMaker(config)
+    embed = PersonEmbedder(config, maker.base.image_size)
+    begun = planning.begin(config, maker.manifest(), source)
+    make = ShardMaker(config, AttemptsHere())
+    for shard in begun.todo:
+        rows = [(p, planning.find(source, i)) for p, i in zip(shard.positions, shard.identities, strict=True)]
+        make(shard, embed_people(embed, rows, AttemptsHere(), 3))
+    finish_corpus(begun.store, begun.manifest, CorpusReader(begun.store).verify(begun.plan.shards)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -35,15 +36,16 @@ def write_corpus(
     dtype: str = "float32",
     bad: dict[int, str] | None = None,
     finish: bool = True,
+    **made_with: Any,
 ) -> CorpusReader:
     """`count` people. `bad`: position -> nan (vector), zero (embedding), photo (NaN in one photo's embedding) or failed (no
     LoRA). A of the first module is the same for everybody, as with `train_A: false`. Photos lie around their mean, three of
-    every second person, two of the others."""
+    every second person, two of the others. `made_with`: fields of the manifest."""
     bad = bad or {}
     rng = np.random.default_rng(0)
     basis = rng.normal(size=(rank, layout.size)) / np.sqrt(rank)
     towards = rng.normal(size=(512, rank))
-    manifest = open_corpus(store, Manifest(layout.to_dict(), BASE, RECIPE))
+    manifest = open_corpus(store, Manifest(**{"layout": layout.to_dict(), "base": BASE, "recipe": RECIPE, **made_with}))
     reader = CorpusReader(store)
     plan = extend_plan(store, reader.plan, [f"person-{i:06d}" for i in range(count)])
     writer = ShardWriter(store, manifest, dtype)
