@@ -27,7 +27,7 @@ from lora_diffusion.evaluation.held_out import PhotoEmbedder, choose
 from lora_diffusion.evaluation.methods import check_fit
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, folder_fingerprint
 from lora_diffusion.faces.photos import load_photo
-from lora_diffusion.factory import CorpusConfig
+from lora_diffusion.factory import CorpusConfig, PersonEmbedder
 from lora_diffusion.identity import Identity, Mismatch, ModelId, read_identity
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
@@ -220,7 +220,7 @@ def test_a_photo_is_embedded_and_its_neighbours_are_looked_up_by_no_other_recogn
         ({"recipe": {**RECIPE, "finetune": {"steps": 8, "seed": 0}}}, "finetune.steps: 80 there, 8 now"),
         ({"recipe": {**RECIPE, "photos": {"crop": "face"}}}, "photos.crop: None there, 'face' now"),
         ({"layout": LoRALayout.from_shapes({"a.to_q": (20, 16), "a.to_v": (24, 16)}, rank=1, alpha=2.0,
-                                           target_modules=("to_q", "to_v")).to_dict()}, "layout_id: "),
+                                           target_modules=("to_q", "to_v"))}, "layout_id: "),
     ],
     ids=["recogniser", "base", "start", "steps", "crop", "layout"],
 )  # fmt: skip
@@ -262,10 +262,10 @@ def test_an_evaluation_refuses_a_synthesiser_of_another_recogniser(folder: Path,
 
 
 def test_workers_of_an_evaluation_refuse_another_recogniser_or_base_than_the_corpus(
-    folder: Path, other_base: Path
+    folder: Path, other_base: Path, world: Path
 ) -> None:
     config, identity = EvaluationConfig(), read_identity(folder)
-    made = CorpusConfig(people=str(folder), output="", embedder=EmbedderConfig("tiny-b"))
+    made = CorpusConfig(people=str(world / "people"), output="", embedder=EmbedderConfig("tiny-b"))
     with pytest.raises(Mismatch, match=rf"the corpus {WRONG}"):
         PhotoEmbedder(config, made, 64, identity)
     with pytest.raises(ValueError, match=r"second_recogniser is tiny, the one that the corpus was made with.*null"):
@@ -351,3 +351,16 @@ def test_a_folder_of_this_machine_does_not_show_in_files_that_are_given_away() -
     }  # fmt: skip
     assert Identity(ModelId("owner/model")).metadata() == {"base_model": "owner/model"}
     assert not re.search("ada|bucket", json.dumps(metadata))
+
+
+def test_a_machine_with_other_recogniser_files_embeds_nobody_for_a_corpus(world: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(BUNDLED["tiny"], tmp_path / "models" / "buffalo_l")
+    config = CorpusConfig(
+        people=str(world / "people"), output=str(tmp_path / "corpus"), embedder=EmbedderConfig(str(copy))
+    )
+    recipe = {**RECIPE, **config.recipe(folder_fingerprint(config.embedder))}
+    made = Manifest(LAYOUT.to_dict(), BASE, recipe)
+    PersonEmbedder(config, 64).check(made)
+    (copy / "rec.onnx").write_bytes((BUNDLED["tiny-b"] / "rec.onnx").read_bytes())
+    with pytest.raises(Mismatch, match=rf"the models in {copy} \(\w+\) differ from .*is made with.*put the same files"):
+        PersonEmbedder(config, 64).check(made)

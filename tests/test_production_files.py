@@ -26,22 +26,22 @@ from lora_diffusion.synthesis.training.train_config import TrainConfig
 from serve.local import local_studio
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-LOOP = "{steps: 2, batch_size: 4, warmup: 1, validate_every: 2}"
+LOOP = ("steps=2", "batch_size=8", "warmup=1", "validate_every=2")
 
 
 @pytest.fixture(scope="module")
 def synthesizer(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What training gives; of the production files only places, sizes and numbers of steps are changed."""
     folder = tmp_path_factory.mktemp("production")
-    small = ["finetune.steps=2", "class_images=1", "score.num_inference_steps=2", "photos.min_photos=2"]
+    small = ["limit=4", "finetune.steps=2", "class_images=1", "score.num_inference_steps=2", "photos.min_photos=2"]
     places = [f"people={world / 'people'}", f"output={folder / 'corpus'}", f"base={save_narrow_sd15(folder / 'sd15')}"]
     config = load_config(CorpusConfig, CONFIGS / "sd15.yaml", [*places, *small, "embedder.model=tiny"])
     build_corpus(config)
     assert config.dtype == "bfloat16"
 
-    small = ["pca.num_components=4", "vae={latent_size: 4, hidden: [8]}", "denoiser={width: 16, depth: 1}"]
+    small = ["pca.num_components=4", "vae.latent_size=4", "vae.hidden=[8]", "denoiser.width=16", "denoiser.depth=1"]
     places = [f"corpus={folder / 'corpus'}", f"output={folder / 'run'}", f"data.cache={folder / 'cache'}"]
-    small += [f"vae_training={LOOP}", f"denoiser_training={LOOP}", "workers.use_gpu=false"]
+    small += [f"{stage}_training.{setting}" for stage in ("vae", "denoiser") for setting in LOOP]
     train = load_config(TrainConfig, CONFIGS / "train_sd15.yaml", [*places, *small])
     snapshot = begin(train)
     cache = RowCache(snapshot, train.data.cache)

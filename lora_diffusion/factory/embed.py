@@ -14,11 +14,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import Failure
-from lora_diffusion.faces.embedder import CROP_SIZE, FaceEmbedder, FaceEmbedding, FaceError, mean_embedding
+from lora_diffusion.faces.embedder import (
+    CROP_SIZE,
+    FaceEmbedder,
+    FaceEmbedding,
+    FaceError,
+    folder_fingerprint,
+    mean_embedding,
+    model_folder,
+)
 from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
+from lora_diffusion.identity import Mismatch
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.storage import StoreError
 
@@ -57,6 +67,15 @@ class PersonEmbedder:
         self.picture_size = picture_size
         self.source = open_people(config.people)
         self.embedder = FaceEmbedder(config.embedder)
+
+    def check(self, manifest: Manifest) -> None:
+        """Raises ValueError if this machine's detector or recogniser is not what the corpus is made with."""
+        there, here = manifest.recipe["embedder"]["fingerprint"], folder_fingerprint(self.config.embedder)
+        if there != here:
+            raise Mismatch(
+                f"the models in {model_folder(self.config.embedder)} ({here}) differ from those that the corpus at "
+                f"{self.config.output} is made with ({there}): put the same files on every machine, or in a bucket"
+            )
 
     def __call__(self, position: int, person: PersonRef) -> EmbeddedPerson:
         """Never raises for what is wrong with one person or photo. Raises StoreError if the store does not answer."""

@@ -137,6 +137,7 @@ class Embed:
 
     def __init__(self, config: CorpusConfig, picture_size: int, ledger: Any) -> None:
         self.embed = PersonEmbedder(config, picture_size)
+        self.embed.check(CorpusReader(config.output).manifest)
         self.attempts, self.max_deaths = LedgerOf(ledger), config.workers.max_deaths
 
     def __call__(self, planned: pa.Table) -> pa.Table:
