@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from lora_diffusion.storage import local_place
+from lora_diffusion.storage import SYNTHETIC, local_place, place, place_or_name
 
 Config = TypeVar("Config")
 
@@ -68,6 +69,73 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The config as the YAML file that would give it."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def placed(config: Config) -> Config:
+    """The dataclass with all its places (`Place`, `Output`, ... of `storage`) turned into addresses. Empty text stays empty.
+
+    Raises ValueError with the key, also for a relative output where Ray's temporary copy of the user's folder is the
+    working directory: it is thrown away with the job.
+    """
+    return typing.cast(Config, _map_places(config, "", _place))
+
+
+def places(config: Any) -> list[tuple[str, str, bool]]:
+    """(key, address, whether it is written to) of all places in what `placed` gave, names left out."""
+    found: list[tuple[str, str, bool]] = []
+
+    def note(text: str, marks: set[str], key: str) -> str:
+        if text.startswith(("/", "s3://")):
+            found.append((key, text, "output" in marks))
+        return text
+
+    _map_places(config, "", note)
+    return found
+
+
+def relative(values: Any) -> Any:
+    """Plain values with the addresses below the working directory as if typed there: what is kept names no machine."""
+    if isinstance(values, dict):
+        return {key: relative(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [relative(value) for value in values]
+    return values.removeprefix(f"{Path.cwd()}/") if isinstance(values, str) else values
+
+
+def _map_places(config: Any, where: str, change: Callable[[str, set[str], str], str]) -> Any:
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), where + field.name
+        marks = _marks(hints[field.name])
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _map_places(value, key + ".", change)
+        elif marks and isinstance(value, Mapping):
+            changed[field.name] = {name: change(text, marks, f"{key}.{name}") for name, text in value.items()}
+        elif marks and value:
+            changed[field.name] = change(value, marks, key)
+    return dataclasses.replace(config, **changed)
+
+
+def _marks(hint: Any) -> set[str]:
+    own = {mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, str)}
+    return own.union(*(_marks(inner) for inner in typing.get_args(hint)))
+
+
+def _place(text: str, marks: set[str], key: str) -> str:
+    if "people" in marks and text.startswith(SYNTHETIC):
+        return text
+    try:
+        found = place_or_name(text) if "place or name" in marks else place(text)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    copy = next((folder for folder in Path.cwd().parents if folder.name == "working_dir_files"), None)
+    if copy and "output" in marks and not os.path.isabs(text) and Path(found).is_relative_to(copy):
+        raise ValueError(
+            f"{key}={text} would lie in Ray's temporary copy of your folder, which is deleted after the job: give an "
+            "absolute path on a disk that all machines share, or s3://bucket/prefix"
+        )
+    return found
 
 
 class _Text(str):

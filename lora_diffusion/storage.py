@@ -11,32 +11,31 @@ broken connections are tried again, with growing pauses, before they become an e
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
 import re
 import secrets
-import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar
+from typing import IO, Annotated, Any
 from urllib.parse import unquote
 
 import fsspec
 
 _TEMPORARY = ".tmp"
+_UPLOAD_BYTES = 2**26  # of one part of a large upload; S3 takes 10,000 parts
+Buffer = bytes | memoryview
 _ATTEMPTS = 8  # pauses double from 1 s to at most 20 s, times a random factor: about 40 s in all
 
-# What a configuration's text names, for `placed`: something to read, something to write, or a path or else a name.
+# What a configuration's text names, for `config.placed`: something to read, something to write, or a path or else a name.
 Place = Annotated[str, "place"]
 Output = Annotated[str, "output"]
 PlaceOrName = Annotated[str, "place or name"]
 People = Annotated[str, "people"]  # something to read, or synthetic:40
 SYNTHETIC = "synthetic:"
 SHIPPED = ("tiny", "tiny-b", "tiny-sd", "tiny-start")  # names that win over a folder of the same name here
-Config = TypeVar("Config")
 
 
 class StoreError(OSError):
@@ -68,6 +67,15 @@ class Store:
         except Exception as error:
             raise self._error("read", name, error) from error
 
+    def read_part(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes from `start`, fewer at the end of the file. Raises as `read`."""
+        try:
+            return bytes(self.filesystem.cat_file(self.path(name), start=start, end=start + count))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri}/{name} does not exist") from None
+        except Exception as error:
+            raise self._error("read", name, error) from error
+
     def read_json(self, name: str) -> Any:
         data = self.read(name)
         try:
@@ -90,11 +98,32 @@ class Store:
         """Write or replace, whole or not at all. Raises StoreError."""
         try:
             if self.local:
-                _write_local(Path(self.path(name)), data)
+                _write_local(Path(self.path(name)), [data])
             else:
                 self.filesystem.pipe_file(self.path(name), data)
         except Exception as error:
             raise self._error("write", name, error) from error
+
+    def write_parts(self, name: str, parts: Iterable[Buffer]) -> None:
+        """As `write`, for content that is not to lie in memory whole: one part after the other."""
+        try:
+            if self.local:
+                _write_local(Path(self.path(name)), parts)
+            else:
+                self._upload(name, parts)
+        except Exception as error:
+            raise self._error("write", name, error) from error
+
+    def _upload(self, name: str, parts: Iterable[Buffer]) -> None:
+        file = self.filesystem.open(self.path(name), "wb", block_size=_UPLOAD_BYTES)
+        try:
+            for part in parts:
+                file.write(part)
+        except BaseException:
+            file.discard()
+            file.closed = True  # or else closing would complete the upload
+            raise
+        file.close()
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
@@ -126,6 +155,21 @@ class Store:
         """Sorted names of the folders directly in `folder`."""
         entries = self._list(folder)
         return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+
+    def check(self) -> None:
+        """That the place can be reached and, in a folder, written. Touches nothing. Raises StoreError."""
+        try:
+            if self.local:
+                folder = next(path for path in (Path(self.root), *Path(self.root).parents) if path.exists())
+                if not folder.is_dir():
+                    raise NotADirectoryError
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(folder)
+            else:
+                bucket, _, prefix = self.root.partition("/")
+                self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        except Exception as error:
+            raise self._error("use", "", error) from error
 
     def sweep(self, folder: str) -> None:
         """Remove what a killed local writer left half-written in `folder`. Call only when no writer runs."""
@@ -214,62 +258,11 @@ def local_place(text: str | os.PathLike[str], what: str) -> Path:
     return Path(found)
 
 
-def placed(config: Config) -> Config:
-    """The dataclass with each `Place`, `Output` and `PlaceOrName` in it, and in its sections, turned into an address.
+def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seconds: float = 60) -> Store:
+    """The store at `place(uri)`. Touches nothing yet. Raises ValueError.
 
-    Empty text stays empty. Raises ValueError with the key, also for a relative output where Ray's temporary copy of the
-    user's folder is the working directory: it is thrown away with the job.
+    attempts: how often an S3 request is tried. read_seconds: how long one may wait for the next bytes.
     """
-    return typing.cast(Config, _placed(config, ""))
-
-
-def relative(values: Any) -> Any:
-    """Plain values with the addresses below the working directory as if typed there: what is kept names no machine."""
-    if isinstance(values, dict):
-        return {key: relative(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [relative(value) for value in values]
-    return values.removeprefix(f"{Path.cwd()}/") if isinstance(values, str) else values
-
-
-def _placed(config: Any, where: str) -> Any:
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    changed = {}
-    for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), where + field.name
-        marks = _marks(hints[field.name])
-        if dataclasses.is_dataclass(value):
-            changed[field.name] = _placed(value, key + ".")
-        elif marks and isinstance(value, Mapping):
-            changed[field.name] = {name: _one(text, marks, f"{key}.{name}") for name, text in value.items()}
-        elif marks and value:
-            changed[field.name] = _one(value, marks, key)
-    return dataclasses.replace(config, **{name: value for name, value in changed.items() if value is not None})
-
-
-def _marks(hint: Any) -> set[str]:
-    own = {mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, str)}
-    return own.union(*(_marks(inner) for inner in typing.get_args(hint)))
-
-
-def _one(text: str, marks: set[str], key: str) -> str:
-    if "people" in marks and text.startswith(SYNTHETIC):
-        return text
-    try:
-        found = place_or_name(text) if "place or name" in marks else place(text)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    copy = next((str(folder) for folder in Path.cwd().parents if folder.name == "working_dir_files"), None)
-    if copy and "output" in marks and not os.path.isabs(text) and Path(found).is_relative_to(copy):
-        raise ValueError(
-            f"{key}={text} would lie in Ray's temporary copy of your folder, which is deleted after the job: give an "
-            "absolute path on a disk that all machines share, or s3://bucket/prefix"
-        )
-    return found
-
-
-def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS) -> Store:
-    """The store at `place(uri)`. Touches nothing yet. `attempts`: how often an S3 request is tried. Raises ValueError."""
     address = place(uri)
     if not address.startswith("s3://"):
         return Store(address, fsspec.filesystem("file"), address, local=True)
@@ -280,8 +273,8 @@ def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS) -> Store:
         use_listings_cache=False,
         config_kwargs={
             "retries": {"max_attempts": attempts, "mode": "standard"},
-            "connect_timeout": 10,
-            "read_timeout": 60,
+            "connect_timeout": 5,
+            "read_timeout": read_seconds,
         },
     )
     # botocore tries a request again; s3fs's own tries matter where a connection breaks while an answer is being read.
@@ -289,12 +282,13 @@ def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS) -> Store:
     return Store(address, filesystem, root, local=False)
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, parts: Iterable[Buffer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -324,4 +318,6 @@ def _reason(error: Exception, local: bool) -> str:
         return (
             "no S3 credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or use an instance role"
         )
+    if type(error).__name__ in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError"):
+        return f"the store does not answer ({error}). Check AWS_ENDPOINT_URL and the network"
     return f"{type(error).__name__}: {error}"

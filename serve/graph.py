@@ -21,12 +21,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from lora_diffusion.config import load_config
+from lora_diffusion.config import load_config, placed
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.faces import Embedder
 from lora_diffusion.serving.library import Library
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
-from lora_diffusion.storage import placed
 from serve.access import read_keys
 from serve.api import build_api
 from serve.logs import set_up_logs

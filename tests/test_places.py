@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion.cli import main
-from lora_diffusion.config import load_config
+from lora_diffusion.config import load_config, placed
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, model_folder
@@ -27,7 +27,6 @@ from lora_diffusion.storage import (
     open_store,
     place,
     place_or_name,
-    placed,
 )
 from lora_diffusion.synthesis import synthesizer
 from lora_diffusion.synthesis.synthesizer import Synthesizer

@@ -20,8 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lora_diffusion.config import from_dict, load_config, to_dict
-from lora_diffusion.storage import placed
+from lora_diffusion.config import from_dict, load_config, placed, to_dict
 from lora_diffusion.world.base.recipe import TrainBaseConfig, load_faces, train_base
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from lora_diffusion.config import to_dict
+from lora_diffusion.config import placed, relative, to_dict
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.evaluation.ablation_results import read_ablations
 from lora_diffusion.evaluation.config import EvaluationConfig
@@ -41,7 +41,7 @@ from lora_diffusion.identity import Identity
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.provenance import provenance
-from lora_diffusion.storage import open_store, placed, relative
+from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.training.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
 

@@ -21,7 +21,7 @@ from insightface.app import FaceAnalysis
 from insightface.utils import face_align
 from numpy.typing import NDArray
 
-from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
 from lora_diffusion.storage import Place, PlaceOrName, local_place, place_or_name
 
 Pixels = NDArray[np.uint8]
@@ -231,6 +231,8 @@ def model_folder(config: EmbedderConfig) -> Path:
             f"The insightface pack {config.model!r} is not in {pack}. Unpack it there, set allow_download: true to fetch "
             f"it, or use one of the bundled models: {', '.join(sorted(BUNDLED))}."
         )
+    if here_only_now():
+        raise NotHereError(f"recogniser {config.model} is not in {pack} yet: it would be fetched (about 280 MB)")
     return _download(config.model, root)
 
 

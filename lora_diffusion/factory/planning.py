@@ -23,7 +23,7 @@ class CorpusRun:
 
     config: CorpusConfig
     store: Store
-    manifest: Manifest
+    manifest: Manifest | None  # None: of a preview, while the models are not on this machine
     plan: Plan
     people: Mapping[str, PersonRef]  # of the source, now
     done: Sequence[ShardInfo]
@@ -58,14 +58,16 @@ class CorpusRun:
             f"{len(plan.identities)} people of {self.config.people} in {len(plan.shards)} shards of "
             f"{plan.people_per_shard}, {len(self.done)} of them done -> {self.config.output}"
         )
-        lines.append(
-            f"base model {manifest.base['name']} ({manifest.base['fingerprint']}), layout {manifest.layout_id}: "
-            f"{manifest.vector_size:,} floats a LoRA, {self.config.people_per_group} people fine-tuned together"
-        )
+        if manifest is not None:
+            lines.append(
+                f"base model {manifest.base['name']} ({manifest.base['fingerprint']}), layout {manifest.layout_id}: "
+                f"{manifest.vector_size:,} floats a LoRA, {self.config.people_per_group} people fine-tuned together"
+            )
         if todo:
             measured = report.measured_seconds(CorpusReader(self.store)) if self.done else None
             people = sum(len(shard.identities) for shard in todo)
-            lines.append("cost: " + report.estimate(self.config, people, manifest.vector_size, workers, measured))
+            size = None if manifest is None else manifest.vector_size
+            lines.append("cost: " + report.estimate(self.config, people, size, workers, measured))
         return "\n".join(lines)
 
 
@@ -84,15 +86,15 @@ def begin(config: CorpusConfig, wanted: Manifest, people: Mapping[str, PersonRef
     return CorpusRun(config, store, manifest, plan, people, done, damaged)
 
 
-def preview(config: CorpusConfig, wanted: Manifest, people: Mapping[str, PersonRef]) -> CorpusRun:
-    """What `begin` would find; writes nothing."""
+def preview(config: CorpusConfig, wanted: Manifest | None, people: Mapping[str, PersonRef]) -> CorpusRun:
+    """What `begin` would find; writes nothing. `wanted` None: the corpus that is there is not compared."""
     store = open_store(config.output)
     plan = Plan((), config.people_per_group, config.groups_per_shard)
     done: Sequence[ShardInfo] = ()
     damaged: Mapping[int, str] = {}
     if store.exists("corpus.json"):
-        wanted = open_corpus(store, wanted)  # it is there, so this only compares
         reader = CorpusReader(store)
+        wanted = open_corpus(store, wanted or reader.manifest)  # it is there, so this only compares
         plan, (done, damaged) = reader.plan, reader.verify()
     part = plan.new_part(list(people))
     plan = dataclasses.replace(plan, parts=(*plan.parts, part)) if part else plan

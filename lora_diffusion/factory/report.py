@@ -37,16 +37,17 @@ def size(number: float) -> str:
     return f"{number:.3g} GB"
 
 
-def estimate(config: CorpusConfig, people: int, vector_size: int, workers: int, measured: float | None) -> str:
-    """What `people` more people will cost: time and bytes."""
+def estimate(config: CorpusConfig, people: int, vector_size: int | None, workers: int, measured: float | None) -> str:
+    """What `people` more people will cost: time, and bytes if it is known how long a vector is."""
     each = measured if measured is not None else config.seconds_per_lora
     how = "measured on this corpus" if measured is not None else "stated by seconds_per_lora"
-    itemsize = np.dtype(config.vector_dtype).itemsize
-    data = people * (vector_size * itemsize + _BYTES_BESIDE_VECTOR)
-    return (
+    text = (
         f"{people} LoRAs × {each:.2f} s ({how}) / {workers} worker{'s' * (workers != 1)} = "
-        f"about {duration(people * each / max(1, workers))}, {size(data)}"
+        f"about {duration(people * each / max(1, workers))}"
     )
+    if vector_size is None:
+        return text
+    return f"{text}, {size(people * (vector_size * np.dtype(config.vector_dtype).itemsize + _BYTES_BESIDE_VECTOR))}"
 
 
 def measured_seconds(reader: CorpusReader, shards: int = 8) -> float | None:

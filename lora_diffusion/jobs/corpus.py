@@ -21,7 +21,7 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lora_diffusion.config import to_dict
+from lora_diffusion.config import relative, to_dict
 from lora_diffusion.corpus import CorpusReader, Manifest, finish_corpus
 from lora_diffusion.factory import (
     AttemptsHere,
@@ -38,9 +38,11 @@ from lora_diffusion.factory import (
 )
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.factory.tables import embedded_people, embedded_table, people_of
+from lora_diffusion.jobs.causes import find_cause
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
 from lora_diffusion.jobs.synthetic import render_people
-from lora_diffusion.storage import open_store, relative
+from lora_diffusion.models.files import NotHereError, here_only
+from lora_diffusion.storage import open_store
 
 Config = CorpusConfig
 USER_ERRORS = (DeviceError,)
@@ -50,16 +52,23 @@ CONTACT_SHEET, SUMMARY = "contact_sheet.png", "summary.txt"
 
 def dry_run(config: CorpusConfig) -> str:
     count = planning.number_of_synthetic(config.people)
-    manifest, _ = describe(config)
+    manifest, notes = None, []
+    try:
+        with here_only():
+            manifest, _ = describe(config)
+    except ValueError as error:
+        if not (absent := find_cause(error, (NotHereError,))):
+            raise
+        notes.append(f"{absent}; whether it fits is not looked at")
     people = {f"person {i}": PersonRef(f"person {i}") for i in range(count)[: config.limit]}
     begun = planning.preview(config, manifest, people or planning.list_people(config))
-    text = begun.describe(begun.workers({"CPU": os.cpu_count() or 1}))
-    where = planning.people_folder(config.people, config.output)
-    return f"{count} synthetic people, rendered to {where} unless they are there\n{text}" if count else text
+    if count:
+        where = planning.people_folder(config.people, config.output)
+        notes.append(f"{count} synthetic people, rendered to {where} unless they are there")
+    return "\n".join([*notes, begun.describe(begun.workers({"CPU": os.cpu_count() or 1}))])
 
 
 def run(config: CorpusConfig, ray_address: str) -> None:
-    open_store(config.output, attempts=2).exists("corpus.json")  # a wrong address shows at once
     need, given = config.workers, config
     connect(
         ray_address,
@@ -169,7 +178,7 @@ def finish(begun: CorpusRun, progress: report.Progress) -> None:
         good = {info.index for info in infos}
         missing = sum(len(shard.identities) for shard in shards if shard.index not in good)
         raise ValueError(f"{missing} people are in no shard: run the same command again {damaged or ''}")
-    before = begun.manifest
+    before = CorpusReader(store).manifest
     pending = bool(begun.todo) or before.state != "complete" or before.counts["num_shards"] != len(infos)
     if pending:
         finish_corpus(store, before, infos)

@@ -6,10 +6,8 @@ import json
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +16,8 @@ import ray
 import ray.data
 from ray.data import DataContext
 
-PATIENCE = 10.0  # seconds without a word
+from lora_diffusion.jobs.run import PATIENCE
+
 PLURAL = {"CPU": "CPUs", "GPU": "GPUs"}
 
 
@@ -83,7 +82,7 @@ def make_room(needs: Sequence[Need], patience: float) -> None:
     After `patience` seconds a line says what is wanted and what there is. Raises ValueError if it can never be.
     """
     deadline = time.monotonic() + patience
-    while missing := next((need for need in needs if not _fits(needs, need, _machines())), None):
+    while missing := find_missing(needs, _machines()):
         if time.monotonic() < deadline:
             time.sleep(0.5)
             continue
@@ -109,18 +108,18 @@ def _machines() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _fits(needs: Sequence[Need], last: Need, machines: Sequence[Mapping[str, float]]) -> bool:
-    """Whether the processes of `needs`, up to those of `last`, find room on the machines, each where it fits first."""
+def find_missing(needs: Sequence[Need], machines: Sequence[Mapping[str, float]]) -> Need | None:
+    """The first of `needs` that finds no room on `machines` (their CPUs and GPUs), each process where it fits first."""
     left = [dict(machine) for machine in machines]
-    for need in sorted(needs[: list(needs).index(last) + 1], key=lambda need: (-need.gpus, -need.cpus)):
-        for _ in range(need.count):
-            wanted = need.resources.items()
+    for need in sorted(needs, key=lambda need: (-need.gpus, -need.cpus)):
+        wanted = need.resources.items()
+        for _ in range(need.count if wanted else 0):
             where = next((m for m in left if all(m.get(name, 0) + 1e-6 >= amount for name, amount in wanted)), None)
             if where is None:
-                return False
+                return need
             for name, amount in wanted:
                 where[name] -= amount
-    return True
+    return None
 
 
 def _may_grow() -> bool:
@@ -150,15 +149,3 @@ def _all(machines: Sequence[Mapping[str, float]]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
-
-
-@contextmanager
-def said_after(seconds: float, line: str) -> Iterator[None]:
-    """Print `line` if the block takes longer than `seconds`."""
-    timer = threading.Timer(seconds, print, (line,), {"flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

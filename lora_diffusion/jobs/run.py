@@ -21,13 +21,16 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED = "Stopped. The same command goes on."
+PATIENCE = 10.0  # seconds without a word
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,12 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
     module = None
     try:
         options = read_options(job, sys.argv[1:] if words is None else words)
-        from lora_diffusion.config import load_config, to_yaml
-        from lora_diffusion.storage import placed
+        from lora_diffusion.config import load_config, placed, to_yaml
 
         module = cast(JobModule, importlib.import_module(job.module))
         given = load_config(module.Config, options.config, options.overrides)
         config = placed(given)
+        check_places(config)
         if options.dry_run:
             print(to_yaml(given))
             print(module.dry_run(config))
@@ -97,6 +100,34 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
             raise
         print(f"{job.name}: {sentence}", file=sys.stderr)
         return 1
+
+
+def check_places(config: Any) -> None:
+    """Every bucket answers and every output can be written, before anything begins. Raises StoreError."""
+    from lora_diffusion.config import places
+    from lora_diffusion.storage import open_store
+
+    stores = {
+        (store.root.partition("/")[0] if not store.local else store.root): store
+        for _, address, output in places(config)
+        if not (store := open_store(address, attempts=2, read_seconds=PATIENCE)).local or output
+    }
+    for store in stores.values():
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        with said_after(PATIENCE, f"waiting for {store.uri}{f' at {endpoint}' if endpoint else ''}: no answer yet"):
+            store.check()
+
+
+@contextmanager
+def said_after(seconds: float, line: str) -> Iterator[None]:
+    """Print `line` if the block takes longer than `seconds`."""
+    timer = threading.Timer(seconds, print, (line,), {"flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,35 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from lora_diffusion.storage import local_place, open_store
 
+_here_only: ContextVar[bool] = ContextVar("here_only", default=False)
 CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"
 DEFAULT_CACHE = "~/.cache/lora-diffusion"
+
+
+class NotHereError(ValueError):
+    """What is wanted lies elsewhere, and must not be fetched now."""
+
+
+@contextmanager
+def here_only() -> Iterator[None]:
+    """Inside, nothing is fetched: what is not on this machine raises NotHereError."""
+    before = _here_only.set(True)
+    try:
+        yield
+    finally:
+        _here_only.reset(before)
+
+
+def here_only_now() -> bool:
+    return _here_only.get()
 
 
 def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, threads: int = 8) -> Path:
@@ -41,6 +62,8 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
         target = cache / key
         if target.is_dir():
             return target / file
+        if here_only_now():
+            raise NotHereError(f"{uri} is not on this machine yet: {len(paths)} files would be fetched")
         partial = cache / f".{key}.{secrets.token_hex(6)}.tmp"
         partial.mkdir(parents=True)
 
@@ -56,6 +79,8 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target / file
+    except NotHereError:
+        raise
     except Exception as error:
         raise ValueError(f"cannot fetch {uri}: {error}") from error
 

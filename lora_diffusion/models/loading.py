@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lora_diffusion.models import single_file
-from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
 from lora_diffusion.models.kinds import kind_of_class, kind_of_folder, read_json
 from lora_diffusion.models.parts import Parts, check_parts
 
@@ -56,10 +56,15 @@ def _local(place: str) -> Path:
         raise ValueError("there is no such file or folder")
     from diffusers import StableDiffusionPipeline
 
+    here = here_only_now()
     try:
         unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        return Path(StableDiffusionPipeline.download(place, use_safetensors=True, **unused))
+        return Path(StableDiffusionPipeline.download(place, use_safetensors=True, local_files_only=here, **unused))
     except Exception as error:  # of a dozen types, among them those of HTTP libraries
+        if here:
+            raise NotHereError(
+                f"base model {place} is not on this machine yet: the hub would be asked for it"
+            ) from error
         raise ValueError(f"there is no such folder here, and the hub does not give it ({_first(error)})") from error
 
 

@@ -279,10 +279,41 @@ def test_mistakes_are_named_before_any_work(
         (["base=nowhere/at-all"], "cannot load a base model from 'nowhere/at-all'"),
         (["lora.target_modules=[to_x]"], "target module 'to_x' matches no module"),
         ([f"embedder.model={tmp_path}/empty"], "holds no .onnx file"),
+        ([f"people={tmp_path}/nobody"], f"no people found at {tmp_path}/nobody"),
+        (["people=synthetic:many"], "Give a number, as in people=synthetic:40"),
+        (["people=synthetic:60001"], "there are 60000 synthetic people for corpora"),
+        (
+            ["workers.finetune_gpus=1"],
+            "wants 0.1 CPUs and 1 GPU (workers.finetune_cpus and finetune_gpus); this Ray has 8",
+        ),
     ):
         assert main("corpus", ["--config", config, f"output={tmp_path}/corpus", *words]) == 1, words
         assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "file"}  # and nobody was rendered anywhere
+
+
+@pytest.mark.s3
+def test_people_who_are_not_there_are_not_rendered_into_a_bucket(
+    job: ModuleType, config: str, s3: S3Server, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"people=s3://{bucket}/people", f"output={tmp_path}/corpus"]
+    for more in ([], ["--dry-run"]):
+        assert main("corpus", ["--config", config, *words, *more]) == 1
+        assert f"no people found at s3://{bucket}/people" in capsys.readouterr().err
+    assert not open_store(f"s3://{bucket}").folders()
     assert not (tmp_path / "corpus").exists()
+
+
+def test_synthetic_people_are_rendered_beside_the_corpus(
+    job: ModuleType, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", config, "people=synthetic:2", f"output={tmp_path}/corpus", "score.prompts=[]"]
+    assert main("corpus", words) == 0
+    assert f"rendering 2 synthetic people to {tmp_path}/corpus-people" in capsys.readouterr().out
+    assert CorpusReader(tmp_path / "corpus").identities == ["person-020000", "person-020001"]
+    assert CorpusReader(tmp_path / "corpus").manifest.config["people"] == "synthetic:2"
+    assert main("corpus", words) == 0
+    assert "rendering" not in capsys.readouterr().out
 
 
 def test_another_recipe_in_the_same_place_is_refused(

@@ -116,12 +116,19 @@ def test_a_missing_corpus_and_missing_ablations_are_told_with_the_way_out(config
 
 @pytest.mark.ray
 def test_on_ray_the_scores_are_those_of_one_process(
-    ray_local: None, corpora: Path, config: EvaluationConfig, evaluated: Path
+    ray_local: None,
+    corpora: Path,
+    config: EvaluationConfig,
+    evaluated: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [*evaluation_settings(corpora), f"synthesizers.latent={config.synthesizers['latent']}"]
     output = corpora / "on_ray"
     assert main("evaluate", ["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 1  # no such file
     (corpora / "empty.yaml").write_text("")
+    assert main("evaluate", ["--config", str(corpora / "empty.yaml"), *words, f"output={output}", "worker_gpus=1"]) == 1
+    assert "and 1 GPU (worker_cpus and worker_gpus); this Ray has 8 CPUs and 0 GPUs" in capsys.readouterr().err
+    assert not output.exists()
     assert main("evaluate", ["--config", str(corpora / "empty.yaml"), *words, f"output={output}"]) == 0
     here, there = (
         {file.name: Scores.from_bytes(file.read_bytes()) for file in (path / "scores").iterdir()}

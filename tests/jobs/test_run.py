@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_diffusion.jobs import run
 from lora_diffusion.jobs.run import JOBS, Job, main, read_options, run_job
 from lora_diffusion.storage import Output
 
@@ -101,6 +103,50 @@ def test_a_job_gets_addresses_and_a_dry_run_nothing_but_words(
     assert asked == [_Config(f"{Path.cwd()}/x", 5)]
 
 
+def test_an_output_that_cannot_be_written_is_named_also_by_a_dry_run(
+    job: Callable[..., tuple[Job, list[_Config]]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for words in (["--dry-run"], []):
+        made, asked = job()
+        assert run_job(made, [f"output={tmp_path}/file/x", *words]) == 1
+        assert "a part of this path is a file, not a folder" in capsys.readouterr().err
+        assert not asked
+
+
+@pytest.mark.s3
+def test_a_missing_bucket_is_named_also_by_a_dry_run(
+    job: Callable[..., tuple[Job, list[_Config]]], capsys: pytest.CaptureFixture[str], s3: object
+) -> None:
+    for words in (["--dry-run"], []):
+        made, asked = job()
+        assert run_job(made, ["output=s3://no-such-bucket/x", *words]) == 1
+        assert "cannot use s3://no-such-bucket/x: the bucket does not exist" in capsys.readouterr().err
+        assert not asked
+
+
+def test_a_store_that_does_not_answer_gets_a_word_and_then_an_end(
+    job: Callable[..., tuple[Job, list[_Config]]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One port that nobody listens at, and one where somebody listens and never says anything."""
+    monkeypatch.setattr(run, "PATIENCE", 0.3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with socket.socket() as silent, socket.socket() as closed:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        closed.bind(("127.0.0.1", 0))
+        for listener, word in ((closed, ""), (silent, "waiting for s3://bucket/x at http://127.0.0.1:")):
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+            made, asked = job()
+            assert run_job(made, ["output=s3://bucket/x", "--dry-run"]) == 1
+            said = capsys.readouterr()
+            assert "cannot use s3://bucket/x: the store does not answer" in said.err
+            assert "Check AWS_ENDPOINT_URL and the network" in said.err
+            assert word in said.out
+            assert not asked
+
+
 def _raise(error: BaseException) -> Callable[[], None]:
     def run() -> None:
         raise error
@@ -157,6 +203,36 @@ def test_a_shipped_configuration_is_found_from_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main("serve", ["configs/serve_sd15.yaml", "--dry-run"]) == 0
-    assert "s3://your-bucket/synthesizer-sd15" in capsys.readouterr().out
+    assert main("serve", ["configs/serve_tiny.yaml", "--dry-run"]) == 0
+    assert "synthesizer: tiny\n" in capsys.readouterr().out
     assert main("serve", ["configs/mine.yaml", "--dry-run"]) == 1
+
+
+@pytest.mark.slow
+def test_a_dry_run_touches_nothing_and_fetches_nothing(tmp_path: Path) -> None:
+    """On an account where nothing is: the models of sd15.yaml are not here, and stay where they are."""
+    for name in ("home", "tmp", "people/ada"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "people" / "ada" / "0.jpg").write_bytes(b"never opened")
+    env = {
+        **os.environ,
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    before = sorted(tmp_path.rglob("*"))
+    script = (
+        "import sys; from lora_diffusion.jobs.run import main\n"
+        f"sys.exit(main('corpus', ['--dry-run', 'configs/sd15.yaml', 'people={tmp_path}/people', 'output={tmp_path}/out'])"
+        f" or main('corpus', ['--dry-run', 'output={tmp_path}/out'])"
+        f" or not main('train', ['--dry-run', 'corpus={tmp_path}/out', 'output={tmp_path}/run'])"
+        f" or not main('evaluate', ['--dry-run', 'corpus={tmp_path}/out', 'output={tmp_path}/run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "is not on this machine yet" in done.stdout
+    assert f"1 people of {tmp_path}/people in 1 shards of 16, 0 of them done -> {tmp_path}/out" in done.stdout
+    assert "cost: 1 LoRAs × 18.00 s (stated by seconds_per_lora)" in done.stdout
+    assert f"40 synthetic people, rendered to {tmp_path}/out-people unless they are there" in done.stdout
+    assert done.stderr.count("no corpus at") == 2
+    assert sorted(tmp_path.rglob("*")) == before

@@ -31,6 +31,7 @@ from lora_diffusion.synthesis.training.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "jobs" / "train.py"
+TWO_CPUS = ROOT / "tests" / "support" / "two_cpus.py"
 LOOP = {"batch_size": 8, "warmup": 2, "log_every": 5}
 # Long enough to be caught at work, far too short to learn anything.
 SETTINGS: dict[str, Any] = {
@@ -101,9 +102,16 @@ def test_a_killed_driver_on_s3_and_the_same_command_again(
         process.wait()
     killed_at = steps_saved(store, "denoiser")
     assert 0 < killed_at < 100, (tmp_path / "first.log").read_text()
-    with driver(JOB, words, s3.env, tmp_path / "second.log") as process:
-        assert process.wait(timeout=400) == 0, (tmp_path / "second.log").read_text()
-    said = (tmp_path / "second.log").read_text()
+    # Ctrl-C, and then once more, on a Ray whose two CPUs the two workers take
+    with driver(TWO_CPUS, ["train", *words], s3.env, tmp_path / "second.log") as process:
+        while process.poll() is None and steps_saved(store, "denoiser") == killed_at:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130, (tmp_path / "second.log").read_text()
+    assert "train: Stopped. The same command goes on." in (tmp_path / "second.log").read_text()
+    with driver(TWO_CPUS, ["train", *words], s3.env, tmp_path / "third.log") as process:
+        assert process.wait(timeout=400) == 0, (tmp_path / "third.log").read_text()
+    said = (tmp_path / "third.log").read_text()
     assert "denoiser: goes on after step" in said
     assert "left out: 1 × nan_vector" in said
     assert_same_run(store, alone)
@@ -146,8 +154,14 @@ def test_a_killed_worker_costs_time_and_nothing_else(
     assert "denoiser: goes on after step" in capsys.readouterr().out
     assert_same_run(store, alone)
     # what only a worker can see is told as clearly, and nothing is tried again
+    kept = store.read("config.yaml")
     assert main("train", [*words, "condition=photo"]) == 1
     assert "condition: 'mean' there, 'photo' now" in capsys.readouterr().err
+    # and so is what this Ray cannot give
+    assert main("train", [*words, "workers.use_gpu=true", f"output={tmp_path}/other"]) == 1
+    assert "training wants 1 CPU and 1 GPU for each of 2 workers (workers.num_workers" in capsys.readouterr().err
+    assert store.read("config.yaml") == kept
+    assert not (tmp_path / "other").exists()
     assert_same_run(store, alone)
 
 

@@ -22,6 +22,8 @@ from lora_diffusion.synthesis.vae import LoRAVAE
 DATA = "data.json"
 # float32: weights, gradients, AdamW's two moments, moving average
 BYTES_PER_PARAMETER = 20
+BYTES_AT_THE_END = 8  # the best weights, and a layer on its way to the store: the largest hold nearly half of a VAE
+PROCESS_BYTES = 1e9  # torch, Ray, the batch
 
 
 def snapshot_of(config: TrainConfig) -> CorpusSnapshot | None:
@@ -141,13 +143,20 @@ def _corpus_lines(config: TrainConfig, snapshot: CorpusSnapshot) -> list[str]:
 
 def _stage_line(config: TrainConfig, name: str, parameters: int, rows: int) -> str:
     training = getattr(config, f"{name}_training")
-    split = config.workers.num_workers if config.workers.parallel == "fsdp" else 1
     epochs = training.steps * min(training.batch_size, rows) / max(1, rows)
     return (
-        f"{name}: {parameters:,} parameters, about {parameters * BYTES_PER_PARAMETER / split / 1e9:.2f} GB in each worker; "
+        f"{name}: {parameters:,} parameters, about {memory(config, parameters) / 1e9:.1f} GB in each worker; "
         f"{training.steps:,} steps of {training.batch_size} ({epochs:,.0f} epochs)"
         + (f", less if {training.patience} validations bring nothing" if training.patience else "")
     )
+
+
+def memory(config: TrainConfig, parameters: int) -> float:
+    """Bytes that a worker takes at most while it trains so many parameters: when a checkpoint or the end is written."""
+    workers = config.workers
+    split = workers.num_workers if workers.parallel == "fsdp" else 1
+    buckets = 4 * parameters if workers.parallel == "ddp" and (workers.max_workers or workers.num_workers) > 1 else 0
+    return PROCESS_BYTES + parameters * BYTES_PER_PARAMETER / split + buckets + parameters * BYTES_AT_THE_END
 
 
 def _vae_parameters(config: TrainConfig, size: int, varying: int) -> int:

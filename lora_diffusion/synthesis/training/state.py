@@ -16,14 +16,15 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from lora_diffusion.checkpoint import strip_prefix, with_prefix
-from lora_diffusion.storage import Store
+from lora_diffusion.checkpoint import with_prefix
+from lora_diffusion.storage import Buffer, Store
 from lora_diffusion.synthesis.training.distributed import copy_whole, like_parameter, whole
 
 _FREE_TO_CHANGE = ("checkpoint_every", "log_every")  # on resume: they change no loss
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 _PROGRESS = ("step", "done", "best", "best_step", "worse")
 
 
@@ -76,45 +77,53 @@ class TrainingState:
         return False
 
     def save(self, write: bool) -> None:
-        """All workers call it, since parts of a split tensor are gathered; one of them writes."""
-        tensors = with_prefix("model", _whole(self.parameters)) | with_prefix("average", _whole(self.average))
+        """All workers call it, since parts of a split tensor are gathered, one tensor at a time; one of them writes."""
+        tensors = with_prefix("model", self.parameters) | with_prefix("average", self.average)
         for name, parameter in self.parameters.items():
             moments = {key: torch.as_tensor(value) for key, value in sorted(self.optimizer.state[parameter].items())}
-            tensors |= with_prefix(f"optimizer.{name}", _whole(moments))
-        if write:
-            progress = {key: getattr(self, key) for key in _PROGRESS}
-            self.store.write(self.file, pack(tensors, {**progress, "identity": self.identity}))
+            tensors |= with_prefix(f"optimizer.{name}", moments)
+        progress = {key: getattr(self, key) for key in _PROGRESS}
+        self._write(self.file, tensors, progress, write)
 
     def save_best(self, write: bool) -> None:
         """Call it inside `averaged`."""
-        tensors = _whole(self.parameters)
+        self._write(self.best_file, self.parameters, {"step": self.step}, write)
+
+    def _write(self, file: str, tensors: dict[str, Tensor], meta: dict[str, Any], write: bool) -> None:
+        parts = pieces(tensors, {**meta, "identity": self.identity})
         if write:
-            self.store.write(self.best_file, pack(tensors, {"step": self.step, "identity": self.identity}))
+            self.store.write_parts(file, parts)
+        else:
+            for _ in parts:  # the others give their share of each
+                pass
 
     def load_best(self) -> dict[str, Tensor]:
         saved = unpack(self.store, self.best_file)
-        assert saved is not None, "a run ends with a validation"
+        if saved is None:
+            raise ValueError(f"{self.store.uri}/{self.best_file} is gone: delete {self.file} beside it to train anew")
         return saved[0]
 
     def restore(self) -> int:
         """Continue from the newest state; returns its step, 0 if there is none. Raises ValueError if it does not fit."""
-        saved = unpack(self.store, self.file)
+        saved = SavedTensors.find(self.store, self.file)
         if saved is None:
             return 0
-        tensors, meta = saved
+        meta = saved.meta
         if lines := differences(meta["identity"], self.identity):
             raise ValueError(
                 f"{self.store.uri}/{self.file} was trained with other settings:\n"
                 + "".join(f"  {line}\n" for line in lines)
                 + "Set them back to resume, or choose another output to begin anew."
             )
-        for name, parameter in self.parameters.items():
-            copy_whole(parameter, tensors[f"model.{name}"])
-            copy_whole(self.average[name], tensors[f"average.{name}"])
-            # sorted, for safetensors gives names in another order in each process: splitting is done by all workers
-            # together, and one that took the second moment for the first would go on with the wrong numbers
-            moments = sorted(strip_prefix(f"optimizer.{name}", tensors).items())
-            self.optimizer.state[parameter] = {key: like_parameter(value, parameter) for key, value in moments}
+        # In the order of the file, which is the same for all workers: splitting a tensor is done by all of them together.
+        for key, tensor in saved:
+            kind, _, name = key.partition(".")
+            if kind == "optimizer":
+                name, _, moment = name.rpartition(".")
+                parameter = self.parameters[name]
+                self.optimizer.state[parameter][moment] = like_parameter(tensor, parameter)
+            else:
+                copy_whole(self.parameters[name] if kind == "model" else self.average[name], tensor)
         for key in _PROGRESS:
             setattr(self, key, meta[key])
         return self.step
@@ -127,29 +136,76 @@ class TrainingState:
             self.average[name].copy_(kept)
 
 
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+def pieces(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Iterator[Buffer]:
+    """A safetensors file with `meta`, JSON, in its header: the header, then one tensor after the other, made whole."""
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": {"meta": json.dumps(meta)}}
+    end = 0
+    for key in order:
+        begin, end = end, end + tensors[key].nbytes
+        dtype = next(name for name, dtype in _DTYPES.items() if dtype == tensors[key].dtype)
+        header[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for key in order:
+        yield whole(tensors[key]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def pack(tensors: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
-    """A safetensors file with `meta`, JSON, in its header."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return bytes(save(plain, metadata={"meta": json.dumps(meta)}))
+    return b"".join(pieces(tensors, meta))
+
+
+class SavedTensors:
+    """A file of `pieces`, read one tensor at a time. Raises ValueError if it is damaged."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name = store, name
+        size = int.from_bytes(store.read_part(name, 0, 8), "little")
+        with self._readable():
+            if size > _MAX_HEADER:
+                raise ValueError(f"its header would be {size:,} bytes long")
+            header = json.loads(store.read_part(name, 8, size))
+            self.meta: dict[str, Any] = json.loads(header.pop("__metadata__")["meta"])
+            self._begin = 8 + size
+            self._where = {
+                key: (_DTYPES[found["dtype"]], found["shape"], *found["data_offsets"]) for key, found in header.items()
+            }
+
+    @classmethod
+    def find(cls, store: Store, name: str) -> SavedTensors | None:
+        """None where there is no such file."""
+        try:
+            return cls(store, name)
+        except FileNotFoundError:
+            return None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for key, (dtype, shape, begin, end) in self._where.items():
+            with self._readable():
+                data = bytearray(self.store.read_part(self.name, self._begin + begin, end - begin))
+                if len(data) < end - begin:
+                    raise ValueError("it ends early")
+                tensor = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+            yield key, tensor
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{self.store.uri}/{self.name} cannot be read ({type(error).__name__}: {error}). Delete it: the same "
+                "command makes it anew"
+            ) from error
 
 
 def unpack(store: Store, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Inverse of `pack`, or None where there is no such file. Raises ValueError if it is damaged."""
-    try:
-        data = store.read(name)
-    except FileNotFoundError:
-        return None
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return load(data), json.loads(header["__metadata__"]["meta"])
-    except Exception as error:
-        raise ValueError(
-            f"{store.uri}/{name} cannot be read ({type(error).__name__}: {error}). Delete it: the same command makes it anew"
-        ) from error
+    saved = SavedTensors.find(store, name)
+    return None if saved is None else (dict(saved), saved.meta)
 
 
 def differences(there: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
