@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import BaseModel
@@ -36,6 +36,16 @@ def check_limits(request: BaseModel, limits: LimitsConfig) -> None:
             what = f"has {size:,}{unit}" if isinstance(value, str | list) else f"is {size:,}"
             message = f"{what}; this server allows at most {most:,}."
             raise ApiError("invalid_request", f"{field} {message}", errors=[{"where": field, "message": message}])
+
+
+def check_recogniser(fingerprint: str | None, ours: Mapping[str, str]) -> None:
+    """Raises ApiError for an embedding that another recogniser made: it would give a stranger's LoRA."""
+    if fingerprint and ours["fingerprint"] and fingerprint != ours["fingerprint"]:
+        raise ApiError(
+            "invalid_request",
+            f"The embedding is of the recogniser {fingerprint}; this server's is {ours['name']} ({ours['fingerprint']}). "
+            "Ask POST /v1/embeddings for one, or send the photo.",
+        )
 
 
 def unit_embedding(values: Sequence[float], size: int) -> Floats:

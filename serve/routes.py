@@ -12,7 +12,7 @@ from fastapi import FastAPI, Path, Request, Response
 
 from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask
 from serve import answers, schemas
-from serve.checks import check_limits, unit_embedding
+from serve.checks import check_limits, check_recogniser, unit_embedding
 from serve.docs import LORA_FILES, PICTURES, WITH_PHOTOS, operation
 from serve.problems import PHOTO_REASONS, ApiError
 from serve.routing import Endpoint
@@ -47,7 +47,7 @@ class Routes:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         self.config = studio.config
-        self._embedding_size = 0
+        self._about: dict[str, Any] = {}
 
     def add_to(self, app: FastAPI) -> None:
         for name, function in vars(Routes).items():
@@ -207,9 +207,9 @@ class Routes:
         if isinstance(asked, schemas.AnySource) and asked.latent is not None:
             return [Sampled(_code(asked.latent))]
         if isinstance(asked, schemas.FaceSource) and asked.embedding is not None:
-            if not self._embedding_size:
-                self._embedding_size = (await self.studio.denoiser.describe())["synthesizer"]["embedding_size"]
-            embedding_C = unit_embedding(asked.embedding, self._embedding_size)
+            about = self._about = self._about or await self.studio.denoiser.describe()  # a reload keeps the recogniser
+            check_recogniser(asked.recogniser, about["identity"]["recogniser"])
+            embedding_C = unit_embedding(asked.embedding, about["synthesizer"]["embedding_size"])
         else:
             embedding_C = await self.studio.embedding(asked.photos or [], asked.faces, deadline(request))
         sampling = self.config.sampling

@@ -121,6 +121,11 @@ class Sampling(Request):
 
 class FaceSource(Sampling):
     embedding: Floats | None = Field(None, description="of the server's recogniser; need not be of unit length")
+    recogniser: Text | None = Field(
+        None,
+        description="fingerprint of what made `embedding`, as in identity of GET /v1/model; another one than the server's is "
+        "refused. Left out: believed",
+    )
 
 
 class AnySource(FaceSource):

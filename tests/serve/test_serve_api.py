@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 from serve_client import ADA, ADA_AGAIN, BOB, FAST, PROMPT, Client, latent_of, pixels, problem
-from serve_world import base_model
+from serve_world import base_model, recogniser_id
 
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
@@ -31,6 +31,18 @@ def test_photo_gives_lora_and_pictures_in_one_go(api: Client) -> None:
     assert -1 <= answer["lora"]["similarity"] <= 1
     assert -1 <= answer["lora"]["nearest"]["similarity"] <= 1
     assert base64.b64decode(answer["file"]["data"]) == api("GET", answer["lora"]["files"]["kohya"]).content
+
+
+def test_an_embedding_that_says_it_is_of_another_recogniser_is_refused(api: Client) -> None:
+    ours = api("GET", "/v1/model").json()["identity"]["recogniser"]
+    asked = {"embedding": [1.0] * 512, "seed": 3, "latent_inference_steps": 3}
+    believed = api.json("/v1/latents", **asked)
+    assert api.json("/v1/latents", recogniser=ours["fingerprint"], **asked).json() == believed.json()
+    stranger = recogniser_id("tiny-b")["fingerprint"]
+    detail = problem(api.json("/v1/latents", recogniser=stranger, **asked), 422, "invalid_request")["detail"]
+    assert detail.startswith(
+        f"The embedding is of the recogniser {stranger}; this server's is tiny ({ours['fingerprint']})"
+    )
 
 
 def test_stages_one_by_one_lead_to_the_same_picture_as_in_one_go(api: Client) -> None:

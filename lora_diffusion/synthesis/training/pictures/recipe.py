@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from lora_diffusion.config import to_dict
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
@@ -52,9 +53,10 @@ class PictureTraining:
                 "stage=pictures needs pictures.people: a folder, Parquet files or tars with photos of people"
             )
         start = Synthesizer.from_pretrained(config.before_pictures)
-        base = BaseModel.from_pretrained(c.base or start.provenance.base.get("name", ""), self.group.device)
+        base = BaseModel.from_pretrained(c.base or start.identity.base_name, self.group.device)
         start.check_base(base)
-        recogniser = start.provenance.recogniser["name"]
+        recogniser = start.identity.recogniser_name
+        start.check_recogniser(FaceEmbedder(EmbedderConfig(recogniser)))  # of this machine
         cache = PhotoCache(c, recogniser, base, config.data.cache)
         try:
             self._fill(cache)
