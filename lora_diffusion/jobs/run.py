@@ -131,34 +131,6 @@ def said_after(seconds: float, line: str) -> Iterator[None]:
         timer.cancel()
 
 
-def check_places(config: Any) -> None:
-    """Every bucket answers and every output can be written, before anything begins. Raises StoreError."""
-    from lora_diffusion.config import places
-    from lora_diffusion.storage import open_store
-
-    stores = {
-        (store.root.partition("/")[0] if not store.local else store.root): store
-        for _, address, output in places(config)
-        if not (store := open_store(address, attempts=2, read_seconds=PATIENCE)).local or output
-    }
-    for store in stores.values():
-        endpoint = os.environ.get("AWS_ENDPOINT_URL")
-        with said_after(PATIENCE, f"waiting for {store.uri}{f' at {endpoint}' if endpoint else ''}: no answer yet"):
-            store.check()
-
-
-@contextmanager
-def said_after(seconds: float, line: str) -> Iterator[None]:
-    """Print `line` if the block takes longer than `seconds`."""
-    timer = threading.Timer(seconds, print, (line,), {"flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 @dataclass(frozen=True)
 class Options:
     config: Path | None
