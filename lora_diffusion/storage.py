@@ -171,6 +171,22 @@ class Store:
         except Exception as error:
             raise self._error("use", "", error) from error
 
+    def objects(self, folder: str = "") -> Iterator[tuple[str, int, str]]:
+        """Of a bucket: (name below the root, bytes, ETag) of everything below `folder`, page by page."""
+        bucket, _, prefix = self.root.partition("/")
+        prefix = f"{prefix}/" if prefix else ""
+        request = {"Bucket": bucket, "Prefix": f"{prefix}{folder}/" if folder else prefix}
+        while True:
+            try:
+                page = self.filesystem.call_s3("list_objects_v2", **request)
+            except Exception as error:
+                raise self._error("list", folder, error) from error
+            for item in page.get("Contents", []):
+                yield item["Key"].removeprefix(prefix), int(item["Size"]), item["ETag"]
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
     def sweep(self, folder: str) -> None:
         """Remove what a killed local writer left half-written in `folder`. Call only when no writer runs."""
         if self.local:

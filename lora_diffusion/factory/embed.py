@@ -130,7 +130,7 @@ class PersonEmbedder:
 
     def _embed_photo(self, photo: RawPhoto) -> tuple[bytes, np.ndarray, FaceEmbedding]:
         if photo.data is None:
-            raise PhotoError("unreadable", photo.error)
+            raise PhotoError(photo.reason, photo.error)
         pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels)
         face = self.embedder.embed(pixels)
         picture, box = square_picture(pixels, self.picture_size, face.box, self.config.photos)
@@ -140,9 +140,7 @@ class PersonEmbedder:
 
     def _too_few(self, position: int, person: PersonRef, found: int, kept: int, failures: list[Failure]) -> Failure:
         if not found:
-            message = (
-                f"no photo of this person at {self.source.uri}; a photo's name ends in .jpg, .png, .webp or the like"
-            )
+            message = f"no photo of this person at {self.source.uri}"
             return Failure(position, person.identity, None, "read", "no_photos", message)
         reasons = ", ".join(f"{number} × {reason}" for reason, number in Counter(f.reason for f in failures).items())
         message = f"{kept} of {found} photos can be used, at least {self.config.photos.min_photos} are needed"

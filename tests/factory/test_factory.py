@@ -70,13 +70,15 @@ BAD: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
     "text.png": (lambda photo: b"this is no picture", "not_an_image"),
     "wall.png": (lambda photo: encode(Image.new("RGB", (64, 64), (90, 120, 150)), "PNG"), "no_face"),
     "two.png": (two_people, "several_faces"),
+    "plain copy.JPEG": (lambda photo: encode(photo, "JPEG"), "duplicate"),
 }
 GOOD: dict[str, Callable[[Image.Image], bytes]] = {
     "alpha.png": lambda photo: encode(photo.convert("RGBA"), "PNG"),
     "cmyk.jpg": lambda photo: encode(photo.convert("CMYK"), "JPEG", quality=95),
     "exif.jpg": rotated_by_exif,
     "grey16.png": lambda photo: encode(Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257), "PNG"),
-    "plain.JPEG": lambda photo: encode(photo, "JPEG"),
+    "one.JPEG": lambda photo: encode(photo, "JPEG"),
+    "without end.jpg": lambda photo: encode(photo, "JPEG", quality=96)[:-2],
 }
 
 
