@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion.corpus.manifest import Manifest
-from lora_diffusion.corpus.schema import Failure
+from lora_diffusion.corpus.schema import KEPT, Failure
 from lora_diffusion.faces.embedder import (
     CROP_SIZE,
     FaceEmbedder,
@@ -25,7 +25,7 @@ from lora_diffusion.faces.embedder import (
     mean_embedding,
     model_folder,
 )
-from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
+from lora_diffusion.faces.photos import PhotoError, PhotoReason, load_photo, prepare_photo
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
 from lora_diffusion.identity import Mismatch
@@ -104,8 +104,11 @@ class PersonEmbedder:
         failures: list[Failure] = []
         kept: list[tuple[RawPhoto, bytes, np.ndarray, FaceEmbedding]] = []
         for photo in photos:
+            faults: list[PhotoReason] = []
             try:
-                kept.append((photo, *self._embed_photo(photo)))
+                kept.append((photo, *self._embed_photo(photo, faults)))
+                message = "the file lacks its end; its picture is whole and was used"
+                failures += [Failure(position, person.identity, photo.name, KEPT, fault, message) for fault in faults]
             except (PhotoError, FaceError) as error:
                 stage = "read" if isinstance(error, PhotoError) else "embed"
                 failures.append(Failure(position, person.identity, photo.name, stage, error.reason, str(error)))
@@ -128,10 +131,10 @@ class PersonEmbedder:
             failures=tuple(failures),
         )
 
-    def _embed_photo(self, photo: RawPhoto) -> tuple[bytes, np.ndarray, FaceEmbedding]:
+    def _embed_photo(self, photo: RawPhoto, faults: list[PhotoReason]) -> tuple[bytes, np.ndarray, FaceEmbedding]:
         if photo.data is None:
             raise PhotoError(photo.reason, photo.error)
-        pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels)
+        pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels, faults=faults)
         face = self.embedder.embed(pixels)
         picture, box = square_picture(pixels, self.picture_size, face.box, self.config.photos)
         buffer = io.BytesIO()
@@ -142,7 +145,9 @@ class PersonEmbedder:
         if not found:
             message = f"no photo of this person at {self.source.uri}"
             return Failure(position, person.identity, None, "read", "no_photos", message)
-        reasons = ", ".join(f"{number} × {reason}" for reason, number in Counter(f.reason for f in failures).items())
+        reasons = ", ".join(
+            f"{number} × {reason}" for reason, number in Counter(f.reason for f in failures if f.stage != KEPT).items()
+        )
         message = f"{kept} of {found} photos can be used, at least {self.config.photos.min_photos} are needed"
         message += f" ({reasons})" if reasons else ""
         return Failure(position, person.identity, None, "embed", "too_few_photos", message)

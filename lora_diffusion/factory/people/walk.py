@@ -102,13 +102,14 @@ def _within(path: str, folder: str) -> bool:
 def _walk_bucket(store: Store, folder: str) -> Iterator[tuple[str, list[Entry]]]:
     """Keys come in an order that keeps the content of a folder together."""
     if not folder:
-        yield "", [Entry(name, size) for name, size in store.files().items()]
+        files, inner = store.files_and_folders()
+        yield "", [*(Entry(f"{name}/") for name in inner if hidden(name)), *(Entry(*file) for file in files.items())]
     begun: dict[str, list[Entry]] = {}
     skipped: set[str] = set()
     for key, size, tag in store.objects(folder):
         parts = key.split("/")
-        if not folder and len(parts) == 1:
-            continue
+        if not folder and (len(parts) == 1 or hidden(parts[0])):
+            continue  # already told
         cut = next((i for i, part in enumerate(parts) if hidden(part)), len(parts) - 1)
         here, name = "/".join(parts[:cut]), parts[cut]
         for done in [other for other in begun if not key.startswith(f"{other}/")]:
