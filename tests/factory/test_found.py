@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import io
 import lzma
@@ -17,8 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from small_corpus import MANIFEST
 
+from lora_diffusion.factory import CorpusConfig, planning
 from lora_diffusion.factory.people import Found, PersonRef, RawPhoto, open_people
+from lora_diffusion.factory.planning import find
 from lora_diffusion.storage import open_store
 
 
@@ -376,6 +380,24 @@ def test_what_was_found_is_one_line_and_the_first_notes() -> None:
     assert first == "1,204 people, 9,816 photos; skipped: 31 videos, 4 empty folders, 1 duplicate"
     assert rest == [*(f"place {i}" for i in range(10)), "and 2 more such places"]
     assert str(Found(1, 1)) == "1 person, 1 photo"
+
+
+def test_the_plan_says_what_was_found_and_nobody_at_all_is_refused(tmp_path: Path) -> None:
+    lay(tmp_path / "people", {"ada/1.jpg": picture(1), "ada/1.mov": b"x", "bob/x.mov": b"x"})
+    config = CorpusConfig(people=str(tmp_path / "people"), output=str(tmp_path / "corpus"))
+    listed = planning.list_people(config)
+    text = planning.preview(config, MANIFEST, listed).describe(workers=1)
+    assert text.splitlines()[0] == f"{tmp_path}/people: 1 person, 1 photo; skipped: 2 videos"
+    assert "2 people of" in text, "bob is planned, as a row that says why"
+    assert find(listed, "bob").problem == ("no_photos", f"{tmp_path}/people/bob holds no photo, only 1 video")
+    (tmp_path / "people/ada/1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"no people found at \S+: there lie 2 videos"):
+        planning.list_people(config)
+    pq.write_table(pa.table({"identity": [None], "image": [b"x"]}), tmp_path / "x.parquet")
+    with pytest.raises(
+        ValueError, match=r"nobody in \S+ has a photo that can be used: 0 people, 1 photo; skipped: 1 unnamed row"
+    ):
+        planning.list_people(dataclasses.replace(config, people=f"{tmp_path}/x.parquet"))
 
 
 def test_photos_are_read_as_far_as_needed(tmp_path: Path) -> None:
