@@ -62,6 +62,13 @@ def parquet(rows: list[dict[str, object]]) -> bytes:
     return sink.getvalue()
 
 
+def arrow(rows: list[dict[str, object]]) -> bytes:
+    table, sink = pa.Table.from_pylist(rows), io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
 def look(uri: str | Path) -> tuple[dict[str, list[str]], dict[str, tuple[str, str]], Found]:
     """People with the names of their photos that have data, those with a problem, and what was counted."""
     source = open_people(str(uri))
@@ -251,8 +258,13 @@ ROWS = [
         },
         {f"identity={row['identity']}/0.parquet": parquet([{"image": row["image"]}]) for row in ROWS},
         {"data/0.parquet": parquet(ROWS), "assets/teaser.jpg": picture(3), "_temporary/0/0.parquet": b"half"},
+        {
+            "train/data-00000-of-00001.arrow": arrow(ROWS),
+            "train/cache-12.arrow": arrow(ROWS),
+            "train/state.json": b"{}",
+        },
     ],
-    ids=["cache beside", "data folder", "hive", "pictures beside"],
+    ids=["cache beside", "data folder", "hive", "pictures beside", "save_to_disk"],
 )
 def test_parquet_of_hubs_is_recognised(files: dict[str, bytes], tmp_path: Path) -> None:
     good, problems, found = look(lay(tmp_path, files))

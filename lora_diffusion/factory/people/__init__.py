@@ -12,9 +12,9 @@ from collections import Counter
 from itertools import chain
 
 from lora_diffusion.faces.photos import SUFFIXES, special_file
-from lora_diffusion.factory.people import tars
+from lora_diffusion.factory.people import parquet, tars
 from lora_diffusion.factory.people.folders import CAPTIONS, FolderPeople
-from lora_diffusion.factory.people.parquet import SUFFIX, ParquetPeople, unfinished
+from lora_diffusion.factory.people.parquet import ParquetPeople, is_table
 from lora_diffusion.factory.people.sorting import sort_out
 from lora_diffusion.factory.people.source import Found, PeopleSource, PersonRef, RawPhoto, counted
 from lora_diffusion.factory.people.tars import TarPeople
@@ -37,8 +37,8 @@ def open_people(uri: str) -> PeopleSource:
     store = open_store(uri)
     if store.local and not os.path.isdir(store.root):
         return _single_file(uri, store.root)
-    if not store.local and uri.endswith((SUFFIX, *tars.SUFFIXES)):
-        return _by_name(uri, uri)
+    if not store.local and uri.lower().endswith((*parquet.SUFFIXES, *tars.SUFFIXES)):
+        return _by_name(uri, uri.lower())
     tables: list[str] = []
     archives: list[str] = []
     fits = False
@@ -46,10 +46,10 @@ def open_people(uri: str) -> PeopleSource:
     root = [next(looking)]
     for folder, entries in chain(root, walk(store, "data"), looking):  # data: where hubs put Parquet, beside pictures
         names = [entry.path for entry in entries if not entry.problem]
-        here = [name for name in names if name.endswith(SUFFIX) and name != CAPTIONS and not unfinished(name)]
+        here = [name for name in names if is_table(name) and name != CAPTIONS]
         fits = fits or (bool(here) and ParquetPeople(store, here[:1], uri).fits())
         tables += here
-        archives += [name for name in names if name.endswith(tars.SUFFIXES)]
+        archives += [name for name in names if name.lower().endswith(tars.SUFFIXES)]
         if folder and not fits and sort_out(entries, FolderPeople(store).peek, count=False).photos:
             return FolderPeople(store)
     if tables:
@@ -67,7 +67,7 @@ def _single_file(uri: str, path: str) -> PeopleSource:
         raise ValueError(f"{uri} does not exist ({error.strerror}): people must name {expected}") from None
     if special:
         raise ValueError(f"{uri} is {special}: people must name {_EXPECTED.format(uri=uri)}")
-    if path.lower().endswith((SUFFIX, *tars.SUFFIXES)):
+    if path.lower().endswith((*parquet.SUFFIXES, *tars.SUFFIXES)):
         return _by_name(uri, path.lower())
     if path.lower().endswith(SUFFIXES):
         raise ValueError(f"{uri} is one file: people must name {_EXPECTED.format(uri=os.path.dirname(uri))}")
@@ -79,7 +79,7 @@ def _by_name(uri: str, name: str) -> PeopleSource:
     store = open_store(folder or ".")
     if not store.local and not store.exists(file):
         raise ValueError(f"{uri} does not exist: people must name {_EXPECTED.format(uri=store.uri)}")
-    return (ParquetPeople if name.endswith(SUFFIX) else TarPeople)(store, [file], uri)
+    return (ParquetPeople if name.endswith(parquet.SUFFIXES) else TarPeople)(store, [file], uri)
 
 
 def _what_lies(store: Store) -> str:

@@ -31,7 +31,7 @@ class FolderPeople:
             if not folder:
                 entries = [entry for entry in entries if entry.path not in _OURS]
                 links = link_people(entries)
-            for table in (e.path for e in entries if e.path.endswith(parquet.SUFFIX) and not e.problem):
+            for table in (e.path for e in entries if parquet.is_table(e.path) and not e.problem):
                 if parquet.ParquetPeople(self.store, [table], self.uri).fits():
                     raise ValueError(
                         f"{self.uri} holds both folders of photos and Parquet files of people ({table}): name one of them, "

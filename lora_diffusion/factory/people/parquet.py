@@ -1,4 +1,7 @@
-"""Parquet files: rows with the columns `identity` and `image`; a folder `identity=ada` may stand for the column."""
+"""Parquet files, and the Arrow files of Hugging Face's `save_to_disk`: rows with the columns `identity` and `image`.
+
+A folder `identity=ada` may stand for the column.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lora_diffusion.factory.people.sorting import sort_out
@@ -20,7 +24,7 @@ from lora_diffusion.factory.people.source import Found, PersonRef, RawPhoto, dis
 from lora_diffusion.factory.people.walk import walk
 from lora_diffusion.storage import Store, StoreError
 
-SUFFIX = ".parquet"
+SUFFIXES = (".parquet", ".arrow")
 _HIVE = re.compile(r"(?:^|/)identity=([^/]+)/")
 
 
@@ -42,7 +46,7 @@ class ParquetPeople:
         for number, name in enumerate(self.names):
             parquet = self._open(number)
             field = self._image_field(parquet, name)
-            whole = whole or (pa.types.is_nested(field.type) and not pa.types.is_struct(field.type))
+            whole = whole or _is_list(field.type)
             for group in range(parquet.num_row_groups):
                 photos += _images(parquet, group)
                 for row, identity in enumerate(self._identities(parquet, number, group)):
@@ -97,9 +101,9 @@ class ParquetPeople:
             else:
                 yield _photo(place, images, captions)
 
-    def _identities(self, parquet: pq.ParquetFile, number: int, group: int) -> list[bytes | None]:
+    def _identities(self, parquet: _File, number: int, group: int) -> list[bytes | None]:
         if "identity" not in parquet.schema_arrow.names:
-            return [_hive_identity(self.names[number])] * int(parquet.metadata.row_group(group).num_rows)
+            return [_hive_identity(self.names[number])] * len(self._read(parquet, number, group, ["image"]))
         column = self._read(parquet, number, group, ["identity"])["identity"]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
@@ -107,25 +111,27 @@ class ParquetPeople:
             column = column.cast(pa.string())
         return column.cast(pa.binary()).to_pylist()
 
-    def _open(self, number: int) -> pq.ParquetFile:
+    def _open(self, number: int) -> _File:
         name = self.names[number]
         try:
+            if name.lower().endswith(".arrow"):
+                return _ArrowFile(self.store, name)
             return pq.ParquetFile(self.store.open(name))
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(name, error) from error
 
-    def _read(self, parquet: pq.ParquetFile, number: int, group: int, columns: list[str]) -> pa.Table:
+    def _read(self, parquet: _File, number: int, group: int, columns: list[str]) -> pa.Table:
         try:
             return parquet.read_row_group(group, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(self.names[number], error) from error
 
     def _unreadable(self, name: str, error: Exception) -> Exception:
-        message = f"{self.store.uri}/{name} cannot be read as Parquet: {error}"
+        message = f"{self.store.uri}/{name} cannot be read as {'Arrow' if name.lower().endswith('.arrow') else 'Parquet'}: {error}"
         lost = isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not self.store.local
         return StoreError(message) if lost else ValueError(message)
 
-    def _image_field(self, parquet: pq.ParquetFile, name: str) -> pa.Field:
+    def _image_field(self, parquet: _File, name: str) -> pa.Field:
         schema = parquet.schema_arrow
         missing = [column for column in ("identity", "image") if column not in schema.names]
         if _hive_identity(name) and "identity" in missing:
@@ -145,9 +151,27 @@ class ParquetPeople:
         return True
 
 
-def unfinished(name: str) -> bool:
-    """Whether Spark or its like is still writing the file: `_temporary/0/x.parquet`."""
-    return any(part.startswith("_") for part in name.split("/"))
+class _ArrowFile:
+    """The methods of `ParquetFile` that are used here; a local file is mapped, not read."""
+
+    num_row_groups = 1
+
+    def __init__(self, store: Store, name: str) -> None:
+        source = pa.memory_map(store.path(name)) if store.local else pa.BufferReader(store.read(name))
+        self.table = pa.ipc.open_stream(source).read_all()
+        self.schema_arrow = self.table.schema
+
+    def read_row_group(self, group: int, columns: list[str]) -> pa.Table:
+        return self.table.select(columns)
+
+
+_File: TypeAlias = pq.ParquetFile | _ArrowFile
+
+
+def is_table(name: str) -> bool:
+    """Not one that Spark still writes (`_temporary/0/x.parquet`), nor what `datasets` keeps of a `map` (`cache-1f.arrow`)."""
+    unfinished = any(part.startswith(("_", "cache-")) for part in name.split("/"))
+    return name.lower().endswith(SUFFIXES) and not unfinished
 
 
 @lru_cache(maxsize=2)
@@ -157,11 +181,18 @@ def _row_group(source: ParquetPeople, number: int, group: int) -> pa.Table:
     return source._read(parquet, number, group, wanted)
 
 
-def _images(parquet: pq.ParquetFile, group: int) -> int:
-    """Photos of a row group, by its metadata."""
+def _images(parquet: _File, group: int) -> int:
+    """Photos of a row group, without reading them."""
+    if isinstance(parquet, _ArrowFile):
+        images = parquet.table["image"]
+        return int(pc.sum(pc.list_value_length(images)).as_py() or 0) if _is_list(images.type) else len(images)
     columns = parquet.metadata.row_group(group)
     leaves = (columns.column(i) for i in range(columns.num_columns))
     return next(int(leaf.num_values) for leaf in leaves if leaf.path_in_schema.split(".")[0] == "image")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_nested(kind) and not pa.types.is_struct(kind)
 
 
 def _hive_identity(name: str) -> bytes | None:

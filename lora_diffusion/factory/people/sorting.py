@@ -34,6 +34,7 @@ _NAMED = _suffixes(  # unless they turn out to be photos
     archive="zip 7z rar gz tgz bz2 xz zst tar",
     sound="mp3 m4a wav aac ogg",
     Parquet_file="parquet",
+    Arrow_file="arrow",
 )
 _WRAPPER = re.compile(
     r"train|test|val(id(ation)?)?|dev|data|images|celeba_generated\d*|(?!identity=)\w+=.*", re.IGNORECASE
