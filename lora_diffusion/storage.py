@@ -145,16 +145,21 @@ class Store:
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Name (without folder) -> bytes of the files directly in `folder`; none if it does not exist."""
-        return {
-            entry["name"].rpartition("/")[2]: int(entry["size"] or 0)
-            for entry in self._list(folder)
-            if entry["type"] != "directory" and not entry["name"].endswith((_TEMPORARY, "/"))
-        }
+        return self.files_and_folders(folder)[0]
 
     def folders(self, folder: str = "") -> list[str]:
         """Sorted names of the folders directly in `folder`."""
+        return self.files_and_folders(folder)[1]
+
+    def files_and_folders(self, folder: str = "") -> tuple[dict[str, int], list[str]]:
+        """`files` and `folders`, by one listing."""
         entries = self._list(folder)
-        return sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
+        files = {
+            entry["name"].rpartition("/")[2]: int(entry["size"] or 0)
+            for entry in entries
+            if entry["type"] != "directory" and not entry["name"].endswith((_TEMPORARY, "/"))
+        }
+        return files, sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
 
     def check(self) -> None:
         """That the place can be reached and, in a folder, written. Touches nothing. Raises StoreError."""
@@ -170,6 +175,22 @@ class Store:
                 self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
         except Exception as error:
             raise self._error("use", "", error) from error
+
+    def objects(self, folder: str = "") -> Iterator[tuple[str, int, str]]:
+        """Of a bucket: (name below the root, bytes, ETag) of everything below `folder`, page by page."""
+        bucket, _, prefix = self.root.partition("/")
+        prefix = f"{prefix}/" if prefix else ""
+        request = {"Bucket": bucket, "Prefix": f"{prefix}{folder}/" if folder else prefix}
+        while True:
+            try:
+                page = self.filesystem.call_s3("list_objects_v2", **request)
+            except Exception as error:
+                raise self._error("list", folder, error) from error
+            for item in page.get("Contents", []):
+                yield item["Key"].removeprefix(prefix), int(item["Size"]), item["ETag"]
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def sweep(self, folder: str) -> None:
         """Remove what a killed local writer left half-written in `folder`. Call only when no writer runs."""

@@ -44,14 +44,17 @@ class Person:
     score_seconds: float
 
 
+KEPT = "kept"  # stage of a photo with a fault that was used all the same
+
+
 @dataclass(frozen=True)
 class Failure:
-    """A row of `failures/`: a person who has no LoRA (`photo` is None), or one photo that was left out."""
+    """A row of `failures/`: a person who has no LoRA (`photo` is None), or one photo that was left out, or `KEPT`."""
 
     position: int
     identity: str
     photo: str | None
-    stage: str  # read, embed, finetune, score
+    stage: str  # read, embed, finetune, score, or kept
     reason: str  # a word to count by, such as no_face
     message: str  # a sentence for a person
 

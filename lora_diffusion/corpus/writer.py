@@ -27,6 +27,7 @@ from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.plan import CorpusError, Plan, ShardPlan, shard_name
 from lora_diffusion.corpus.reader import ShardInfo, read_statistics
 from lora_diffusion.corpus.schema import (
+    KEPT,
     Failure,
     Person,
     failures_table,
@@ -128,11 +129,12 @@ def finish_corpus(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) 
 
 
 def count(infos: Sequence[ShardInfo]) -> dict[str, object]:
-    """People done, people failed by reason, photos left out by reason."""
+    """People done, people failed by reason, photos left out or used with a fault by reason."""
     failed: dict[str, int] = {}
     dropped: dict[str, int] = {}
+    kept: dict[str, int] = {}
     for failure in (failure for info in infos for failure in info.failures):
-        counter = failed if failure.photo is None else dropped
+        counter = failed if failure.photo is None else kept if failure.stage == KEPT else dropped
         counter[failure.reason] = counter.get(failure.reason, 0) + 1
     return {
         "num_shards": len(infos),
@@ -140,4 +142,5 @@ def count(infos: Sequence[ShardInfo]) -> dict[str, object]:
         "num_failed": sum(failed.values()),
         "failed_by_reason": dict(sorted(failed.items())),
         "photos_dropped_by_reason": dict(sorted(dropped.items())),
+        **({"photos_kept_by_reason": kept} if kept else {}),
     }

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion.corpus.manifest import Manifest
-from lora_diffusion.corpus.schema import Failure
+from lora_diffusion.corpus.schema import KEPT, Failure
 from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint, mean_embedding, model_folder
-from lora_diffusion.faces.photos import PhotoError, load_photo, prepare_photo
+from lora_diffusion.faces.photos import PhotoError, PhotoReason, load_photo, prepare_photo
 from lora_diffusion.faces.search import FaceEmbedding
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
@@ -99,8 +99,11 @@ class PersonEmbedder:
         failures: list[Failure] = []
         kept: list[tuple[RawPhoto, bytes, np.ndarray, FaceEmbedding]] = []
         for photo in photos:
+            faults: list[PhotoReason] = []
             try:
-                kept.append((photo, *self._embed_photo(photo)))
+                kept.append((photo, *self._embed_photo(photo, faults)))
+                message = "the file lacks its end; its picture is whole and was used"
+                failures += [Failure(position, person.identity, photo.name, KEPT, fault, message) for fault in faults]
             except (PhotoError, FaceError) as error:
                 stage = "read" if isinstance(error, PhotoError) else "embed"
                 failures.append(Failure(position, person.identity, photo.name, stage, error.reason, str(error)))
@@ -123,10 +126,10 @@ class PersonEmbedder:
             failures=tuple(failures),
         )
 
-    def _embed_photo(self, photo: RawPhoto) -> tuple[bytes, np.ndarray, FaceEmbedding]:
+    def _embed_photo(self, photo: RawPhoto, faults: list[PhotoReason]) -> tuple[bytes, np.ndarray, FaceEmbedding]:
         if photo.data is None:
-            raise PhotoError("unreadable", photo.error)
-        pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels)
+            raise PhotoError(photo.reason, photo.error)
+        pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels, faults=faults)
         face = self.embedder.embed(pixels)
         upright, box = face.turn_upright(pixels)
         picture, box = square_picture(upright, self.picture_size, box, self.config.photos)
@@ -136,11 +139,11 @@ class PersonEmbedder:
 
     def _too_few(self, position: int, person: PersonRef, found: int, kept: int, failures: list[Failure]) -> Failure:
         if not found:
-            message = (
-                f"no photo of this person at {self.source.uri}; a photo's name ends in .jpg, .png, .webp or the like"
-            )
+            message = f"no photo of this person at {self.source.uri}"
             return Failure(position, person.identity, None, "read", "no_photos", message)
-        reasons = ", ".join(f"{number} × {reason}" for reason, number in Counter(f.reason for f in failures).items())
+        reasons = ", ".join(
+            f"{number} × {reason}" for reason, number in Counter(f.reason for f in failures if f.stage != KEPT).items()
+        )
         message = f"{kept} of {found} photos can be used, at least {self.config.photos.min_photos} are needed"
         message += f" ({reasons})" if reasons else ""
         return Failure(position, person.identity, None, "embed", "too_few_photos", message)

@@ -16,7 +16,7 @@ import torch
 
 from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.manifest import Manifest
-from lora_diffusion.corpus.schema import Failure, Person
+from lora_diffusion.corpus.schema import KEPT, Failure, Person
 from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint
 from lora_diffusion.factory.config import CorpusConfig
@@ -155,7 +155,7 @@ class LoRAMaker:
                     steps=tuned.steps,
                     seed=self.config.finetune.seed,
                     num_photos=len(person.pictures),
-                    num_photos_dropped=sum(failure.photo is not None for failure in person.failures),
+                    num_photos_dropped=sum(f.photo is not None and f.stage != KEPT for f in person.failures),
                     photo_sha256=person.photo_sha256,
                     embed_seconds=person.seconds,
                     finetune_seconds=tuned.seconds / len(people),

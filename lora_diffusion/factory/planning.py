@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from lora_diffusion.corpus import CorpusReader, Manifest, Plan, ShardInfo, ShardPlan, extend_plan, open_corpus
 from lora_diffusion.factory import report
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.factory.people import PersonRef, open_people
+from lora_diffusion.factory.people import Found, PersonRef, open_people
 from lora_diffusion.storage import SYNTHETIC, Store, open_store
+
+
+class Listed(dict[str, PersonRef]):
+    """People by identity, sorted. `found`: what the whole source holds, and what of it was skipped and why."""
+
+    found: Found | None = None
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class CorpusRun:
     store: Store
     manifest: Manifest | None  # None: of a preview, while the models are not on this machine
     plan: Plan
-    people: Mapping[str, PersonRef]  # of the source, now
+    people: Listed  # of the source, now
     done: Sequence[ShardInfo]
     damaged: Mapping[int, str]  # index -> what is wrong; these are made again
 
@@ -50,6 +56,8 @@ class CorpusRun:
         """The plan in words, with the cost of what is left."""
         plan, manifest, todo = self.plan, self.manifest, self.todo
         lines = [f"shard {index} {problem}: it will be made again" for index, problem in self.damaged.items()]
+        if self.people.found:
+            lines.append(f"{self.config.people}: {self.people.found}")
         lines.append(
             f"{len(plan.identities)} people of {self.config.people} in {len(plan.shards)} shards of "
             f"{plan.people_per_shard}, {len(self.done)} of them done -> {self.config.output}"
@@ -67,7 +75,7 @@ class CorpusRun:
         return "\n".join(lines)
 
 
-def begin(config: CorpusConfig, wanted: Manifest, people: Mapping[str, PersonRef]) -> CorpusRun:
+def begin(config: CorpusConfig, wanted: Manifest, people: Listed) -> CorpusRun:
     """Begin or continue the corpus at `config.output`. Only one driver may do so at a time.
 
     Raises CorpusConflict if the corpus there has another recipe, StoreError if it cannot be read or written.
@@ -82,7 +90,7 @@ def begin(config: CorpusConfig, wanted: Manifest, people: Mapping[str, PersonRef
     return CorpusRun(config, store, manifest, plan, people, done, damaged)
 
 
-def preview(config: CorpusConfig, wanted: Manifest | None, people: Mapping[str, PersonRef]) -> CorpusRun:
+def preview(config: CorpusConfig, wanted: Manifest | None, people: Listed) -> CorpusRun:
     """What `begin` would find; writes nothing. `wanted` None: the corpus that is there is not compared."""
     store = open_store(config.output)
     plan = Plan((), config.people_per_group, config.groups_per_shard)
@@ -112,12 +120,16 @@ def people_folder(people: str, output: str) -> str:
     return f"{output}-people" if number_of_synthetic(people) else people
 
 
-def list_people(config: CorpusConfig) -> dict[str, PersonRef]:
-    """Everyone in the source by identity, sorted, up to `config.limit`. Raises ValueError if there is nobody."""
-    people = sorted(open_people(config.people).list_people(), key=lambda person: person.identity)
-    if not people:
-        raise ValueError(f"nobody in {config.people}: expected {config.people}/<identity>/*.jpg")
-    return {person.identity: person for person in people[: config.limit]}
+def list_people(config: CorpusConfig) -> Listed:
+    """Everyone in the source, up to `config.limit`. Raises ValueError if there is nobody with a photo."""
+    source = open_people(config.people)
+    people = sorted(source.list_people(), key=lambda person: person.identity)
+    if not source.found.people:
+        reasons = "".join(f"\n{person.problem[1]}" for person in people[:3] if person.problem)
+        raise ValueError(f"nobody in {config.people} has a photo that can be used: {source.found}{reasons}")
+    listed = Listed({person.identity: person for person in people[: config.limit]})
+    listed.found = source.found
+    return listed
 
 
 def find(people: Mapping[str, PersonRef], identity: str) -> PersonRef:

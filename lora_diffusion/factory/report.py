@@ -91,6 +91,8 @@ def summary(reader: CorpusReader, made: int, seconds: float) -> str:
         f"{counts['num_people']} people done, {counts['num_failed']} failed{_reasons(counts['failed_by_reason'])}",
         f"photos left out: {sum(counts['photos_dropped_by_reason'].values())}{_reasons(counts['photos_dropped_by_reason'])}",
     ]
+    if kept := counts.get("photos_kept_by_reason"):
+        lines.append(f"photos with a fault that were used: {sum(kept.values())}{_reasons(kept)}")
     if made:
         lines.append(f"{made} LoRAs made in {duration(seconds)}: {made / seconds:.2f} LoRAs/s")
     if counts["num_people"]:

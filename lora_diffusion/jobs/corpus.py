@@ -60,7 +60,7 @@ def dry_run(config: CorpusConfig) -> str:
         if not (absent := find_cause(error, (NotHereError,))):
             raise
         notes.append(f"{absent}; whether it fits is not looked at")
-    people = {f"person {i}": PersonRef(f"person {i}") for i in range(count)[: config.limit]}
+    people = planning.Listed({f"person {i}": PersonRef(f"person {i}") for i in range(count)[: config.limit]})
     begun = planning.preview(config, manifest, people or planning.list_people(config))
     if count:
         where = planning.people_folder(config.people, config.output)
@@ -192,6 +192,7 @@ def finish(begun: CorpusRun, progress: report.Progress) -> None:
     if pending:
         finish_corpus(store, before, infos)
     text = report.summary(CorpusReader(store), progress.done, progress.seconds)
+    text = f"{begun.people.found}\n{text}" if begun.people.found else text
     print(text)
     if pending:
         store.write(SUMMARY, (text + "\n").encode())

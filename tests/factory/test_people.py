@@ -107,9 +107,11 @@ def test_a_single_file_is_a_source(tmp_path: Path) -> None:
 
 
 def test_nothing_to_read_is_a_user_error(tmp_path: Path) -> None:
-    for uri in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=r"no people found at .* a folder for each person"):
-            open_people(str(uri))
+    with pytest.raises(ValueError, match=r"no people found at .* a folder for each person"):
+        open_people(str(tmp_path))
+    for missing in ("missing", "missing.tar", "missing.parquet"):
+        with pytest.raises(ValueError, match=r"missing\S* does not exist .* a folder for each person .*synthetic:40"):
+            open_people(str(tmp_path / missing))
     pq.write_table(pa.table({"name": ["a"], "image": [b""]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet lacks the column identity; it has name, image"):
         open_people(str(tmp_path)).list_people()
@@ -117,7 +119,7 @@ def test_nothing_to_read_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read as Parquet"):
         open_people(str(tmp_path)).list_people()
     (tmp_path / "b.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(ValueError, match="not a plain tar file"):
+    with pytest.raises(ValueError, match=r"b.tar is no whole tar file"):
         open_people(str(tmp_path / "b.tar")).list_people()
 
 
@@ -143,6 +145,7 @@ def test_what_lies_beside_the_photos_is_no_photo(tmp_path: Path) -> None:
     assert set(people) == {*NAMES, "nobody"}
     assert [photo.name for photo in source.photos(people["ana"], 9)] == ["0.jpg", "1.jpg", "2.jpg"]
     assert source.photos(people["nobody"], 9) == []
+    assert people["nobody"].problem == ("no_photos", f"{tmp_path}/nobody is empty")
 
 
 def test_a_photo_that_cannot_be_read_is_a_photo_without_data(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def add_bad_people(world: Path) -> None:
     for name in ("a wall", "Zoë 😀"):
         (world / "mixed" / name).mkdir()
     for i in range(2):
-        Image.new("RGB", (64, 64), (90, 120, 150)).save(world / "mixed" / "a wall" / f"{i}.png")
+        Image.new("RGB", (64, 64), (90 + i, 120, 150)).save(world / "mixed" / "a wall" / f"{i}.png")
     whole = (world / "mixed" / "person-020003" / "00.jpg").read_bytes()
     (world / "mixed" / "person-020003" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
 

@@ -1,0 +1,167 @@
+"""WebDataset: members `<identity>/<key>.jpg`, or `<identity>.<anything>.jpg`; `<same>.txt` is the caption.
+
+Plain tars are read where their bytes lie. Compressed ones have no places to come back to: they are unpacked into a
+temporary file first, in each process that reads them.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import posixpath
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import IO, Any
+
+import pyarrow as pa
+
+from lora_diffusion.factory.people.folders import caption_text
+from lora_diffusion.factory.people.sorting import Sorted, link_people, people_in, sort_out
+from lora_diffusion.factory.people.source import Found, PersonRef, RawPhoto, distinct, shown
+from lora_diffusion.factory.people.walk import Entry, hidden
+from lora_diffusion.storage import Store, StoreError
+
+SUFFIXES = (".tar", ".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_UNPACKED_AT_ONCE = 4
+_COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"),
+}
+
+
+class TarPeople:
+    def __init__(self, store: Store, names: list[str], uri: str) -> None:
+        self.store, self.names, self.uri, self.found = store, names, uri, Found()
+        self._unpacked: dict[int, IO[bytes] | None] = {}  # None: a plain tar
+
+    def list_people(self) -> list[PersonRef]:
+        folders: dict[str, list[Entry]] = {}
+        for number in range(len(self.names)):
+            for entry in self._members(number):
+                folder = entry.path.rpartition("/")[0]
+                if entry.path.endswith("/."):
+                    folders.setdefault(folder, [])
+                else:
+                    folders.setdefault(folder, []).append(entry)
+        outside = folders.pop("", [])
+        root = sort_out(outside, self.peek, count=False)
+        for photo in root.photos:
+            flat = folders.setdefault(os.path.basename(photo.path).partition(".")[0], [])
+            flat += [photo, *filter(None, [root.captions.get(photo.path)])]
+        sorted_ = {folder: sort_out(dict.fromkeys(entries), self.peek) for folder, entries in folders.items()}
+        people, found = people_in(self.uri, sorted_, root, link_people(outside))
+        spread = sum(len({entry.place[0] for folder in inner for entry in folders[folder]}) > 1 for _, inner in people)
+        note = f"people in more than one tar, whose photos are taken together: {spread:,}"
+        self.found = replace(found, notes=(*found.notes, *([note] if spread else [])))
+        return [
+            person if person.problem else replace(person, where=json.dumps(_places(sorted_[f] for f in inner)))
+            for person, inner in people
+        ]
+
+    def photos(self, person: PersonRef, limit: int) -> list[RawPhoto]:
+        return [] if person.problem else distinct(self._read_all(json.loads(person.where)), limit)
+
+    def peek(self, entry: Entry, start: int, count: int) -> bytes:
+        number, offset = entry.place
+        return self._read(number, offset + start, min(count, entry.size - start))
+
+    def _read_all(self, places: list[list[Any]]) -> Iterator[RawPhoto]:
+        for path, problem, place, text in places:
+            if problem:
+                yield RawPhoto(path, None, error=problem)
+            else:
+                yield RawPhoto(path, self._read(*place), caption_text(self._read(*text)) if text else None)
+
+    def _read(self, number: int, offset: int, size: int) -> bytes:
+        unpacked = self._plain(number)
+        if unpacked is None:
+            return self.store.read_part(self.names[number], offset, size)
+        return os.pread(unpacked.fileno(), size, offset)
+
+    def _members(self, number: int) -> Iterator[Entry]:
+        """Files and links of one tar, a folder as `name/.`; of several members of one name the last, as tar unpacks them."""
+        where = f"{self.store.uri}/{self.names[number]}"
+        files: dict[str, Entry] = {}
+        links: dict[str, str] = {}
+        try:
+            with self.store.open(self.names[number]) as file, self._tar(self._plain(number) or file) as tar:
+                for member in tar:
+                    path = _clean(member.name)
+                    if member.isfile():
+                        files[path] = Entry(path, member.size, place=(number, member.offset_data))
+                    elif member.isdir():
+                        files[f"{path}/."] = Entry(f"{path}/.")
+                    elif member.issym() or member.islnk():
+                        base = posixpath.dirname(path) if member.issym() else ""
+                        links[path] = _clean(posixpath.normpath(posixpath.join(base, member.linkname)))
+                    else:
+                        files[path] = Entry(path, problem=("special file", f"{where}: {shown(path)} is no file"))
+        except tarfile.TarError as error:
+            raise ValueError(f"{where} is no whole tar file: {error}. Copy it again") from error
+        for path, target in links.items():
+            message = f"{where}: {shown(path)} is a link to {shown(target)}, which is no file in it"
+            missing = Entry(path, problem=("broken link", message))
+            files[path] = files[target]._replace(path=path) if target in files else missing
+        hidden_before: set[str] = set()
+        for entry in files.values():
+            parts = entry.path.removesuffix("/.").split("/")
+            cut = next((i for i, part in enumerate(parts) if hidden(part)), None)
+            if cut is None:
+                yield entry
+            elif (path := "/".join(parts[: cut + 1])) not in hidden_before:
+                hidden_before.add(path)
+                yield Entry(path)
+
+    def _tar(self, file: IO[bytes]) -> tarfile.TarFile:
+        file.seek(0)
+        return tarfile.open(fileobj=file, mode="r:")
+
+    def _plain(self, number: int) -> IO[bytes] | None:
+        """The unpacked tar; None if it is not compressed."""
+        if number in self._unpacked:
+            return self._unpacked[number]
+        name = self.names[number]
+        head = self.store.read_part(name, 0, 8)
+        unpack = next((unpack for magic, unpack in _COMPRESSED.items() if head.startswith(magic)), None)
+        unpacked = None
+        if unpack:
+            unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+            try:
+                with self.store.open(name) as file:
+                    shutil.copyfileobj(unpack(file), unpacked, 2**20)
+            except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
+                if getattr(error, "errno", None):  # of the disk or the store, not of what was read
+                    raise StoreError(
+                        f"cannot unpack {self.store.uri}/{name} in {tempfile.gettempdir()}: {error}"
+                    ) from error
+                raise ValueError(f"{self.store.uri}/{name} is cut short or damaged: {error}. Copy it again") from error
+            open_ones = [other for other, file in self._unpacked.items() if file]
+            for other in open_ones[: len(open_ones) + 1 - _UNPACKED_AT_ONCE]:
+                self._unpacked.pop(other)
+        self._unpacked[number] = unpacked
+        return unpacked
+
+
+def _clean(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _places(folders: Iterator[Sorted]) -> list[tuple[str, str, list[int], list[int] | None]]:
+    """(path, problem, place, place of the caption) of each photo; a place is the tar's number, offset and size."""
+    found = []
+    for folder in folders:
+        for photo in folder.photos:
+            text = folder.captions.get(photo.path)
+            problem = photo.problem[1] if photo.problem else ""
+            place = [*photo.place, photo.size]
+            found.append((shown(photo.path), problem, place, [*text.place, text.size] if text else None))
+    return sorted(found)
