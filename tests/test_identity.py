@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factory_world import make_config
 from low_rank_corpus import BASE, LAYOUT, RECIPE, write_corpus
 from serve_client import ADA
 from serve_world import base_model, recogniser_id, save_synthesizer
@@ -27,7 +28,7 @@ from lora_diffusion.evaluation.held_out import PhotoEmbedder, choose
 from lora_diffusion.evaluation.methods import check_fit
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, folder_fingerprint
 from lora_diffusion.faces.photos import load_photo
-from lora_diffusion.factory import CorpusConfig, PersonEmbedder
+from lora_diffusion.factory import AttemptsHere, CorpusConfig, LoRAMaker, PersonEmbedder, ShardMaker
 from lora_diffusion.identity import Identity, Mismatch, ModelId, read_identity
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
@@ -328,6 +329,21 @@ def test_fingerprints_of_earlier_releases_are_known_by_the_models_themselves(fol
         "names decide where fingerprints cannot be compared"
     )
     assert old.identity.differences(read_identity("tiny"), ("recogniser",)) == []
+
+
+def test_a_corpus_that_an_earlier_release_began_is_continued_as_it_calls_its_base_model(
+    world: Path, tmp_path: Path
+) -> None:
+    config = make_config(world, people=str(world / "people"), output=str(tmp_path), dtype="bfloat16")
+    maker = LoRAMaker(config)
+    now, (old,) = maker.manifest(), list(maker.base._old_fingerprints())[:1]  # in bfloat16
+    store, there = open_store(tmp_path), replace(now, base={**now.base, "fingerprint": old}, recogniser={})
+    assert there.recipe_id != now.recipe_id
+    open_corpus(store, there)
+    assert open_corpus(store, maker.manifest(Manifest.find(store))) == there
+    assert ShardMaker(config, AttemptsHere()).writer.manifest == there
+    with pytest.raises(CorpusConflict, match=r"base.fingerprint"):
+        open_corpus(store, now)
 
 
 def test_the_shipped_synthesiser_belongs_to_the_shipped_models_and_start() -> None:
