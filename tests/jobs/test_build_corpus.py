@@ -278,9 +278,6 @@ def test_mistakes_are_named_before_any_work(
         ([f"output={tmp_path}/file"], "a part of this path is a file, not a folder"),
         (["output=gs://bucket/x"], "give a local folder or s3://bucket/prefix"),
         (["base=nowhere/at-all"], "cannot load a base model from 'nowhere/at-all'"),
-        (["dtype=float16"], "the base model is in float16"),
-        (["lora.target_modules=[to_x]"], "target module 'to_x' matches no module"),
-        ([f"embedder.model={tmp_path}/empty"], "holds no .onnx file"),
         ([f"people={tmp_path}/nobody"], f"no people found at {tmp_path}/nobody"),
         (["people=synthetic:many"], "Give a number, as in people=synthetic:40"),
         (["people=synthetic:60001"], "there are 60000 synthetic people for corpora"),
@@ -319,6 +316,8 @@ def test_a_dry_run_finds_what_would_fail_for_everybody(
         ([f"base={tmp_path}/sdxl"], "it is a Stable Diffusion XL model"),
         ([f"base={tmp_path}/silent"], "its tokenizer/ is missing"),
         (["dtype=float16"], "the base model is in float16"),
+        (["lora.target_modules=[to_x]"], "target module 'to_x' matches no module"),
+        ([f"embedder.model={tmp_path}/silent/unet"], "holds no .onnx file"),
     ):
         assert main("corpus", ["--config", config, "--dry-run", f"output={tmp_path}/corpus", *words]) == 1, words
         assert message in capsys.readouterr().err
