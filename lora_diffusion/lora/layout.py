@@ -128,6 +128,9 @@ class LoRALayout:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def __hash__(self) -> int:
+        return hash(self.layout_id)  # computed once; a tuple of hundreds of entries is not
+
     @cached_property
     def split_sizes(self) -> tuple[int, ...]:
         """Lengths of A, B, A, B, ... in the vector's order."""
