@@ -123,7 +123,7 @@ class Client(_Shared):
         """Give the server a LoRA file: diffusers', kohya's, our vector, or a zip of peft's two files."""
         return self._call(calls.upload(file))
 
-    def download(self, lora: LoRA | str, format: Format = "diffusers") -> File:
+    def download(self, lora: LoRA | str, format: Format = "kohya") -> File:
         return self._call(calls.download(lora, format))
 
     def delete(self, lora: LoRA | str) -> None:
@@ -235,7 +235,7 @@ class AsyncClient(_Shared):
     async def upload(self, file: Photo) -> LoRA:
         return await self._call(calls.upload(file))
 
-    async def download(self, lora: LoRA | str, format: Format = "diffusers") -> File:
+    async def download(self, lora: LoRA | str, format: Format = "kohya") -> File:
         return await self._call(calls.download(lora, format))
 
     async def delete(self, lora: LoRA | str) -> None:

@@ -128,7 +128,7 @@ def decode(
             found[name][read.side] = tensors[key]
     if not any("A" in sides or "B" in sides for sides in found.values()):
         raise ValueError(_nothing_of_ours(tensors, keys, layout, source))
-    _check_shapes(found, tensors, keys, layout, source)
+    _check_shapes(found, tensors, layout, source)
     config = config or _config_in(metadata, source)
     scales = _Scales(alpha, {}, False) if config is None else _Scales.of_config(config, source)
     layers = {name: scales.layer(name, sides) for name, sides in found.items()}
@@ -181,7 +181,6 @@ def _config_in(metadata: Mapping[str, str], source: str) -> dict[str, Any] | Non
 def _check_shapes(
     found: Mapping[str, Mapping[str, Tensor]],
     tensors: Mapping[str, Tensor],
-    keys: Mapping[str, dialects.Key | None],
     layout: LoRALayout,
     source: str,
 ) -> None:
@@ -202,7 +201,7 @@ def _check_shapes(
         if not _is_number(sides.get("alpha", torch.ones(()))):
             wrong.append(f"{entry.name} has an alpha that is not one finite number")
     if wrong:
-        reason = _another_model(tensors, keys, layout, source)
+        reason = _another_model(tensors, layout, source)
         raise ValueError(
             reason or f"{source} does not fit layout {layout.layout_id}: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
         )
@@ -235,13 +234,17 @@ def _of_kind(source: str, kind: str) -> str:
     )
 
 
-def _another_model(
-    tensors: Mapping[str, Tensor], keys: Mapping[str, dialects.Key | None], layout: LoRALayout, source: str
-) -> str:
-    """The message about a LoRA of another family than the layout's; "" if the names and shapes tell of none."""
+def family_of(tensors: Mapping[str, Tensor]) -> str:
+    """As `dialects.family`, of a file."""
+    keys = {key: dialects.read_key(key) for key in tensors}
     widths = {read.layer: math.prod(tensors[key].shape[1:]) for key, read in keys.items() if read and read.side == "A"}
+    return dialects.family(widths, tensors)
+
+
+def _another_model(tensors: Mapping[str, Tensor], layout: LoRALayout, source: str) -> str:
+    """The message about a LoRA of another family than the layout's; "" if the names and shapes tell of none."""
     own = {entry.name.replace(".", "_"): entry.in_features for entry in layout.entries}
-    theirs, ours = dialects.family(widths, tensors), dialects.family(own)
+    theirs, ours = family_of(tensors), dialects.family(own)
     if not theirs or theirs == ours:
         return ""
     return (
@@ -254,7 +257,7 @@ def _nothing_of_ours(
     tensors: Mapping[str, Tensor], keys: Mapping[str, dialects.Key | None], layout: LoRALayout, source: str
 ) -> str:
     kinds = Counter(read.kind for read in keys.values() if read and read.kind)
-    if reason := _another_model(tensors, keys, layout, source):
+    if reason := _another_model(tensors, layout, source):
         return reason
     if kinds:
         return _of_kind(source, kinds.most_common(1)[0][0])

@@ -8,8 +8,8 @@
 | vector    | one `.safetensors`, the flat vector and its layout         | this package                                             |
 
 The default is kohya, the only one that all image programs read exactly. What `load` reads: any of these and the files of
-other trainers (`dialects.py`). Rows of weights2weights' corpus are plain tensors: `from_weights2weights`, `to_weights2weights`.
-Only safetensors and JSON are read, never a pickle. `docs/FORMAT.md` has the contents.
+other trainers (`dialects.py`). Rows of weights2weights' corpus are plain tensors: `weights2weights.py`.
+Only safetensors and JSON are read, never a pickle. `docs/reference/formats.md` has the contents.
 
 Axes: N vector length, R rank, I / O features in / out.
 """
@@ -24,35 +24,24 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from lora_diffusion.lora import container, foreign, headers, ranks
 from lora_diffusion.lora.container import serialise
-from lora_diffusion.lora.layout import LayerShape, LoRALayout, shape_of
-from lora_diffusion.storage import Store, open_store, place
+from lora_diffusion.lora.files import FILE_NAMES, PathLike, open_file
+from lora_diffusion.lora.layout import LayerShape, LoRALayout, Vector, shape_of
+from lora_diffusion.lora.weights2weights import from_weights2weights, to_weights2weights
+from lora_diffusion.storage import open_store, place
 
-__all__ = ["FORMATS", "Format", "Loaded", "from_weights2weights", "layout_of", "load", "read", "read_layout", "read_metadata",
-           "save", "serialise", "to_bytes", "to_weights2weights"]  # fmt: skip
+__all__ = ["FORMATS", "Format", "Loaded", "family_of", "from_weights2weights", "layout_of", "load", "portable_metadata", "read", "read_layout",
+           "read_metadata", "save", "serialise", "to_bytes", "to_weights2weights"]  # fmt: skip
 
 Format = Literal["diffusers", "peft", "kohya", "vector"]
 FORMATS: tuple[str, ...] = get_args(Format)
 FORMAT_VERSION = "1"
-W2W_ALPHA = 27.0
-"""alpha of every LoRA in weights2weights' corpus (their rank is 1, so the scale is 27 too)."""
-
-Vector: TypeAlias = Tensor | npt.NDArray[Any]
-PathLike: TypeAlias = str | os.PathLike[str]
-_FILE_NAMES = {
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "peft": "adapter_model.safetensors",
-    "kohya": "lora.safetensors",
-    "vector": "vector.safetensors",
-}
-_MAX_BYTES = 8 * 2**30  # no LoRA is that large; a whole model is, and need not be read to be refused
 
 
 def save(
@@ -93,10 +82,10 @@ def save(
     folder, _, name = where.rpartition("/") if is_file else (where, "", "")
     store = open_store(folder or "/")
     if is_file:
-        files = {name: files[_FILE_NAMES[format]]}
+        files = {name: files[FILE_NAMES[format]]}
     for file, data in files.items():
         store.write(file, data)
-    written = where if is_file or format == "peft" else f"{where.rstrip('/')}/{_FILE_NAMES[format]}"
+    written = where if is_file or format == "peft" else f"{where.rstrip('/')}/{FILE_NAMES[format]}"
     return Path(written) if store.local else written
 
 
@@ -114,7 +103,7 @@ def to_bytes(
     """
     files = _encode(vector_N, layout, format, dtype, metadata, "")
     if format != "peft":
-        return files[_FILE_NAMES[format]]
+        return files[FILE_NAMES[format]]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in files.items():
@@ -189,12 +178,12 @@ def read(
     alpha: float | None = None,
 ) -> Loaded:
     """As `load`, with what there is to know about the vector instead of warnings."""
-    source, tensors, metadata, config = _open(path)
+    source, tensors, metadata, config = open_file(path)
     if set(tensors) == {"vector"}:
         own = _layout_in(metadata, source)
         layout = layout or own
         names = {entry.name for entry in layout.entries}
-        pairs = own.split(_as_vector(tensors["vector"], own).float()[None])
+        pairs = own.split(own.as_vector(tensors["vector"]).float()[None])
         layers = {name: foreign.Layer(A[0], B[0], own.scale) for name, (A, B) in pairs.items() if name in names}
         extra = [name for name in pairs if name not in names]
         shapes = {entry.name: (entry.in_features, entry.out_features) for entry in own.entries}
@@ -245,8 +234,7 @@ def _fitted(decoded: foreign.Decoded, layout: LoRALayout, source: str, svd: bool
     if highest > layout.rank:
         whole = sum(ranks.energy(layer.A_RI, layer.B_OR) * (layer.scale / layout.scale) ** 2 for layer, _, _ in wholes)
         share = min(1.0, sum(ranks.energy(A, B) for _, A, B in wholes) / whole) if whole else 1.0
-        share = 1.0 if share > 1 - 1e-6 else share
-        if share < 1 and not svd:
+        if not svd:
             raise ValueError(
                 f"{source} has rank {highest}, layout {layout.layout_id} has {layout.rank}: load it with svd=True, which keeps "
                 f"{share:.1%} of the update's energy, or use a layout of rank {highest}"
@@ -257,7 +245,7 @@ def _fitted(decoded: foreign.Decoded, layout: LoRALayout, source: str, svd: bool
 def layout_of(path: PathLike, unet: nn.Module) -> LoRALayout:
     """The layout on `unet` (which may lie on the meta device) that holds all of a file's layers: its highest rank, and the alpha
     of most of its layers. Raises `ValueError` as `load`, except about layers of other parts of the model."""
-    source, tensors, metadata, config = _open(path)
+    source, tensors, metadata, config = open_file(path)
     if set(tensors) == {"vector"}:
         return _layout_in(metadata, source)
     shapes: dict[str, LayerShape] = {
@@ -271,40 +259,26 @@ def layout_of(path: PathLike, unet: nn.Module) -> LoRALayout:
     return LoRALayout.from_shapes(shapes, rank=rank, alpha=alpha or rank, target_modules=tuple(shapes))
 
 
+def family_of(path: PathLike) -> str:
+    """Which base model a file is for, by its layers: sd1, sd2, sdxl, refiner, the name of another, or "" if they do not tell."""
+    return foreign.family_of(open_file(path)[1])
+
+
 def read_layout(path: PathLike) -> LoRALayout:
     """The layout that a `vector` file carries. Raises `ValueError` if it carries none."""
-    source, _, metadata, _ = _open(path)
+    source, _, metadata, _ = open_file(path)
     return _layout_in(metadata, source)
 
 
 def read_metadata(path: PathLike) -> dict[str, str]:
     """What the header of a LoRA file says beside the tensors. Raises `ValueError` if there is no such file."""
-    return _open(path)[2]
+    return open_file(path)[2]
 
 
-def from_weights2weights(row_N: Tensor, layout: LoRALayout, *, rescale: bool = False) -> Tensor:
-    """Vector (N,), float32, of one row of weights2weights' corpus (arXiv:2406.09413): our order, alpha 27.
-
-    A layout with another alpha is refused, unless `rescale=True` (see `load`). Raises `ValueError` on a wrong shape.
-    """
-    return _from_alpha_to_alpha(_as_vector(row_N, layout).float(), layout, W2W_ALPHA, layout.alpha, rescale)
-
-
-def to_weights2weights(vector_N: Vector, layout: LoRALayout, *, rescale: bool = False) -> Tensor:
-    """Row (N,), float32, for weights2weights' code, which takes alpha = 27: the inverse of `from_weights2weights`."""
-    return _from_alpha_to_alpha(_as_vector(vector_N, layout).float(), layout, layout.alpha, W2W_ALPHA, rescale)
-
-
-def _from_alpha_to_alpha(vector_N: Tensor, layout: LoRALayout, alpha: float, new_alpha: float, rescale: bool) -> Tensor:
-    """The vector that does under `new_alpha` what `vector_N` does under `alpha`: its B times alpha / new_alpha."""
-    if alpha == new_alpha:
-        return vector_N
-    if not rescale:
-        raise ValueError(
-            f"weights2weights' LoRAs have alpha {W2W_ALPHA:g}, the layout has {layout.alpha:g}: pass rescale=True to "
-            f"fold the difference into B, or use a layout with alpha={W2W_ALPHA:g}"
-        )
-    return torch.where(layout.mask_B(), vector_N * (alpha / new_alpha), vector_N)
+def portable_metadata(path: PathLike) -> dict[str, str]:
+    """What a file's header says that is true of a copy in another format, too: not formats, ranks, checksums."""
+    own = ("format", "format_version", "layout", "layout_id", foreign.DIFFUSERS_CONFIG, container.CHECKSUM)
+    return {k: v for k, v in read_metadata(path).items() if k not in own and not k.startswith(("ss_network_", "sshs_"))}
 
 
 def _encode(
@@ -316,7 +290,7 @@ def _encode(
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
-    vector_N = _as_vector(vector_N, layout).to(dtype).contiguous()
+    vector_N = layout.as_vector(vector_N).to(dtype).contiguous()
     _check_finite(vector_N, f"the vector as {dtype}")
     given = container.text_values(extra or {})
     tensors, before, own, config = foreign.encoding(layout, format, dtype)
@@ -328,49 +302,11 @@ def _encode(
     if format != "vector":
         metadata = headers.for_programs(layout, given, name or f"lora-{metadata[container.CHECKSUM][2:10]}") | metadata
     content = container.file(tensors, metadata | given, before, data)
-    return {_FILE_NAMES[format]: content} | ({} if config is None else {foreign.PEFT_CONFIG: config.encode()})
+    return {FILE_NAMES[format]: content} | ({} if config is None else {foreign.PEFT_CONFIG: config.encode()})
 
 
 def _means_folder(path: PathLike, where: str) -> bool:
     return os.fspath(path).endswith("/") or (not where.startswith("s3://") and os.path.isdir(where))
-
-
-def _open(path: PathLike) -> tuple[str, dict[str, Tensor], dict[str, str], dict[str, Any] | None]:
-    """Of the file that `path` means: its address, tensors and metadata, and peft's config if one lies beside it."""
-    store, name = _find(path)
-    source = f"{store.uri}/{name}"
-    try:
-        size = store.files().get(name, 0)
-        if size > _MAX_BYTES:
-            raise ValueError(f"{source} has {size / 2**30:.0f} GB: a whole model, not a LoRA")
-        data = store.read(name)
-        tensors, metadata = container.parse(data, source)
-        if "layout_id" in metadata:  # ours; others count their checksums otherwise
-            container.check_data(data, metadata, source)
-        config = None
-        if any(key.startswith("base_model.model.") for key in tensors) and store.exists(foreign.PEFT_CONFIG):
-            config = container.json_object(store.read(foreign.PEFT_CONFIG), f"{store.uri}/{foreign.PEFT_CONFIG}")
-    except FileNotFoundError as error:
-        raise ValueError(f"{source} does not exist; give a .safetensors file or a folder that holds one") from error
-    return source, tensors, metadata, config
-
-
-def _find(path: PathLike) -> tuple[Store, str]:
-    """The folder and the name of the safetensors file that `path` means."""
-    where = place(path)
-    folder, _, name = where.rpartition("/")
-    if (where.startswith("s3://") and name.lower().endswith(".safetensors")) or os.path.isfile(where):
-        return open_store(folder or "/"), name
-    store = open_store(where)
-    files = store.files()
-    if not files and not (store.local and os.path.isdir(where)):
-        raise ValueError(f"{path} does not exist; give a .safetensors file or a folder that holds one")
-    known = [name for name in _FILE_NAMES.values() if name in files]
-    found = known or sorted(name for name in files if name.endswith(".safetensors") and not name.startswith("."))
-    if len(found) != 1:
-        names = sorted(found or files)[:8]
-        raise ValueError(f"{path} should hold one LoRA as .safetensors, it holds {names}; name the file itself")
-    return store, found[0]
 
 
 def _layout_in(metadata: Mapping[str, str], source: str) -> LoRALayout:
@@ -383,16 +319,6 @@ def _layout_in(metadata: Mapping[str, str], source: str) -> LoRALayout:
         return LoRALayout.from_dict(container.json_object(metadata["layout"], "it"))
     except ValueError as error:
         raise ValueError(f"the layout in the header of {source}: {error}") from error
-
-
-def _as_vector(vector_N: Vector, layout: LoRALayout) -> Tensor:
-    tensor = torch.as_tensor(vector_N).detach().cpu()
-    if tuple(tensor.shape) != (layout.size,) or not tensor.is_floating_point():
-        raise ValueError(
-            f"the vector is {tensor.dtype} of shape {tuple(tensor.shape)}; layout {layout.layout_id} expects floats of "
-            f"shape ({layout.size},): one LoRA, one row of the corpus"
-        )
-    return tensor
 
 
 def _check_finite(vector_N: Tensor, what: str) -> None:

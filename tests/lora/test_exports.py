@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tiny_pipeline import draw, tiny_pipeline
 from tiny_unet import tiny_unet
 from torch import Tensor, nn
-from unets import meta_unet
 
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.formats import Format, load, read_metadata, save, to_bytes
 from lora_diffusion.lora.layout import LoRALayout, shape_of
+from lora_diffusion.models.known_unets import meta_unet
 from lora_diffusion.storage import open_store
 
 
@@ -70,7 +70,7 @@ def test_the_default_export_is_exact_in_comfyui_diffusers_and_by_kohyas_definiti
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_comfyui_takes_every_layer_of_the_default_export_and_not_of_the_others(tmp_path: Path, family: str) -> None:
-    """What the table in docs/FORMAT.md says of diffusers' and peft's files: there ComfyUI leaves out the attention, or all."""
+    """What the table in docs/reference/formats.md says of diffusers' and peft's files: there ComfyUI leaves out the attention, or all."""
     unet = meta_unet(family)
     targets = ("to_q", "to_v", "proj_in", "conv1", "ff.net.2")
     layout = LoRALayout.from_unet(unet, rank=1, target_modules=targets, alpha=2.0)

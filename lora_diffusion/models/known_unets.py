@@ -1,8 +1,9 @@
-"""The UNets of Stability's models without weights, for what depends on names and shapes alone."""
+"""The UNets of Stability's models without weights: names and shapes of their layers, for files whose model is not at hand."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,7 +20,7 @@ _SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-_CONFIGS = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768},
     "sd2": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
     "sdxl": _SDXL,
@@ -28,6 +29,6 @@ _CONFIGS = {
 
 @cache
 def meta_unet(family: str) -> UNet2DConditionModel:
-    """`family`: sd1, sd2 or sdxl."""
+    """On the meta device. `family`: a key of FAMILIES."""
     with torch.device("meta"):
-        return UNet2DConditionModel(sample_size=64, **_CONFIGS[family])
+        return UNet2DConditionModel(sample_size=64, **FAMILIES[family])
