@@ -3,7 +3,7 @@
 >>> from lora_diffusion import Synthesizer, save_lora
 >>> synthesizer = Synthesizer.from_pretrained("tiny")
 >>> vectors_BN = synthesizer.from_photo("ada.jpg")
->>> save_lora(vectors_BN[0], synthesizer.layout, "ada.safetensors", format="diffusers")
+>>> save_lora(vectors_BN[0], synthesizer.layout, "ada.safetensors")
 
 The names below are the public API; whatever else this package holds may change. They are loaded when first used, so that
 `import lora_diffusion` costs nothing.

@@ -2,8 +2,9 @@
 
 lora-diffusion corpus|train|evaluate|ablate|publish|serve --help
 lora-diffusion personalize ada.jpg --prompt 'a photo of sks person, forest background' --out ada
-lora-diffusion personalize ada.jpg ada2.jpg --out ada --num-images 0 --format kohya      # the LoRA only
+lora-diffusion personalize ada.jpg ada2.jpg --out ada --num-images 0      # the LoRA only
 lora-diffusion personalize ada.jpg --prompt '...' --out ada --server http://127.0.0.1:8000
+lora-diffusion convert bought.safetensors ada.safetensors --format diffusers --base dreamshaper
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 from lora_diffusion import __version__
 from lora_diffusion.jobs.run import JOBS, help_of, run_job
-from lora_diffusion.storage import local_place, open_store, place
+from lora_diffusion.storage import SHIPPED, local_place, open_store, place, place_or_name
 
 PROMPT = "a photo of sks person"
-FORMATS = ("diffusers", "peft", "kohya", "vector")
+FORMATS = ("kohya", "diffusers", "peft", "vector")
+FORMAT_HELP = "of the LoRA: kohya (default; ComfyUI, A1111, Forge, diffusers), diffusers, peft or vector (this package)"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(run_job(JOBS[words[0]], words[1:]))
     args = parse(words)
     try:
-        outcome = ask_server(args) if args.server else make_here(args)
-        write(outcome, args)
+        args.run(args)
     except (Refused, ValueError, OSError) as error:
         sys.exit(f"lora-diffusion: {error}")
     except KeyboardInterrupt:
@@ -68,18 +69,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for job in JOBS:
         commands.add_parser(job, help=help_of(JOBS[job]).partition("\n")[0])
+    add_convert(commands)
     one = commands.add_parser(
         "personalize",
         help="photos of one person -> LoRA and pictures",
         description=__doc__.partition("\n\n")[2] if __doc__ else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    one.set_defaults(run=personalize)
     one.add_argument("photos", nargs="+", type=file, metavar="PHOTO", help="of one person; several are averaged")
     one.add_argument("--prompt", default=PROMPT, help=f"call the person `sks person` (default: {PROMPT})")
     one.add_argument(
         "--out", type=address, required=True, metavar="FOLDER", help="or s3://...: gets the LoRA and the pictures"
     )
-    one.add_argument("--format", choices=FORMATS, default="diffusers", help="of the LoRA (default: diffusers)")
+    one.add_argument("--format", choices=FORMATS, default="kohya", help=FORMAT_HELP)
     one.add_argument("--num-images", type=at_least(0), default=1, metavar="N", help="0: the LoRA only (default: 1)")
     one.add_argument("--seed", type=at_least(0), help="of the LoRA (default: a random one, told at the end)")
     one.add_argument("--image-seed", type=at_least(0), help="of the first picture, +1 for each further one")
@@ -128,6 +131,89 @@ def at_least(least: int) -> Any:
         return int(text)
 
     return number
+
+
+def add_convert(commands: Any) -> None:
+    one = commands.add_parser("convert", help="a LoRA file of any program -> one for another program, or for a layout")
+    one.set_defaults(run=convert)
+    one.add_argument("source", type=place, metavar="LORA", help=".safetensors, a folder with one, also s3://...")
+    one.add_argument("target", metavar="OUT", help="as source; peft's two files need a folder")
+    one.add_argument("--format", choices=FORMATS, default="kohya", help=FORMAT_HELP)
+    one.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="that the LoRA is for, a folder, a hub id, or sd1, sd2, sdxl: keeps all its layers and its rank (default: what the "
+        "layers tell)",
+    )
+    one.add_argument(
+        "--like", type=place_or_name, metavar="PLACE",
+        help="instead of --base: bring it to the layout of this vector file, corpus or synthesiser",
+    )  # fmt: skip
+    one.add_argument("--partial", action="store_true", help="layers that the file does not describe are zero")
+    one.add_argument("--ignore-extra", action="store_true", help="leave out what the layout has no place for")
+    one.add_argument("--svd", action="store_true", help="cut a higher rank to the layout's")
+    one.add_argument("--alpha", type=float, help="of a file that says none (default: its rank)")
+    one.add_argument("--half", action="store_true", help="write float16: half the size, rounded")
+
+
+def convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from lora_diffusion.lora import formats
+
+    if args.base and args.like:
+        raise Refused("--base and --like each name a layout: give one of them")
+    layout = layout_like(args.like) if args.like else formats.layout_of(args.source, empty_unet(args.base, args.source))
+    loaded = formats.read(
+        args.source, layout, partial=args.partial, ignore_extra=args.ignore_extra, svd=args.svd, alpha=args.alpha
+    )
+    metadata = formats.portable_metadata(args.source)
+    metadata.setdefault("trigger", "")  # of somebody else's LoRA nothing is known
+    dtype = torch.float16 if args.half else torch.float32
+    written = formats.save(loaded.vector_N, layout, args.target, args.format, dtype=dtype, metadata=metadata)
+    print(f"{written}  {args.format}, rank {layout.rank}, alpha {layout.alpha:g}, {len(layout.entries)} layers")
+    for note in loaded.notes:
+        print(note)
+
+
+def layout_like(uri: str) -> Any:
+    """Of a vector file, a corpus, or a synthesiser. Raises ValueError if it is none of them."""
+    from lora_diffusion.corpus import CorpusReader
+    from lora_diffusion.lora.formats import read_layout
+    from lora_diffusion.synthesis.synthesizer import Synthesizer
+
+    if uri.lower().endswith(".safetensors"):
+        return read_layout(uri)
+    if uri in SHIPPED or not open_store(uri).exists("corpus.json"):
+        return Synthesizer.from_pretrained(uri).layout
+    return CorpusReader(uri).layout
+
+
+def empty_unet(base: str | None, source: str) -> Any:
+    """The UNet of a base model without its weights: names and shapes. None: of the family that the file's layers are of."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from lora_diffusion.lora.formats import family_of
+    from lora_diffusion.models.known_unets import FAMILIES, meta_unet
+    from lora_diffusion.models.stable_diffusion import resolve_model
+
+    family = base or family_of(source)
+    if family in FAMILIES:
+        return meta_unet(family)
+    base = base or "tiny-sd"
+    try:
+        config = UNet2DConditionModel.load_config(resolve_model(base), subfolder="unet")
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"no base model {base}: --base is a diffusers folder, a hub id, or {', '.join(FAMILIES)}"
+        ) from error
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
+
+
+def personalize(args: argparse.Namespace) -> None:
+    write(ask_server(args) if args.server else make_here(args), args)
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def upload(file: Photo) -> Call[answers.LoRA]:
     return Call("POST", "v1/loras", _lora, {}, lora_file=data)
 
 
-def download(lora: answers.LoRA | str, format: Format = "diffusers") -> Call[answers.File]:
+def download(lora: answers.LoRA | str, format: Format = "kohya") -> Call[answers.File]:
     def parse(response: httpx.Response) -> answers.File:
         disposition = response.headers.get("Content-Disposition", "")
         name = disposition.partition('filename="')[2].partition('"')[0]

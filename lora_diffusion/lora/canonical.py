@@ -53,7 +53,7 @@ def canonicalize(vectors_KN: Tensor, layout: LoRALayout, reference_N: Tensor) ->
     references = layout.split(reference_N.to(vectors_KN.device, dtype)[None])
     canonical = {}
     for name, (A_KRI, B_KOR) in layout.split(vectors_KN.to(dtype)).items():
-        U_KOR, s_KR, V_KIR = _svd_of_product(A_KRI, B_KOR)
+        U_KOR, s_KR, V_KIR = svd_of_product(A_KRI, B_KOR)
         u_ref_OR, v_ref_IR = _reference_directions(*references[name])
         sign_KR = torch.where((U_KOR * u_ref_OR).sum(1) + (V_KIR * v_ref_IR).sum(1) < 0, -1.0, 1.0).to(dtype)
         root_KR = s_KR.sqrt()
@@ -64,7 +64,7 @@ def canonicalize(vectors_KN: Tensor, layout: LoRALayout, reference_N: Tensor) ->
     return layout.join(canonical).to(vectors_KN.dtype)
 
 
-def _svd_of_product(A_KRI: Tensor, B_KOR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def svd_of_product(A_KRI: Tensor, B_KOR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (K, O, R), s (K, R), V (K, I, R) with B A = U diag(s) V^T, from the QR of the factors: only (R, R) SVDs."""
     if A_KRI.shape[1] == 1:  # Rank 1 is a normalisation; LAPACK in small pieces is slower.
         a_norm_K11, b_norm_K11 = A_KRI.norm(dim=2, keepdim=True), B_KOR.norm(dim=1, keepdim=True)
@@ -82,7 +82,7 @@ def _reference_directions(A_1RI: Tensor, B_1OR: Tensor) -> tuple[Tensor, Tensor]
 
     A zero A (or B) gives zero directions, which leaves the decision to the other side.
     """
-    U_1OR, _, V_1IR = _svd_of_product(A_1RI, B_1OR)
+    U_1OR, _, V_1IR = svd_of_product(A_1RI, B_1OR)
     u_OR = U_1OR[0] * bool(B_1OR.any())
     v_IR = V_1IR[0] * bool(A_1RI.any())
     own_R = (u_OR * B_1OR[0]).sum(0) + (v_IR * A_1RI[0].T).sum(0)

@@ -1,98 +1,109 @@
 """A LoRA vector as a file that other programs load, and back, bit for bit.
 
-| format    | what is written                                            | who loads it                               |
-|-----------|------------------------------------------------------------|--------------------------------------------|
-| diffusers | `pytorch_lora_weights.safetensors`                         | `pipe.load_lora_weights`, diffusers 0.34+  |
-| peft      | folder: `adapter_config.json`, `adapter_model.safetensors` | `PeftModel.from_pretrained(unet, folder)`  |
-| kohya     | one `.safetensors`, `lora_unet_*` keys with alpha          | A1111, Forge, ComfyUI, `load_lora_weights` |
-| vector    | one `.safetensors`, the flat vector and its layout         | this package                               |
+| format    | what is written                                            | who loads it                                             |
+|-----------|------------------------------------------------------------|----------------------------------------------------------|
+| kohya     | one `.safetensors`, `lora_unet_*` keys with alpha          | ComfyUI, A1111, Forge, InvokeAI, `pipe.load_lora_weights` |
+| diffusers | `pytorch_lora_weights.safetensors`                         | `pipe.load_lora_weights`, diffusers 0.34+ only           |
+| peft      | folder: `adapter_config.json`, `adapter_model.safetensors` | `PeftModel.from_pretrained(unet, folder)` only           |
+| vector    | one `.safetensors`, the flat vector and its layout         | this package                                             |
 
-Rows of weights2weights' corpus are plain tensors: `from_weights2weights`, `to_weights2weights`.
-Only safetensors and JSON are read, never a pickle. `docs/reference/formats.md` has the contents; key names lie in `foreign.py`.
+The default is kohya, the only one that all image programs read exactly. What `load` reads: any of these and the files of
+other trainers (`dialects.py`). Rows of weights2weights' corpus are plain tensors: `weights2weights.py`.
+Only safetensors and JSON are read, never a pickle. `docs/reference/formats.md` has the contents.
 
 Axes: N vector length, R rank, I / O features in / out.
 """
 
-import functools
 import io
-import json
 import math
 import os
+import re
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
-from uuid import uuid4
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal, get_args
 
-import numpy.typing as npt
-import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_diffusion.lora import foreign
-from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora import container, foreign, headers, ranks
+from lora_diffusion.lora.container import serialise
+from lora_diffusion.lora.files import FILE_NAMES, PathLike, open_file
+from lora_diffusion.lora.layout import LayerShape, LoRALayout, Vector, shape_of
+from lora_diffusion.lora.weights2weights import from_weights2weights, to_weights2weights
+from lora_diffusion.storage import open_store, place
+
+__all__ = ["FORMATS", "Format", "Loaded", "family_of", "from_weights2weights", "layout_of", "load", "portable_metadata", "read", "read_layout",
+           "read_metadata", "save", "serialise", "to_bytes", "to_weights2weights"]  # fmt: skip
 
 Format = Literal["diffusers", "peft", "kohya", "vector"]
 FORMATS: tuple[str, ...] = get_args(Format)
 FORMAT_VERSION = "1"
-W2W_ALPHA = 27.0
-"""alpha of every LoRA in weights2weights' corpus (their rank is 1, so the scale is 27 too)."""
-
-Vector: TypeAlias = Tensor | npt.NDArray[Any]
-_FILE_NAMES = {
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "peft": "adapter_model.safetensors",
-    "kohya": "lora.safetensors",
-    "vector": "vector.safetensors",
-}
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 def save(
     vector_N: Vector,
     layout: LoRALayout,
-    path: str | os.PathLike[str],
-    format: Format = "diffusers",
+    path: PathLike,
+    format: Format = "kohya",
     *,
     dtype: torch.dtype = torch.float32,
-    metadata: Mapping[str, str] | None = None,
-) -> Path:
+    metadata: Mapping[str, Any] | None = None,
+) -> Path | str:
     """Write one vector (N,) and return what to give to the loader: the file, or for peft the folder.
 
-    A path that ends in `.safetensors` is the file; any other is a folder, made if need be. `metadata` (identity, base
-    model, licence, ...) goes into the file's header. `dtype=torch.float16` halves the file, at the price of exactness.
+    A path (local, or s3://) that ends in `.safetensors` is the file; any other is a folder, made if need be. `metadata` goes
+    into the file's header, as text. `identity`, `base_model`, `licence`, `date` and `trigger` (what a prompt has to say;
+    default: sks person) are also written where user interfaces look for them. `dtype=torch.float16` halves the file, at the
+    price of exactness. Returns a `Path`, or the address in a bucket as text.
 
     Raises:
-        ValueError: wrong shape or format, values that are not finite, a peft path that is not a folder.
+        ValueError: wrong shape or format, values that are not finite, a peft path that is not a folder, another suffix,
+            metadata that cannot be text.
+        StoreError: it cannot be written there.
     """
-    target = Path(path)
-    files = _encode(vector_N, layout, format, dtype, metadata)
-    if target.suffix == ".safetensors":
-        if format == "peft":
-            raise ValueError(f"{target}: peft wants a folder for its two files; give a path without .safetensors")
-        files = {target.name: files[_FILE_NAMES[format]]}
-        target = target.parent
-    target.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        _write_whole(target / name, data)
-    return target if format == "peft" else target / next(iter(files))
+    where = place(path)
+    is_file = PurePath(where).suffix.lower() == ".safetensors" and not _means_folder(path, where)
+    if is_file and format == "peft":
+        raise ValueError(f"{path}: peft wants a folder for its two files; give a path without .safetensors")
+    if (
+        not is_file
+        and re.fullmatch(r"\.[A-Za-z]{2,}[0-9]?", suffix := PurePath(where).suffix)
+        and not _means_folder(path, where)
+    ):
+        raise ValueError(
+            f"{path}: a LoRA is written as .safetensors, not as {suffix}. Give a name that ends in .safetensors, or a folder: "
+            "one that exists, or its name with / at the end"
+        )
+    files = _encode(vector_N, layout, format, dtype, metadata, PurePath(where).stem if is_file else "")
+    folder, _, name = where.rpartition("/") if is_file else (where, "", "")
+    store = open_store(folder or "/")
+    if is_file:
+        files = {name: files[FILE_NAMES[format]]}
+    for file, data in files.items():
+        store.write(file, data)
+    written = where if is_file or format == "peft" else f"{where.rstrip('/')}/{FILE_NAMES[format]}"
+    return Path(written) if store.local else written
 
 
 def to_bytes(
     vector_N: Vector,
     layout: LoRALayout,
-    format: Format = "diffusers",
+    format: Format = "kohya",
     *,
     dtype: torch.dtype = torch.float32,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> bytes:
     """What `save` would write, in memory: a safetensors file, or for peft a zip of the folder's two files.
 
-    Equal arguments give equal bytes. Raises `ValueError` as `save` does.
+    Equal arguments give equal bytes on one day; with a `date` in `metadata`, for ever. Raises `ValueError` as `save` does.
     """
-    files = _encode(vector_N, layout, format, dtype, metadata)
+    files = _encode(vector_N, layout, format, dtype, metadata, "")
     if format != "peft":
-        return files[_FILE_NAMES[format]]
+        return files[FILE_NAMES[format]]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in files.items():
@@ -100,207 +111,223 @@ def to_bytes(
     return buffer.getvalue()
 
 
-def load(path: str | os.PathLike[str], layout: LoRALayout | None = None, *, rescale: bool = False) -> Tensor:
-    """The vector (N,), float32, of a file or folder in any of the formats; its keys tell which.
+@dataclass(frozen=True)
+class Loaded:
+    """A vector (N,), float32, and what is to know about it.
 
-    `layout` may be left out for our own `vector` files, which carry theirs. A file with another alpha is refused,
-    unless `rescale=True`, which multiplies its B matrices so that the update stays what it was.
+    missing: layers of the layout that the file does not describe; they are zero. ignored: what else the file holds, in
+    words. energy: share of the update's squared norm that an SVD to the layout's rank kept; 1 without one.
+    assumed: the file is peft's, and neither it nor a config beside it says alpha, so alpha = rank was taken.
+    """
+
+    vector_N: Tensor
+    missing: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    energy: float = 1.0
+    assumed: bool = False
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out, in sentences."""
+        found = (
+            [f"{len(self.missing)} layers are not in the file and do nothing: {_some(self.missing)}"]
+            if self.missing
+            else []
+        )
+        found += [f"left out, as the layout has no place for it: {'; '.join(self.ignored)}"] if self.ignored else []
+        found += [f"{self.energy:.1%} of the update's energy was kept by the SVD"] if self.energy < 1 else []
+        assumed = f"neither the file nor an {foreign.PEFT_CONFIG} beside it says alpha: taken as the rank; if not, pass alpha="
+        return [*found, *([assumed] if self.assumed else [])]
+
+
+def load(
+    path: PathLike,
+    layout: LoRALayout | None = None,
+    *,
+    partial: bool = False,
+    ignore_extra: bool = False,
+    svd: bool = False,
+    alpha: float | None = None,
+) -> Tensor:
+    """The vector (N,), float32, of a file or folder, whatever program wrote it; its keys tell which.
+
+    `layout` may be left out for our own `vector` files, which carry theirs. The update stays what it is in the file: an alpha
+    of its own is folded into B, a lower rank is padded with zeros. What would change it has to be asked for, and warns:
+
+    partial: layers that the file does not describe are zero. ignore_extra: what it describes beyond the layout (text encoder,
+    other layers) is left out. svd: a higher rank is cut to the layout's. alpha: of a file that says none (default: its rank).
 
     Raises:
-        ValueError: no LoRA there, or one that does not fit the layout: foreign, missing or mis-shaped tensors,
-            another alpha, values that are not finite, a variant of LoRA that a vector cannot hold.
+        ValueError: no LoRA there, one of another base model, or of a kind that a vector cannot hold; layers that are missing,
+            too many or of another shape; values that are not finite; a damaged file.
+        StoreError: it cannot be read.
     """
-    source = _find(Path(path))
-    tensors, metadata = _read(source)
+    loaded = read(path, layout, partial=partial, ignore_extra=ignore_extra, svd=svd, alpha=alpha)
+    for note in loaded.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return loaded.vector_N
+
+
+def read(
+    path: PathLike,
+    layout: LoRALayout | None = None,
+    *,
+    partial: bool = False,
+    ignore_extra: bool = False,
+    svd: bool = False,
+    alpha: float | None = None,
+) -> Loaded:
+    """As `load`, with what there is to know about the vector instead of warnings."""
+    source, tensors, metadata, config = open_file(path)
     if set(tensors) == {"vector"}:
         own = _layout_in(metadata, source)
         layout = layout or own
-        if (own.entries, own.rank) != (layout.entries, layout.rank):
+        names = {entry.name for entry in layout.entries}
+        pairs = own.split(own.as_vector(tensors["vector"]).float()[None])
+        layers = {name: foreign.Layer(A[0], B[0], own.scale) for name, (A, B) in pairs.items() if name in names}
+        extra = [name for name in pairs if name not in names]
+        shapes = {entry.name: (entry.in_features, entry.out_features) for entry in own.entries}
+        if not layers or any(shapes.get(e.name, s := (e.in_features, e.out_features)) != s for e in layout.entries):
             raise ValueError(
-                f"{source} was made for layout {own.layout_id} (rank {own.rank}, N {own.size}); the layout given is "
-                f"{layout.layout_id} (rank {layout.rank}, N {layout.size}). Use read_layout(path), or a LoRA of this "
-                "base model and rank"
+                f"{source} was made for layout {own.layout_id} (rank {own.rank}, N {own.size}), a UNet with other layers than "
+                f"layout {layout.layout_id} (rank {layout.rank}, N {layout.size}). Use read_layout(path)"
             )
-        matrices = _split(_as_vector(tensors["vector"], own), own)
-        alphas = dict.fromkeys(matrices, own.alpha)
+        missing = [entry.name for entry in layout.entries if entry.name not in layers]
+        decoded = foreign.Decoded(layers, missing, [f"{len(extra)} layers ({_some(extra)})"] if extra else [], False)
     elif layout is None:
         raise ValueError(f"{source} holds no layout; pass the one of your UNet: load(path, layout)")
     else:
-        matrices, alphas = foreign.decode(tensors, metadata, layout, source)
-
-    joined = {}
-    for name, (A_RI, B_OR) in matrices.items():
-        # Files in half precision may have rounded alpha too.
-        if not math.isclose(alphas[name], layout.alpha, rel_tol=max(1e-6, torch.finfo(A_RI.dtype).eps)):
-            if not rescale:
-                raise ValueError(
-                    f"{source}: {name} has alpha {alphas[name]:g}, the layout has {layout.alpha:g}, so its update "
-                    "would come out too strong or too weak. Load it with rescale=True, or use a layout with that alpha"
-                )
-            B_OR = B_OR.float() * (alphas[name] / layout.alpha)
-        joined[name] = (A_RI.float()[None], B_OR.float()[None])
-    vector_N = layout.join(joined)[0]
-    _check_finite(vector_N, str(source))
-    return vector_N
-
-
-def read_layout(path: str | os.PathLike[str]) -> LoRALayout:
-    """The layout that a `vector` file carries. Raises `ValueError` if it carries none."""
-    source = _find(Path(path))
-    return _layout_in(_read(source)[1], source)
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What the header of a LoRA file says beside the tensors. Raises `ValueError` if there is no such file."""
-    return _read(_find(Path(path)))[1]
-
-
-def from_weights2weights(row_N: Tensor, layout: LoRALayout, *, rescale: bool = False) -> Tensor:
-    """Vector (N,), float32, of one row of weights2weights' corpus (arXiv:2406.09413): our order, alpha 27.
-
-    A layout with another alpha is refused, unless `rescale=True` (see `load`). Raises `ValueError` on a wrong shape.
-    """
-    return _from_alpha_to_alpha(_as_vector(row_N, layout).float(), layout, W2W_ALPHA, layout.alpha, rescale)
-
-
-def to_weights2weights(vector_N: Vector, layout: LoRALayout, *, rescale: bool = False) -> Tensor:
-    """Row (N,), float32, for weights2weights' code, which takes alpha = 27: the inverse of `from_weights2weights`."""
-    return _from_alpha_to_alpha(_as_vector(vector_N, layout).float(), layout, layout.alpha, W2W_ALPHA, rescale)
-
-
-def _from_alpha_to_alpha(vector_N: Tensor, layout: LoRALayout, alpha: float, new_alpha: float, rescale: bool) -> Tensor:
-    """The vector that does under `new_alpha` what `vector_N` does under `alpha`: its B times alpha / new_alpha."""
-    if alpha == new_alpha:
-        return vector_N
-    if not rescale:
+        decoded = foreign.decode(tensors, metadata, layout, source, config, alpha)
+    if decoded.missing and not partial:
         raise ValueError(
-            f"weights2weights' LoRAs have alpha {W2W_ALPHA:g}, the layout has {layout.alpha:g}: pass rescale=True to "
-            f"fold the difference into B, or use a layout with alpha={W2W_ALPHA:g}"
+            f"{source} does not describe {len(decoded.missing)} of the {len(layout.entries)} layers of layout "
+            f"{layout.layout_id}: missing {_some(decoded.missing)}. Load it with partial=True to leave them zero, or with a "
+            "layout whose target_modules are the file's"
         )
-    return torch.where(layout.mask_B(), vector_N * (alpha / new_alpha), vector_N)
+    if decoded.extra and not ignore_extra:
+        raise ValueError(
+            f"{source} holds more than layout {layout.layout_id} (target_modules {_some(layout.target_modules)}): "
+            f"{'; '.join(decoded.extra)}. Load it with ignore_extra=True to leave that out, or with a layout that has it"
+        )
+    return _fitted(decoded, layout, source, svd)
+
+
+def _fitted(decoded: foreign.Decoded, layout: LoRALayout, source: str, svd: bool) -> Loaded:
+    """The vector of what was decoded, with ranks and scales of the layout."""
+    wholes, matrices = [], {}
+    for entry in layout.entries:
+        layer = decoded.layers.get(entry.name)
+        if layer is None:
+            matrices[entry.name] = (
+                torch.zeros(1, layout.rank, entry.in_features),
+                torch.zeros(1, entry.out_features, layout.rank),
+            )
+            continue
+        _check_finite(layer.A_RI, f"{entry.name} of {source}")
+        _check_finite(layer.B_OR, f"{entry.name} of {source}")
+        A_RI, B_OR = ranks.fit(layer, layout.rank, layout.scale)
+        wholes.append((layer, A_RI, B_OR))
+        matrices[entry.name] = A_RI[None], B_OR[None]
+    vector_N = layout.join(matrices)[0]
+    _check_finite(vector_N, source)
+    share, highest = 1.0, max(layer.rank for layer in decoded.layers.values())
+    if highest > layout.rank:
+        whole = sum(ranks.energy(layer.A_RI, layer.B_OR) * (layer.scale / layout.scale) ** 2 for layer, _, _ in wholes)
+        share = min(1.0, sum(ranks.energy(A, B) for _, A, B in wholes) / whole) if whole else 1.0
+        if not svd:
+            raise ValueError(
+                f"{source} has rank {highest}, layout {layout.layout_id} has {layout.rank}: load it with svd=True, which keeps "
+                f"{share:.1%} of the update's energy, or use a layout of rank {highest}"
+            )
+    return Loaded(vector_N, tuple(decoded.missing), tuple(decoded.extra), share, decoded.assumed)
+
+
+def layout_of(path: PathLike, unet: nn.Module) -> LoRALayout:
+    """The layout on `unet` (which may lie on the meta device) that holds all of a file's layers: its highest rank, and the alpha
+    of most of its layers. Raises `ValueError` as `load`, except about layers of other parts of the model."""
+    source, tensors, metadata, config = open_file(path)
+    if set(tensors) == {"vector"}:
+        return _layout_in(metadata, source)
+    shapes: dict[str, LayerShape] = {
+        name: shape for name, module in unet.named_modules() if (shape := shape_of(module))
+    }
+    whole = LoRALayout.from_shapes(shapes, rank=1, alpha=1.0, target_modules=tuple(shapes))
+    layers = foreign.decode(tensors, metadata, whole, source, config).layers
+    rank = max(layer.rank for layer in layers.values())
+    alpha = Counter(abs(layer.scale) * layer.rank for layer in layers.values()).most_common(1)[0][0]
+    shapes = {name: shapes[name] for name in layers}
+    return LoRALayout.from_shapes(shapes, rank=rank, alpha=alpha or rank, target_modules=tuple(shapes))
+
+
+def family_of(path: PathLike) -> str:
+    """Which base model a file is for, by its layers: sd1, sd2, sdxl, refiner, the name of another, or "" if they do not tell."""
+    return foreign.family_of(open_file(path)[1])
+
+
+def read_layout(path: PathLike) -> LoRALayout:
+    """The layout that a `vector` file carries. Raises `ValueError` if it carries none."""
+    source, _, metadata, _ = open_file(path)
+    return _layout_in(metadata, source)
+
+
+def read_metadata(path: PathLike) -> dict[str, str]:
+    """What the header of a LoRA file says beside the tensors. Raises `ValueError` if there is no such file."""
+    return open_file(path)[2]
+
+
+def portable_metadata(path: PathLike) -> dict[str, str]:
+    """What a file's header says that is true of a copy in another format, too: not formats, ranks, checksums."""
+    own = ("format", "format_version", "layout", "layout_id", foreign.DIFFUSERS_CONFIG, container.CHECKSUM)
+    return {k: v for k, v in read_metadata(path).items() if k not in own and not k.startswith(("ss_network_", "sshs_"))}
 
 
 def _encode(
-    vector_N: Vector, layout: LoRALayout, format: str, dtype: torch.dtype, extra: Mapping[str, str] | None
+    vector_N: Vector, layout: LoRALayout, format: str, dtype: torch.dtype, extra: Mapping[str, Any] | None, name: str
 ) -> dict[str, bytes]:
-    """File name -> content."""
+    """File name -> content. `name`: what the LoRA is called where `extra` has no identity; "" makes one of its content.
+
+    The vector is the data of every format as it lies, since a layout's order is A and B of each layer in turn.
+    """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown; one of {', '.join(FORMATS)}")
-    vector_N = _as_vector(vector_N, layout).to(dtype).contiguous()
+    vector_N = layout.as_vector(vector_N).to(dtype).contiguous()
     _check_finite(vector_N, f"the vector as {dtype}")
-    form, others = _form(layout, format, dtype, tuple((extra or {}).items()))
-    data = vector_N.view(torch.uint8).numpy().data
-    content = b"".join([data[part] if isinstance(part, slice) else part for part in form])
-    return {_FILE_NAMES[format]: content, **others}
-
-
-@functools.lru_cache(maxsize=64)
-def _form(
-    layout: LoRALayout, format: str, dtype: torch.dtype, extra: tuple[tuple[str, str], ...]
-) -> tuple[list[bytes | slice], dict[str, bytes]]:
-    """What is the same for all vectors: header and alphas, and between them which bytes of the vector; and other files.
-
-    An endpoint writes a file for each request, and hundreds of tensors take several times as long as their bytes.
-    """
-    vector_N, config = torch.zeros(layout.size, dtype=dtype), None
-    if format == "vector":
-        tensors, metadata = {"vector": vector_N}, {"layout": json.dumps(layout.to_dict(), separators=(",", ":"))}
-    else:
-        tensors, metadata, config = foreign.encode(_split(vector_N, layout), layout, format)
+    given = container.text_values(extra or {})
+    tensors, before, own, config = foreign.encoding(layout, format, dtype)
+    data, metadata = container.bytes_of(vector_N), dict(own)
     metadata |= {"format": "pt", "format_version": FORMAT_VERSION, "layout_id": layout.layout_id}
-    if clash := sorted(set(metadata) & set(dict(extra))):
+    metadata[container.CHECKSUM] = container.checksum(before, data)
+    if clash := sorted(metadata.keys() & given.keys()):
         raise ValueError(f"metadata keys {clash} are taken by the format; choose other names")
-    header, in_order = _header(tensors, {**metadata, **dict(extra)})
-    form: list[bytes | slice] = [header]
-    for tensor in in_order:
-        begin = tensor.data_ptr() - vector_N.data_ptr()
-        inside = tensor.is_contiguous() and 0 <= begin < vector_N.nbytes
-        form.append(slice(begin, begin + tensor.nbytes) if inside else _bytes(tensor))
-    return form, {} if config is None else {foreign.PEFT_CONFIG: config.encode()}
+    if format != "vector":
+        metadata = headers.for_programs(layout, given, name or f"lora-{metadata[container.CHECKSUM][2:10]}") | metadata
+    content = container.file(tensors, metadata | given, before, data)
+    return {FILE_NAMES[format]: content} | ({} if config is None else {foreign.PEFT_CONFIG: config.encode()})
 
 
-def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file as the library writes it, with its metadata in a fixed order (the library's changes from call to call)."""
-    header, in_order = _header(tensors, metadata)
-    return b"".join([header, *map(_bytes, in_order)])
+def _means_folder(path: PathLike, where: str) -> bool:
+    return os.fspath(path).endswith("/") or (not where.startswith("s3://") and os.path.isdir(where))
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[Tensor]]:
-    """All before the data, and the tensors in the order of the data: larger dtypes first, so that all are aligned."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    in_order, offset = [], 0
-    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
-        tensor = tensors[key]
-        in_order.append(tensor)
-        begin, offset = offset, offset + tensor.nbytes
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, offset]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, in_order
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all: nobody meets half a file."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _find(path: Path) -> Path:
-    """The safetensors file that `path` means."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"{path} does not exist; give a .safetensors file or a folder that holds one")
-    known = [path / name for name in _FILE_NAMES.values() if (path / name).is_file()]
-    found = known or sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        names = sorted(file.name for file in (found or path.iterdir()))[:8]
-        raise ValueError(f"{path} should hold one LoRA as .safetensors, it holds {names}; name the file itself")
-    return found[0]
-
-
-def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safetensors.safe_open(source, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{source} is not a safetensors file ({error}). Pickles (.bin, .pt, .ckpt) are never loaded, since loading "
-            "one runs its code: convert a file that you trust with safetensors.torch.save_file"
-        ) from error
-
-
-def _layout_in(metadata: Mapping[str, str], source: Path) -> LoRALayout:
+def _layout_in(metadata: Mapping[str, str], source: str) -> LoRALayout:
     if metadata.get("format_version") != FORMAT_VERSION or "layout" not in metadata:
         raise ValueError(
             f"{source} has format version {metadata.get('format_version')} and {'a' if 'layout' in metadata else 'no'} "
             f"layout in its header; expected a file saved with format='vector', version {FORMAT_VERSION}"
         )
-    return LoRALayout.from_dict(json.loads(metadata["layout"]))
-
-
-def _split(vector_N: Tensor, layout: LoRALayout) -> foreign.Matrices:
-    return {name: (A_1RI[0], B_1OR[0]) for name, (A_1RI, B_1OR) in layout.split(vector_N[None]).items()}
-
-
-def _as_vector(vector_N: Vector, layout: LoRALayout) -> Tensor:
-    tensor = torch.as_tensor(vector_N).detach().cpu()
-    if tuple(tensor.shape) != (layout.size,) or not tensor.is_floating_point():
-        raise ValueError(
-            f"the vector is {tensor.dtype} of shape {tuple(tensor.shape)}; layout {layout.layout_id} expects floats of "
-            f"shape ({layout.size},): one LoRA, one row of the corpus"
-        )
-    return tensor
+    try:
+        return LoRALayout.from_dict(container.json_object(metadata["layout"], "it"))
+    except ValueError as error:
+        raise ValueError(f"the layout in the header of {source}: {error}") from error
 
 
 def _check_finite(vector_N: Tensor, what: str) -> None:
+    if math.isfinite(vector_N.sum(dtype=torch.float32)):  # the quick way; large numbers may overflow there
+        return
     if bad := int((~torch.isfinite(vector_N)).sum()):
         raise ValueError(f"{what} has {bad} NaN or infinite values: a diverged LoRA, or one too large for the dtype")
+
+
+def _some(names: Any) -> str:
+    listed = ", ".join(str(name) for name in list(names)[:3])
+    return f"{listed}, ... ({len(names)} in all)" if len(names) > 3 else listed

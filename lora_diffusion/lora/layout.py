@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ class LoRAEntry:
         return (channels, *self.kernel), (self.out_features, *(1 for _ in self.kernel))
 
 
+Vector: TypeAlias = Tensor | npt.NDArray[Any]
 LayerShape: TypeAlias = tuple[int, int] | tuple[int, int, tuple[int, int]]
 """(features in, features out) of a linear layer; (channels in, channels out, (height, width)) of a convolution."""
 
@@ -128,6 +130,9 @@ class LoRALayout:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def __hash__(self) -> int:
+        return hash(self.layout_id)  # computed once; a tuple of hundreds of entries is not
+
     @cached_property
     def split_sizes(self) -> tuple[int, ...]:
         """Lengths of A, B, A, B, ... in the vector's order."""
@@ -195,6 +200,16 @@ class LoRALayout:
                 f"vectors have shape {tuple(vectors_KN.shape)}; layout {self.layout_id} (rank {self.rank}, "
                 f"{len(self.entries)} modules) expects (K, {self.size}), one row for each LoRA"
             )
+
+    def as_vector(self, values_N: Vector) -> Tensor:
+        """One vector (N,) on the CPU, without gradient. Raises ValueError for another shape, or numbers that are no floats."""
+        tensor = torch.as_tensor(values_N).detach().cpu()
+        if tuple(tensor.shape) != (self.size,) or not tensor.is_floating_point():
+            raise ValueError(
+                f"the vector is {tensor.dtype} of shape {tuple(tensor.shape)}; layout {self.layout_id} expects floats of "
+                f"shape ({self.size},): one LoRA, one row of the corpus"
+            )
+        return tensor
 
     def _fields(self) -> dict[str, Any]:
         return {

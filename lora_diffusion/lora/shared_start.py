@@ -128,6 +128,12 @@ def load_start(name_or_path: str, layout: LoRALayout, base: BaseModel | None = N
         learned_with = formats.read_metadata(path).get("base")
         if base is not None and learned_with and not base.knows(learned_with):
             raise ValueError(f"it was learned with base model {learned_with}, this one is {base.fingerprint}")
+        own = formats.read_layout(path)
+        if (own.entries, own.rank) != (layout.entries, layout.rank):
+            raise ValueError(
+                f"it was made for layout {own.layout_id} (rank {own.rank}, {len(own.entries)} layers), the one here is "
+                f"{layout.layout_id} (rank {layout.rank}, {len(layout.entries)} layers)"
+            )
         return formats.load(path, layout)
     except ValueError as error:
         raise ValueError(

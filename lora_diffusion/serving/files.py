@@ -41,7 +41,7 @@ def decode_file(data: bytes, layout: LoRALayout) -> Floats:
             source = _unpack(data, Path(folder)) if data[:4] == b"PK\x03\x04" else Path(folder) / "lora.safetensors"
             if source.suffix:
                 source.write_bytes(data)
-            return np.asarray(formats.load(source, layout, rescale=True), np.float32)
+            return np.asarray(formats.load(source, layout), np.float32)
     except ServingError:
         raise
     except Exception as error:  # hostile headers meet the parsers with many kinds of error

@@ -2,7 +2,7 @@
 
     synthesizer = Synthesizer.from_pretrained("tiny")
     vectors_BN = synthesizer.from_photo("ada.jpg", num_samples=4)
-    formats.save(vectors_BN[0], synthesizer.layout, "ada.safetensors", format="diffusers")
+    formats.save(vectors_BN[0], synthesizer.layout, "ada.safetensors")
 
 Arrays go in, arrays come out (numpy, float32). Axes: B faces or samples, K people, N vector length, Z code size, C condition.
 """

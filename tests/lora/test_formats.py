@@ -1,7 +1,6 @@
 """Laws of the LoRA files: what other programs load draws what the bank draws, and nothing is lost on the way."""
 
 import io
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,14 +264,11 @@ def test_weights2weights_row_is_sorted_peft_tensors_with_alpha_27(tmp_path: Path
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_another_alpha_is_refused_or_folded_into_B(tmp_path: Path, format: Format) -> None:
+def test_another_alpha_is_folded_into_B(tmp_path: Path, format: Format) -> None:
     theirs, ours = make_layout(4, 27.0), make_layout(4, 2.0)
     vector = random_vector(theirs)
-    path = save(vector, theirs, tmp_path / "file", format)
-    with pytest.raises(ValueError, match=r"alpha 27, the layout has 2, .*rescale=True"):
-        load(path, ours)
-    rescaled = load(path, ours, rescale=True)
-    torch.testing.assert_close(forward_with_bank(ours, rescaled), forward_with_bank(theirs, vector))
+    loaded = load(save(vector, theirs, tmp_path / "file", format), ours)
+    torch.testing.assert_close(forward_with_bank(ours, loaded), forward_with_bank(theirs, vector))
 
 
 def test_file_without_alpha_means_alpha_equal_to_rank(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
@@ -292,60 +288,18 @@ def test_file_without_alpha_means_alpha_equal_to_rank(pipe: StableDiffusionPipel
 # --- what is refused
 
 
-@pytest.mark.parametrize("format", ["diffusers", "peft", "kohya"])
-def test_foreign_missing_and_misshaped_tensors_are_named(tmp_path: Path, format: Format) -> None:
-    layout = make_layout()
-    path = save(random_vector(layout), layout, tmp_path, format)
-    file = next(tmp_path.glob("*.safetensors"))
-    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    first, second = [key for key in sorted(tensors) if not key.endswith(".alpha")][:2]
-    stranger = first.replace("down_blocks", "text_encoder")
-
-    save_file({**tensors, stranger: tensors[first].clone()}, file, metadata)
-    with pytest.raises(ValueError, match=f"1 foreign: .*{stranger}"):
-        load(path, layout)
-    twice = f"{layout.entries[0].name}.lora_A.weight"  # The same tensor under a second name.
-    save_file({**tensors, twice: tensors[first].clone()}, file, metadata)
-    with pytest.raises(ValueError, match="1 foreign"):
-        load(path, layout)
-    save_file({key: tensor for key, tensor in tensors.items() if key != second}, file, metadata)
-    with pytest.raises(ValueError, match=r"1 missing: .*down_blocks.*target_modules"):
-        load(path, layout)
-    save_file({**tensors, first: torch.zeros(3, 5)}, file, metadata)
-    with pytest.raises(ValueError, match=r"1 of another shape: .*\(3, 5\), expected"):
-        load(path, layout)
-    save_file({**tensors, first: tensors[first].fill_(torch.inf)}, file, metadata)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        load(path, layout)
-
-
 @ALL_FORMATS
-@pytest.mark.parametrize("other", [make_layout(rank=2), make_layout(targets=("to_q",))], ids=["rank", "modules"])
-def test_file_of_another_layout_is_refused(tmp_path: Path, format: Format, other: LoRALayout) -> None:
-    path = save(random_vector(other), other, tmp_path / "file", format)
-    with pytest.raises(ValueError, match=make_layout().layout_id):
-        load(path, make_layout())
-
-
-def test_variants_of_lora_are_refused(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_noticed(tmp_path: Path, format: Format) -> None:
     layout = make_layout()
-    path = save(random_vector(layout), layout, tmp_path, "peft")
-    config = json.loads((path / "adapter_config.json").read_text())
-    for change, message in (
-        ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
-        ({"rank_pattern": {"to_q": 3}}, "rank_pattern"),
-        ({"alpha_pattern": {"to_q": 3}}, "alpha_pattern"),
-        ({"lora_alpha": None}, "lora_alpha None"),
-    ):
-        (path / "adapter_config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(ValueError, match=message):
-            load(path, layout)
-    (path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="its alpha is unknown"):
-        load(path, layout)
+    save(random_vector(layout), layout, tmp_path, format)
+    file = next(tmp_path.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    for at in (-1, -len(data) // 3, 8 + int.from_bytes(data[:8], "little")):
+        data[at] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=r"is damaged: .* another checksum"):
+            load(tmp_path, layout)
+        data[at] ^= 1
 
 
 def test_pickles_and_other_files_are_never_loaded(tmp_path: Path) -> None:
@@ -385,6 +339,10 @@ def test_misuse_is_explained(tmp_path: Path) -> None:
         save(vector[None], layout, tmp_path)
     with pytest.raises(ValueError, match="wants a folder"):
         save(vector, layout, tmp_path / "a.safetensors", "peft")
+    for name in ("ada.bin", "ada.pt", "ada.ckpt", "ada.safetensor", "ada.zip"):
+        with pytest.raises(ValueError, match=rf"{name}: a LoRA is written as .safetensors"):
+            save(vector, layout, tmp_path / name)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"\['layout_id'\] are taken"):
         save(vector, layout, tmp_path, metadata={"layout_id": "mine"})
     with pytest.raises(ValueError, match="pass the one of your UNet"):
