@@ -25,7 +25,7 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 FILE = "known.npz"
-DIRECTIONS = 400
+DIRECTIONS = 250
 
 
 class Recogniser:

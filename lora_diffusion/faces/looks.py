@@ -32,7 +32,7 @@ CLOSE = 1.7
 MARGIN = 0.3
 GREY = (110, 110, 110)
 MOST_ROLL = 55.0
-MOST_MISFIT = 20.0
+MOST_MISFIT = 16.0
 """Degrees, and px of the crop of 112 px (root mean square), by which an upright face's points differ from ArcFace's template
 at most. A face turned by 65 degrees differs by 13 px."""
 
