@@ -134,7 +134,7 @@ def test_async_client_says_the_same_as_the_sync_one(client: Client, address: str
 
 def test_help_shows_what_a_call_takes_and_gives() -> None:
     shown = str(inspect.signature(Client.download))
-    assert shown == "(self, lora: 'answers.LoRA | str', format: 'Format' = 'diffusers') -> 'answers.File'"
+    assert shown == "(self, lora: 'answers.LoRA | str', format: 'Format' = 'kohya') -> 'answers.File'"
     assert "score: draw each once" in (inspect.getdoc(AsyncClient.loras) or "")
     assert inspect.iscoroutinefunction(AsyncClient.loras)
 

@@ -20,7 +20,7 @@ def test_strange_values_are_beyond_the_limit_and_the_file_keeps_that(tmp_path: P
         )
 
     photographs = faces(200) + rng.standard_normal(width).astype(np.float32) * 0.2
-    known = KnownFaces.fit(["a", "b"], faces(3000), photographs, embedding=300)
+    known = KnownFaces.fit(["a", "b"], faces(3000), photographs, embedding=200)
     known.calibrate(faces(1000), limit=0.99, sure=0.9)
     assert 0 < known.sure < 1
     assert 0.97 < (known.distances(faces(1000)) <= 1).mean() < 1
