@@ -334,7 +334,7 @@ def two_faces() -> bytes:
 def test_a_photo_is_called_as_its_sender_named_it(api: Client, name: str, shown: str) -> None:
     answer = api("POST", "/v1/loras", files={"photo": (name or None, two_faces())})
     told = problem(answer, 422, "several_faces")
-    assert told["detail"] == f"{shown} shows 2 faces. Crop it to one person, or send faces=largest."
+    assert told["detail"] == f"{shown} shows 2 faces. Crop it to one person, or ask for the largest: faces=largest."
 
 
 def test_of_several_photos_the_bad_one_is_named(api: Client) -> None:
