@@ -30,7 +30,7 @@ demo: $(READY)
 	  vae.hidden=[32] vae_training.steps=60 vae_training.warmup=10 denoiser_training.steps=150 denoiser_training.warmup=20
 	$(BIN)/python jobs/evaluate.py corpus=demo/corpus held_out=demo/held_out_corpus output=demo/evaluation scales=[1.0] \
 	  synthesizers.denoiser=tiny synthesizers.of_40_people=demo/training/synthesizer limit=8 diversity_people=0
-	$(BIN)/python -m serve.demo --photo demo/held_out/person-080000/00.jpg --out demo/personalised
+	$(BIN)/python -m lora_diffusion.endpoint.demo --photo demo/held_out/person-080000/00.jpg --out demo/personalised
 	@echo "corpus: demo/corpus, contact sheet demo/corpus/contact_sheet.png"
 	@echo "synthesised LoRAs of held-out people: demo/evaluation/contact_sheet.png, report demo/evaluation/report.html"
 

@@ -21,6 +21,7 @@ from lora_diffusion.storage import SYNTHETIC, local_place, place, place_or_name
 
 Config = TypeVar("Config")
 
+CONFIGS = Path(__file__).parent / "configs"
 _NONE_WORDS = frozenset({"", "null", "none", "~"})
 
 
@@ -28,15 +29,31 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
     """Fill the (nested, frozen) dataclass `cls` from its defaults, then a YAML file, then `key.sub=value` words.
 
     Raises ValueError for an unknown key (with the valid ones and the nearest of them), a value of the wrong type, a
-    malformed override, or a file that is missing or no YAML mapping.
+    malformed override, or a file that is missing (see `find_config`) or no YAML mapping.
     """
-    values = _read_yaml(local_place(path, "a config file")) if path is not None else {}
+    values = _read_yaml(find_config(path)) if path is not None else {}
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"override {word!r} is not of the form key=value (for example finetune.steps=80)")
         _set_dotted(values, key.strip().split("."), _Text(text))
     return from_dict(cls, values)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file as typed, or else the one of this name that comes with the package: `sd15.yaml`, `configs/sd15.yaml`.
+
+    Raises ValueError where there is neither, with the names of those that come with it.
+    """
+    typed, found = Path(path), local_place(path, "a config file")
+    if found.is_file():
+        return found
+    if typed.parent in (Path(), Path("configs")) and (CONFIGS / typed.name).is_file():
+        return CONFIGS / typed.name
+    names = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
+    raise ValueError(
+        f"config file {str(found)!r} does not exist; give a path, or one that comes with this package: {names}"
+    )
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
@@ -143,8 +160,6 @@ class _Text(str):
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"config file {str(path)!r} does not exist")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

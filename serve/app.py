@@ -1,12 +1,10 @@
 # The entry point of the service. `serve run serve/app.py` reads an existing file as YAML, whatever its name, and
-# `serve run serve.app:app` imports it as Python: so every line below is both. The graph is in serve/graph.py, its settings
-# are in configs/serve_tiny.yaml. It listens on loopback only; deploy/serve.yaml is for a cluster. The two variables of Ray:
-# stages work in threads of their own, so their methods may run on the replica's own loop, which saves a hop for each call.
-# Serve's access log is off, as the gateway writes a line for each request.
+# `serve run serve.app:app` imports it as Python: so every line below is both. It says what lora_diffusion/endpoint/app.yaml
+# says, with comments; settings are in configs/serve_tiny.yaml; deploy/serve.yaml is for a cluster.
 # ruff: noqa
 # mypy: ignore-errors
 # fmt: off
 logging_config: {"enable_access_log": False}
 http_options: {"host": "127.0.0.1", "port": 8000}
-applications: [{"name": "lora-diffusion", "route_prefix": "/", "import_path": "serve.graph:build", "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}, "args": {"config": "configs/serve_tiny.yaml"}}]
-app: object = __import__("serve.graph", fromlist=["build"]).build
+applications: [{"name": "lora-diffusion", "route_prefix": "/", "import_path": "lora_diffusion.endpoint.graph:build", "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}, "args": {"config": "configs/serve_tiny.yaml"}}]
+app: object = __import__("lora_diffusion.endpoint.graph", fromlist=["build"]).build

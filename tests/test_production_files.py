@@ -15,6 +15,7 @@ from serve_client import ADA, Client
 
 from lora_diffusion.cli import main
 from lora_diffusion.config import load_config
+from lora_diffusion.endpoint.local import local_studio
 from lora_diffusion.factory import CorpusConfig
 from lora_diffusion.lora import formats
 from lora_diffusion.serving.config import ServeConfig
@@ -23,7 +24,6 @@ from lora_diffusion.synthesis.training.begin import begin
 from lora_diffusion.synthesis.training.dataset import RowCache, fill_cache
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.train_config import TrainConfig
-from serve.local import local_studio
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LOOP = ("steps=2", "batch_size=8", "warmup=1", "validate_every=2")

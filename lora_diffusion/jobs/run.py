@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
-ROOT = Path(__file__).resolve().parents[2]
 STOPPED = "Stopped. The same command goes on."
 PATIENCE = 10.0  # seconds without a word
 
 
 @dataclass(frozen=True)
 class Job:
-    """module: a `JobModule`, whose docstring is the help. config: the YAML file in configs/ if none is named."""
+    """module: a `JobModule`, whose docstring is the help. config: the YAML file of configs/ if none is named."""
 
     name: str
     module: str
@@ -167,16 +166,9 @@ def read_options(job: Job, words: Sequence[str]) -> Options:
             raise ValueError(f"{word!r} is neither a setting (key=value, such as finetune.steps=80) nor a YAML file")
     if len(files) > 1:
         raise ValueError(f"one configuration at a time, not {' and '.join(files)}: settings may follow it as key=value")
-    return Options(_file(files, job), overrides, args.dry_run, args.ray_address)
-
-
-def _file(files: list[str], job: Job) -> Path | None:
-    """The file that is named, or else the job's own; configs/x.yaml is found from everywhere."""
-    if not files and job.config is None:
-        return None
-    path = Path(files[0] if files else f"configs/{job.config}")
-    shipped = ROOT / path
-    return shipped if path.parts[0] == "configs" and not path.exists() and shipped.exists() else path
+    if job.config:
+        files.append(f"configs/{job.config}")
+    return Options(Path(files[0]) if files else None, overrides, args.dry_run, args.ray_address)
 
 
 class _Parser(argparse.ArgumentParser):

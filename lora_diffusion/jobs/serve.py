@@ -2,7 +2,7 @@
 
     lora-diffusion serve                                     # configs/serve_tiny.yaml, http://127.0.0.1:8000
     lora-diffusion serve configs/serve_sd15.yaml base=/models/sd15 synthesizer=runs/sd15/synthesizer
-    serve run serve/app.py                                   # the same, from the repository
+    serve run serve/app.py                                   # the same, from a clone of the repository
 
 On a cluster deploy/serve.yaml starts it: docs/guides/serve.md.
 """
@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 
 from lora_diffusion.config import to_yaml
+from lora_diffusion.endpoint import APP
 from lora_diffusion.serving.config import ServeConfig
 
 Config = ServeConfig
 ROOT = Path(__file__).resolve().parents[2]
-APP = ROOT / "serve" / "app.py"
-HANDED_ON = "LORA_DIFFUSION_SERVE"  # serve/graph.py reads its configuration from there
+HANDED_ON = "LORA_DIFFUSION_SERVE"  # lora_diffusion/endpoint/graph.py reads its configuration from there
 
 
 def dry_run(config: ServeConfig) -> str:

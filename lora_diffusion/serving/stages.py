@@ -1,4 +1,4 @@
-"""The stages as those see them who call them: the services themselves in one process, or `serve.remote` on a cluster.
+"""The stages as those see them who call them: the services themselves in one process, or `endpoint.remote` on a cluster.
 
 Every method may be repeated: it answers the same, and what it keeps it keeps once. `deadline` is Unix time. Axes: messages.py.
 """

@@ -20,13 +20,13 @@ from serve_world import base_model, save_synthesizer
 from lora_diffusion.cli import main
 from lora_diffusion.client import ApiError, AsyncClient, Client, LoRA, Pictures, Progress
 from lora_diffusion.client import Image as Picture
+from lora_diffusion.endpoint.api import build_api
+from lora_diffusion.endpoint.local import local_studio
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.serving.config import LimitsConfig, SamplingConfig, ServeConfig
-from serve.api import build_api
-from serve.local import local_studio
 
-PEOPLE = sorted((Path(__file__).parents[2] / "serve/static/people").glob("*.jpg"))
+PEOPLE = sorted((Path(__file__).parents[2] / "lora_diffusion/endpoint/static/people").glob("*.jpg"))
 ADA, BOB = PEOPLE[:2]
 PROMPT = "a photo of sks person, smiling"
 

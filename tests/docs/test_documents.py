@@ -60,7 +60,7 @@ def test_files_that_a_document_names_exist(name: str) -> None:
 def test_python_blocks_import_what_there_is(name: str) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("lora_diffusion", "serve")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_diffusion"):
                 exec(compile(ast.Module([node], []), name, "exec"), {})
 
 
@@ -68,7 +68,7 @@ def test_python_blocks_import_what_there_is(name: str) -> None:
 @pytest.mark.parametrize("name", ["README.md", "docs/guides/notebook.md", "docs/guides/edits.md"])
 def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as a reader would type them, with a photo `ada.jpg` beside them."""
-    shutil.copy(ROOT / "serve/static/people/80512.jpg", tmp_path / "ada.jpg")
+    shutil.copy(ROOT / "lora_diffusion/endpoint/static/people/80512.jpg", tmp_path / "ada.jpg")
     (tmp_path / "lora_diffusion").symlink_to(ROOT / "lora_diffusion")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -209,9 +209,20 @@ def test_a_shipped_configuration_is_found_from_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main("serve", ["configs/serve_tiny.yaml", "--dry-run"]) == 0
-    assert "synthesizer: tiny\n" in capsys.readouterr().out
-    assert main("serve", ["configs/mine.yaml", "--dry-run"]) == 1
+    for words in ([], ["configs/serve_tiny.yaml"], ["--config", "serve_tiny.yaml"]):
+        assert main("serve", [*words, "--dry-run"]) == 0
+        assert "synthesizer: tiny\n" in capsys.readouterr().out
+    (tmp_path / "serve_tiny.yaml").write_text("synthesizer: mine")  # what lies here goes first
+    assert main("serve", ["serve_tiny.yaml", "--dry-run"]) == 0
+    assert "synthesizer: mine\n" in capsys.readouterr().out
+    for name in ("configs/mine.yaml", "elsewhere/serve_tiny.yaml"):
+        assert main("serve", [name, "--dry-run"]) == 1
+        said = capsys.readouterr().err
+        assert (
+            f"config file '{tmp_path}/{name}' does not exist; give a path, or one that comes with this package: "
+            in said
+        )
+        assert "serve_sd15.yaml, serve_tiny.yaml, " in said
 
 
 @pytest.mark.slow

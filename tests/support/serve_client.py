@@ -1,4 +1,4 @@
-"""The HTTP API with all stages in this process, and a client of it: what the tests of `serve/` share."""
+"""The HTTP API with all stages in this process, and a client of it: what the tests of the endpoint share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from serve_world import save_synthesizer
 
+from lora_diffusion.endpoint.api import build_api
+from lora_diffusion.endpoint.local import local_studio
+from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import LimitsConfig, ServeConfig
-from serve.api import build_api
-from serve.local import local_studio
-from serve.studio import Studio
 
 FACES = Path(__file__).parents[1] / "data" / "faces"
 ADA, ADA_AGAIN, BOB = (FACES / name for name in ("80000-0.png", "80000-1.png", "80001-1.png"))

@@ -7,11 +7,11 @@ from typing import Any, get_args
 import pytest
 from serve_client import Client
 
+from lora_diffusion.endpoint import schemas
+from lora_diffusion.endpoint.examples import EXAMPLES
+from lora_diffusion.endpoint.problems import PROBLEMS, ApiError
 from lora_diffusion.faces.photos import PhotoReason
 from lora_diffusion.serving.errors import Reason
-from serve import schemas
-from serve.examples import EXAMPLES
-from serve.problems import PROBLEMS, ApiError
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 from fastapi import FastAPI, Path, Request, Response
 
+from lora_diffusion.endpoint import answers, schemas
+from lora_diffusion.endpoint.checks import check_limits, check_recogniser, unit_embedding
+from lora_diffusion.endpoint.docs import LORA_FILES, PICTURES, WITH_PHOTOS, operation
+from lora_diffusion.endpoint.problems import PHOTO_REASONS, ApiError
+from lora_diffusion.endpoint.routing import Endpoint
+from lora_diffusion.endpoint.studio import Made, Sampled, Studio, new_seed, together
 from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask
-from serve import answers, schemas
-from serve.checks import check_limits, check_recogniser, unit_embedding
-from serve.docs import LORA_FILES, PICTURES, WITH_PHOTOS, operation
-from serve.problems import PHOTO_REASONS, ApiError
-from serve.routing import Endpoint
-from serve.studio import Made, Sampled, Studio, new_seed, together
 
 # the API says it of latents where pictures have the same setting
 T = TypeVar("T")

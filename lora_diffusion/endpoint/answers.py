@@ -13,11 +13,11 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from lora_diffusion.endpoint import schemas
+from lora_diffusion.endpoint.problems import ApiError, as_problem
+from lora_diffusion.endpoint.studio import Made, Studio
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.messages import FILE_NAMES, DrawnImage, DrawTask, Progress
-from serve import schemas
-from serve.problems import ApiError, as_problem
-from serve.studio import Made, Studio
 
 IMAGE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 QUALITY = re.compile(r"\bq\s*=\s*(0(?:\.\d*)?|1)")

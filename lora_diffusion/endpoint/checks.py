@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel
 
+from lora_diffusion.endpoint.problems import ApiError
 from lora_diffusion.serving.config import LimitsConfig
 from lora_diffusion.serving.messages import Floats
-from serve.problems import ApiError
 
 # field of a request -> the limit of its value, or of its length
 BOUNDS = {

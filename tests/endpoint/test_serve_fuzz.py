@@ -22,8 +22,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from serve_world import save_synthesizer
 
+from lora_diffusion.endpoint.local import local_api
 from lora_diffusion.serving.config import LimitsConfig, ServeConfig
-from serve.local import local_api
 
 OPERATIONS = (
     ("/v1/embeddings", "POST"),

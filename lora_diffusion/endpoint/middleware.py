@@ -16,9 +16,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lora_diffusion.endpoint.metrics import Metrics
+from lora_diffusion.endpoint.problems import ApiError, as_problem
 from lora_diffusion.serving.config import LimitsConfig
-from serve.metrics import Metrics
-from serve.problems import ApiError, as_problem
 
 log = logging.getLogger("lora_diffusion.serve")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

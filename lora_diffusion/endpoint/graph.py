@@ -5,7 +5,7 @@ photo ─► Gateway ─► Embedder ─► Denoiser ─► Decoder ─► Libra
                         └────── scores ──── Renderer ─► pictures
 
 serve run serve/app.py                                   # configs/serve_tiny.yaml
-serve run serve.graph:build config=configs/serve_sd15.yaml limits.max_images=4
+serve run lora_diffusion.endpoint.graph:build config=configs/serve_sd15.yaml limits.max_images=4
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,18 +21,17 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from lora_diffusion.config import load_config, placed
+from lora_diffusion.endpoint.access import read_keys
+from lora_diffusion.endpoint.api import build_api
+from lora_diffusion.endpoint.logs import set_up_logs
+from lora_diffusion.endpoint.metrics import Metrics
+from lora_diffusion.endpoint.remote import remote
+from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.faces import Embedder
 from lora_diffusion.serving.library import Library
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
-from serve.access import read_keys
-from serve.api import build_api
-from serve.logs import set_up_logs
-from serve.metrics import Metrics
-from serve.remote import remote
-from serve.studio import Studio
 
-ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = "configs/serve_tiny.yaml"
 ENVIRONMENT = "LORA_DIFFUSION_SERVE"
 
@@ -76,9 +74,9 @@ def build(arguments: dict[str, Any]) -> Application:
     """
     words = shlex.split(os.environ.get(ENVIRONMENT, ""))
     given = {**arguments, **{key: value for key, _, value in (word.partition("=") for word in words)}}
-    path = Path(given.pop("config", None) or DEFAULT_CONFIG)
+    path = given.pop("config", None) or DEFAULT_CONFIG
     overrides = [f"{key}={value}" for key, value in given.items()]
-    config = placed(load_config(ServeConfig, path if path.exists() else ROOT / path, overrides))
+    config = placed(load_config(ServeConfig, path, overrides))
     options = config.deployments
     settings = replace(config, deployments={})  # so that nobody restarts because somebody else scales differently
     # a rolling update may find all replicas of a stage new: whoever has a request in hand waits for them as it does

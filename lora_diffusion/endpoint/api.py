@@ -17,16 +17,16 @@ from starlette.middleware import Middleware
 from starlette.routing import Match
 
 from lora_diffusion import __version__
+from lora_diffusion.endpoint import schemas
+from lora_diffusion.endpoint.access import Access, AdmissionControl
+from lora_diffusion.endpoint.docs import describe, operation
+from lora_diffusion.endpoint.middleware import TIMEOUT, Deadline, Errors, FixedHeaders, Lenient, Log, RequestId
+from lora_diffusion.endpoint.problems import ApiError, invalid
+from lora_diffusion.endpoint.routes import Routes
+from lora_diffusion.endpoint.routing import Gate, Route, public
+from lora_diffusion.endpoint.studio import Studio, together
 from lora_diffusion.serving.errors import ServingError
 from lora_diffusion.serving.stages import Stage
-from serve import schemas
-from serve.access import Access, AdmissionControl
-from serve.docs import describe, operation
-from serve.middleware import TIMEOUT, Deadline, Errors, FixedHeaders, Lenient, Log, RequestId
-from serve.problems import ApiError, invalid
-from serve.routes import Routes
-from serve.routing import Gate, Route, public
-from serve.studio import Studio, together
 
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 EXPOSED = [

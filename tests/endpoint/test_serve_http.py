@@ -15,9 +15,9 @@ import pytest
 from serve_client import ADA, BOB, FAST, PROMPT, Client, problem, variant
 from starlette.requests import Request
 
-from serve.answers import wanted
-from serve.problems import ApiError
-from serve.studio import Studio
+from lora_diffusion.endpoint.answers import wanted
+from lora_diffusion.endpoint.problems import ApiError
+from lora_diffusion.endpoint.studio import Studio
 
 PNG = ADA.read_bytes()
 PLAIN = base64.b64encode(PNG).decode()

@@ -16,6 +16,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from lora_diffusion.endpoint.metrics import Metrics
+from lora_diffusion.endpoint.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
+from lora_diffusion.endpoint.schemas import Upload
 from lora_diffusion.faces.choice import Which, choose_face
 from lora_diffusion.faces.photos import PhotoError
 from lora_diffusion.serving.batcher import Timing
@@ -34,9 +37,6 @@ from lora_diffusion.serving.messages import (
     Progress,
 )
 from lora_diffusion.serving.stages import DecoderStage, DenoiserStage, EmbedderStage, LibraryStage, RendererStage
-from serve.metrics import Metrics
-from serve.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
-from serve.schemas import Upload
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from lora_diffusion.endpoint.access import Access, AdmissionControl
+from lora_diffusion.endpoint.body import read_values
+from lora_diffusion.endpoint.problems import ApiError
 from lora_diffusion.serving.config import LimitsConfig
-from serve.access import Access, AdmissionControl
-from serve.body import read_values
-from serve.problems import ApiError
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 

@@ -14,9 +14,9 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from lora_diffusion.endpoint.problems import ApiError
+from lora_diffusion.endpoint.schemas import Upload, from_base64
 from lora_diffusion.serving.config import LimitsConfig
-from serve.problems import ApiError
-from serve.schemas import Upload, from_base64
 
 # In a form these names hold JSON text.
 JSON_FIELDS = frozenset({"embedding", "latent", "edits", "a", "b", "positions"})

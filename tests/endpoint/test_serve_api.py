@@ -16,10 +16,10 @@ from PIL import Image
 from serve_client import ADA, ADA_AGAIN, BOB, FAST, PROMPT, Client, latent_of, pixels, problem
 from serve_world import base_model, recogniser_id
 
+from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.serving.messages import LoRARecord
-from serve.studio import Studio
 
 
 def test_photo_gives_lora_and_pictures_in_one_go(api: Client) -> None:

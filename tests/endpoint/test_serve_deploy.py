@@ -13,8 +13,9 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from lora_diffusion.config import load_config
+from lora_diffusion.endpoint import APP
+from lora_diffusion.endpoint.graph import DEPLOYMENTS, build
 from lora_diffusion.serving.config import ServeConfig
-from serve.graph import DEPLOYMENTS, build
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ("configs/serve_tiny.yaml", "configs/serve_sd15.yaml")
@@ -45,6 +46,8 @@ def test_entry_point_is_a_serve_config_and_python_at_once(monkeypatch: pytest.Mo
     assert getattr(importlib.import_module(module), name) is build
     assert (ROOT / application.args["config"]).is_file()
     assert importlib.import_module("serve.app").app is build
+    both = yaml.safe_load(APP.read_text())  # what `lora-diffusion serve` starts
+    assert {key: value for key, value in yaml.safe_load(text).items() if key != "app"} == both
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -114,7 +117,7 @@ def test_production_files_fit_serves_schema_and_our_graph(name: str) -> None:
 
 def test_gateway_embedder_and_library_start_without_torch() -> None:
     code = (
-        "import sys; import serve.graph, lora_diffusion.serving.faces, lora_diffusion.serving.library; "
+        "import sys; import lora_diffusion.endpoint.graph, lora_diffusion.serving.faces, lora_diffusion.serving.library; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
+from lora_diffusion.endpoint.api import build_api
+from lora_diffusion.endpoint.metrics import Metrics
+from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.faces import Embedder
 from lora_diffusion.serving.library import Library
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
-from serve.api import build_api
-from serve.metrics import Metrics
-from serve.studio import Studio
 
 
 def local_studio(config: ServeConfig) -> Studio:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from serve_client import Client, problem, variant
 
+from lora_diffusion.endpoint.access import read_keys
+from lora_diffusion.endpoint.graph import build
+from lora_diffusion.endpoint.routing import Route
+from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import AccessConfig
-from serve.access import read_keys
-from serve.graph import build
-from serve.routing import Route
-from serve.studio import Studio
 
 KEYS = "LORA_DIFFUSION_API_KEYS"
 LORA = f"/v1/loras/{'0' * 32}"

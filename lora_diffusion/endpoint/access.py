@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 
+from lora_diffusion.endpoint.metrics import Metrics
+from lora_diffusion.endpoint.problems import ApiError
 from lora_diffusion.serving.config import AccessConfig, LimitsConfig
-from serve.metrics import Metrics
-from serve.problems import ApiError
 
 MAX_CALLERS = 10_000
 UPLOADS_FOR_EACH = 4  # bodies that may arrive, for each request that may be worked on

@@ -7,8 +7,8 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from lora_diffusion.endpoint.remote import is_lost, told
 from lora_diffusion.serving.errors import ServingError
-from serve.remote import is_lost, told
 
 
 def broken(code: grpc.StatusCode) -> grpc.aio.AioRpcError:

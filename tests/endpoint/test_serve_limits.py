@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from serve_client import FAST, PROMPT, Client, pixels, problem, variant
 
+from lora_diffusion.endpoint.middleware import Deadline
+from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import AccessConfig, LimitsConfig
 from lora_diffusion.serving.errors import deadline_exceeded
 from lora_diffusion.serving.messages import DrawnImage, DrawTask, LoRARecord, Progress
-from serve.middleware import Deadline
-from serve.studio import Studio
 
 
 def test_slow_body_is_given_up(api: Client) -> None:

@@ -10,12 +10,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from serve import schemas
-from serve.body import JSON_FIELDS
-from serve.examples import EVENTS, EXAMPLES
-from serve.middleware import TIMEOUT
-from serve.problems import MEDIA_TYPE, PHOTO_REASONS, ApiError
-from serve.routing import Route
+from lora_diffusion.endpoint import schemas
+from lora_diffusion.endpoint.body import JSON_FIELDS
+from lora_diffusion.endpoint.examples import EVENTS, EXAMPLES
+from lora_diffusion.endpoint.middleware import TIMEOUT
+from lora_diffusion.endpoint.problems import MEDIA_TYPE, PHOTO_REASONS, ApiError
+from lora_diffusion.endpoint.routing import Route
 
 DESCRIPTION = (
     "One photo of a face in, a LoRA for Stable Diffusion and pictures out. Errors are RFC 9457 problem documents."
