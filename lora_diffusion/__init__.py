@@ -6,7 +6,7 @@
 >>> save_lora(vectors_BN[0], synthesizer.layout, "ada.safetensors")
 
 The names below are the public API; whatever else this package holds may change. They are loaded when first used, so that
-`import lora_diffusion` costs nothing.
+`import lora_diffusion` costs nothing; they need `pip install 'lora-diffusion[torch]'`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lora_diffusion' has no attribute {name!r}; there are {', '.join(__all__)}")
+    from lora_diffusion.extras import needs
+
     module, attribute = _PUBLIC[name]
-    value = getattr(importlib.import_module(f"lora_diffusion.{module}"), attribute)
+    with needs("torch"):
+        value = getattr(importlib.import_module(f"lora_diffusion.{module}"), attribute)
     globals()[name] = value
     return value
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.extras import MissingExtra, needs
 from lora_diffusion.jobs.run import JOBS, help_of, run_job
 from lora_diffusion.storage import SHIPPED, local_place, open_store, place, place_or_name
 
@@ -54,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(run_job(JOBS[words[0]], words[1:]))
     args = parse(words)
     try:
-        args.run(args)
-    except (Refused, ValueError, OSError) as error:
+        with needs("torch"):
+            args.run(args)
+    except (Refused, MissingExtra, ValueError, OSError) as error:
         sys.exit(f"lora-diffusion: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -224,12 +226,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ask_server(args: argparse.Namespace) -> Outcome:
-    try:
-        import httpx
+    import httpx
 
-        from lora_diffusion.client import ApiError, Client
-    except ImportError as error:
-        raise Refused("--server needs httpx: pip install 'lora-diffusion[client]'") from error
+    from lora_diffusion.client import ApiError, Client
+
     settings = settings_of(args)
     key = os.environ.get("LORA_DIFFUSION_API_KEY")
     try:
@@ -248,7 +248,7 @@ def ask_server(args: argparse.Namespace) -> Outcome:
         raise Refused(f"{args.server} refused: {error} ({error.reason})") from error
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise Refused(
-            f"{args.server} cannot be reached ({error or type(error).__name__}). Is `serve run serve/app.py` running? "
+            f"{args.server} cannot be reached ({error or type(error).__name__}). Is `lora-diffusion serve` running? "
             "Without --server it is made in this process."
         ) from error
 

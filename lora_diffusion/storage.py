@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 from urllib.parse import unquote
 
-import fsspec
+from lora_diffusion.extras import needs
 
 _TEMPORARY = ".tmp"
 _UPLOAD_BYTES = 2**26  # of one part of a large upload; S3 takes 10,000 parts
@@ -284,11 +284,15 @@ def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seco
 
     attempts: how often an S3 request is tried. read_seconds: how long one may wait for the next bytes.
     """
+    from fsspec import filesystem  # here, so that the command line starts at once
+
     address = place(uri)
     if not address.startswith("s3://"):
-        return Store(address, fsspec.filesystem("file"), address, local=True)
+        return Store(address, filesystem("file"), address, local=True)
+    with needs("torch"):
+        import s3fs  # noqa: F401
     root = address.removeprefix("s3://")
-    filesystem = fsspec.filesystem(
+    s3 = filesystem(
         "s3",
         skip_instance_cache=True,
         use_listings_cache=False,
@@ -299,8 +303,8 @@ def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seco
         },
     )
     # botocore tries a request again; s3fs's own tries matter where a connection breaks while an answer is being read.
-    filesystem.retries = min(4, attempts)
-    return Store(address, filesystem, root, local=False)
+    s3.retries = min(4, attempts)
+    return Store(address, s3, root, local=False)
 
 
 def _write_local(path: Path, parts: Iterable[Buffer]) -> None:

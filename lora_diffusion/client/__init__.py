@@ -1,4 +1,4 @@
-"""A client of the endpoint, sync and async. Needs httpx (`pip install 'lora-diffusion[client]'`), and nothing of torch."""
+"""A client of the endpoint, sync and async. `pip install lora-diffusion` is enough: httpx, and nothing of torch."""
 
 from lora_diffusion.client.answers import Event, Face, File, Image, Latent, LoRA, Pictures, Progress
 from lora_diffusion.client.clients import AsyncClient, Client

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def main() -> None:
             made.images[0].save(args.out / f"picture{made.images[0].suffix}")
             client.download(made.lora, "diffusers").save(args.out / "lora.safetensors")
     finally:
-        service.terminate()  # as Ctrl-C does: Serve is shut down, then its Ray
+        service.send_signal(signal.SIGINT)  # as Ctrl-C does: Serve is shut down, then its Ray
         service.wait(60)
     shutil.copy(args.photo, args.out / "photo.jpg")
     print(f"""

@@ -24,7 +24,7 @@ def canvas(width: float, height: float, panels: int = 1, share_y: bool = False) 
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'lora-diffusion[train]'") from error
+        raise ValueError("figures need matplotlib: pip install 'lora-diffusion[ray]'") from error
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     axes = list(figure.subplots(1, panels, sharey=share_y, squeeze=False)[0])
     for axis in axes:

@@ -29,13 +29,9 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        try:
-            import onnx
-            from onnx import numpy_helper
-        except ImportError as error:
-            raise ValueError(
-                "a recogniser as a torch network needs onnx: pip install 'lora-diffusion[train]'"
-            ) from error
+        import onnx
+        from onnx import numpy_helper
+
         try:
             graph = onnx.load(str(path)).graph
         except Exception as error:

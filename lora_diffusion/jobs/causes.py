@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-USER_ERRORS = (ValueError, OSError)
+from lora_diffusion.extras import MissingExtra
+
+USER_ERRORS = (ValueError, OSError, MissingExtra)
 # where exceptions, and those of Ray, keep what they were made from
 _ATTRIBUTES = ("cause", "_base_exc", "controller_failure", "__cause__", "__context__")
 

@@ -28,17 +28,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
+from lora_diffusion.extras import needs
+
 STOPPED = "Stopped. The same command goes on."
 PATIENCE = 10.0  # seconds without a word
 
 
 @dataclass(frozen=True)
 class Job:
-    """module: a `JobModule`, whose docstring is the help. config: the YAML file of configs/ if none is named."""
+    """module: a `JobModule`, whose docstring is the help. config: the YAML file of configs/ if none is named. extra: of this
+    package, which brings what the job imports."""
 
     name: str
     module: str
     config: str | None = None
+    extra: str = "ray"
 
 
 class JobModule(Protocol):
@@ -62,7 +66,7 @@ JOBS = {
         Job("evaluate", "lora_diffusion.jobs.evaluate", "evaluate.yaml"),
         Job("ablate", "lora_diffusion.jobs.ablate", "ablate.yaml"),
         Job("publish", "lora_diffusion.jobs.publish"),
-        Job("serve", "lora_diffusion.jobs.serve", "serve_tiny.yaml"),
+        Job("serve", "lora_diffusion.jobs.serve", "serve_tiny.yaml", "serve"),
     )
 }
 
@@ -78,15 +82,16 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
         options = read_options(job, sys.argv[1:] if words is None else words)
         from lora_diffusion.config import load_config, placed, to_yaml
 
-        module = cast(JobModule, importlib.import_module(job.module))
-        given = load_config(module.Config, options.config, options.overrides)
-        config = placed(given)
-        check_places(config)
-        if options.dry_run:
-            print(to_yaml(given))
-            print(module.dry_run(config))
-        else:
-            module.run(config, options.ray_address)
+        with needs(job.extra):
+            module = cast(JobModule, importlib.import_module(job.module))
+            given = load_config(module.Config, options.config, options.overrides)
+            config = placed(given)
+            check_places(config)
+            if options.dry_run:
+                print(to_yaml(given))
+                print(module.dry_run(config))
+            else:
+                module.run(config, options.ray_address)
         return 0
     except KeyboardInterrupt:
         print(f"{job.name}: {STOPPED}", file=sys.stderr)

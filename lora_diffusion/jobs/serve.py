@@ -1,6 +1,7 @@
 """The endpoint: photo -> LoRA -> pictures over HTTP, on a Ray of its own unless another is named. Until Ctrl-C.
 
     lora-diffusion serve                                     # configs/serve_tiny.yaml, http://127.0.0.1:8000
+    lora-diffusion serve port=8080 access.requests_per_minute=60
     lora-diffusion serve configs/serve_sd15.yaml base=/models/sd15 synthesizer=runs/sd15/synthesizer
     serve run serve/app.py                                   # the same, from a clone of the repository
 
@@ -11,32 +12,59 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from lora_diffusion.config import to_yaml
+import yaml
+
+from lora_diffusion.config import from_dict, to_dict, to_yaml
 from lora_diffusion.endpoint import APP
+from lora_diffusion.extras import check
 from lora_diffusion.serving.config import ServeConfig
 
-Config = ServeConfig
+
+@dataclass(frozen=True)
+class Config(ServeConfig):
+    """Settings of the endpoint, and where it listens."""
+
+    host: str = "127.0.0.1"  # 0.0.0.0: everybody who can reach this machine; give keys (access.api_keys_env)
+    port: int = 8000
+
+
 ROOT = Path(__file__).resolve().parents[2]
 HANDED_ON = "LORA_DIFFUSION_SERVE"  # lora_diffusion/endpoint/graph.py reads its configuration from there
 
 
-def dry_run(config: ServeConfig) -> str:
-    return f"{config.synthesizer} on {config.base}"
+def dry_run(config: Config) -> str:
+    return f"{config.synthesizer} on {config.base}, http://{config.host}:{config.port}"
 
 
-def run(config: ServeConfig, ray_address: str) -> None:
-    """Raises ValueError if it ends by itself."""
+def run(config: Config, ray_address: str) -> None:
+    """Raises ValueError if it ends by itself, MissingExtra for what is not installed."""
+    check("serve", "ray", "fastapi", "fastapi_offline", "prometheus_client", "python_multipart")
+    values, application = to_dict(config), yaml.safe_load(APP.read_text(encoding="utf-8"))
+    application["http_options"] = {name: values.pop(name) for name in ("host", "port")}
     with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "serve.yaml"
-        settings.write_text(to_yaml(config))
+        settings, app = Path(folder) / "settings.yaml", Path(folder) / "app.yaml"
+        settings.write_text(to_yaml(from_dict(ServeConfig, values)), encoding="utf-8")
+        app.write_text(yaml.safe_dump(application), encoding="utf-8")
         env = {**os.environ, "RAY_ADDRESS": ray_address, HANDED_ON: f"config={shlex.quote(str(settings))}"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        command = [str(Path(sys.executable).with_name("serve")), "run", str(APP)]
-        code = subprocess.run(command, env=env, check=False).returncode
+        code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)
     if code:
-        raise ValueError(f"`serve run {APP}` ended with {code}: its last lines say why")
+        raise ValueError(f"`serve run` ended with {code}: its last lines say why")
+
+
+def until_it_ends(command: list[str], env: dict[str, str]) -> int:
+    """Its exit code. Ctrl-C reaches it from the terminal, and SIGTERM as one; it may shut Serve down, and then its Ray."""
+    process = subprocess.Popen(command, env=env)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
+    try:
+        return process.wait()
+    finally:
+        process.wait()
+        signal.signal(signal.SIGTERM, before)

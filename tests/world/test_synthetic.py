@@ -242,7 +242,7 @@ try: render(person, sample_view(20_000, 0))
 except ImportError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install 'lora-diffusion[faces]'" in done.stdout
+    assert "pip install 'lora-diffusion[world]'" in done.stdout
 
 
 def test_drawing_is_fast_enough_to_make_thousands() -> None:

@@ -82,7 +82,7 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ValueError(
-                    "TensorBoard files need the package tensorboard: pip install 'lora-diffusion[train]', or set "
+                    "TensorBoard files need the package tensorboard: pip install 'lora-diffusion[ray]', or set "
                     "tensorboard=false"
                 ) from error
             # TensorBoard, too, forgets what an interrupted run said of steps from `step` on
@@ -164,7 +164,7 @@ def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'lora-diffusion[train]'") from error
+        raise ValueError("plots need matplotlib: pip install 'lora-diffusion[ray]'") from error
     figure = Figure(figsize=(6.4, 4.0), dpi=120)
     return figure, figure.add_subplot()
 

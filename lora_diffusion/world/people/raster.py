@@ -16,7 +16,7 @@ from lora_diffusion.world.people.maths import Array
 
 try:
     from numba import njit
-except ImportError:  # the optional extra "faces" is not installed
+except ImportError:  # the extra "world" is not installed
     njit = None
 
 Kernel = Callable[..., Any]
@@ -27,7 +27,7 @@ def compiled(kernel: Kernel) -> Kernel:
     if njit is None:
 
         def refuse(*_: Any) -> None:
-            raise ImportError("drawing synthetic people needs numba: pip install 'lora-diffusion[faces]'")
+            raise ImportError("drawing synthetic people needs numba: pip install 'lora-diffusion[world]'")
 
         return refuse
     options = {"fastmath": True, "nogil": True}
