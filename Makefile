@@ -10,12 +10,14 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo serve test test-fast browser lint bench clean
 
-# torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast.
-$(READY): pyproject.toml constraints.txt
+# torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast, with hashes checked.
+# --no-deps: requirements.txt is complete, and torch is there already.
+$(READY): pyproject.toml constraints.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
-	  || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --requirement requirements.txt \
+	  || $(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable . || $(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
 # The embedded world from end to end. People are rendered and fine-tuned on a local Ray; a small VAE and a denoiser learn from
