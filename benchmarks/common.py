@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.provenance import provenance
+from lora_diffusion.artifacts.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

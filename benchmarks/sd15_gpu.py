@@ -49,8 +49,8 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule, RandomStreams, TimestepSampler
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.lora.rendering import initial_noise, render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import initial_noise, render
 from lora_diffusion.serving.engine import Picture, RenderEngine
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
 
 from lora_diffusion.lora import formats
+from lora_diffusion.lora.rendering import initial_noise, make_scheduler, render
 from lora_diffusion.models.stable_diffusion import BaseModel, resolve_model
-from lora_diffusion.rendering import initial_noise, make_scheduler, render
 from lora_diffusion.serving.engine import Picture, RenderEngine
 from lora_diffusion.synthesis import Synthesizer
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lora_diffusion.lora.formats import load as load_lora
     from lora_diffusion.lora.formats import save as save_lora
     from lora_diffusion.lora.layout import LoRALayout as LoRALayout
+    from lora_diffusion.lora.rendering import render as render
     from lora_diffusion.models.stable_diffusion import BaseModel as BaseModel
-    from lora_diffusion.rendering import render as render
     from lora_diffusion.synthesis.synthesizer import Synthesizer as Synthesizer
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _PUBLIC = {
     "LoRALayout": ("lora.layout", "LoRALayout"),
     "Synthesizer": ("synthesis.synthesizer", "Synthesizer"),
     "load_lora": ("lora.formats", "load"),
-    "render": ("rendering", "render"),
+    "render": ("lora.rendering", "render"),
     "save_lora": ("lora.formats", "save"),
 }
 __all__ = [

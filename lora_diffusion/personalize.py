@@ -20,8 +20,8 @@ from lora_diffusion.faces.choice import Which, choose_face
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, mean_embedding
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import render
 from lora_diffusion.serving.config import SamplingConfig
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 

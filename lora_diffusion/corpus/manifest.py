@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lora_diffusion
-from lora_diffusion.identity import Identity, ModelId
+from lora_diffusion.artifacts.identity import Identity, ModelId
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from lora_diffusion.artifacts.provenance import provenance
 from lora_diffusion.config import relative, to_dict
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.evaluation.ablation import (
@@ -22,7 +23,6 @@ from lora_diffusion.evaluation.ablation_results import ABLATIONS, Record, compar
 from lora_diffusion.evaluation.methods import controls_and_baselines, with_scales
 from lora_diffusion.evaluation.page import embedded, page
 from lora_diffusion.evaluation.pipeline import Evaluation, Workers
-from lora_diffusion.provenance import provenance
 from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.training.dataset import take_snapshot
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_diffusion.artifacts.identity import Identity, Mismatch
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, matrix
 from lora_diffusion.evaluation.config import EvaluationConfig
@@ -25,7 +26,6 @@ from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.embed import square_picture
 from lora_diffusion.factory.planning import people_folder
-from lora_diffusion.identity import Identity, Mismatch
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]

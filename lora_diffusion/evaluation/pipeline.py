@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from lora_diffusion.artifacts.identity import Identity
+from lora_diffusion.artifacts.provenance import provenance
 from lora_diffusion.config import placed, relative, to_dict
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.evaluation.ablation_results import read_ablations
@@ -37,10 +39,8 @@ from lora_diffusion.evaluation.results import tabulate
 from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Scores, score_key
 from lora_diffusion.factory import CorpusConfig, PersonRef
 from lora_diffusion.factory.planning import find, list_people
-from lora_diffusion.identity import Identity
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.provenance import provenance
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.training.dataset import CorpusRows, RowCache, fill_cache, take_snapshot

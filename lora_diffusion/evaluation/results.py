@@ -18,7 +18,7 @@ from lora_diffusion.evaluation.held_out import Floats, HeldOut
 from lora_diffusion.evaluation.methods import RECONSTRUCTED, SYNTHESISED, Method
 from lora_diffusion.evaluation.scoring import Scores
 from lora_diffusion.evaluation.similarity import bootstrap
-from lora_diffusion.rendering import PROMPT_PARTS
+from lora_diffusion.lora.rendering import PROMPT_PARTS
 
 
 def method_figures(scores: Scores, names: Sequence[str]) -> dict[str, Any]:

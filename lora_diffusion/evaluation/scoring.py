@@ -21,6 +21,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
+from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.config import to_dict
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import Floats, Pixels, recognisers
@@ -28,11 +29,10 @@ from lora_diffusion.evaluation.methods import Method
 from lora_diffusion.evaluation.similarity import RenderConfig, unit
 from lora_diffusion.faces.embedder import embed_pictures
 from lora_diffusion.factory import CorpusConfig
-from lora_diffusion.identity import Identity
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.rendering import PROMPT_PARTS, load_prompt_scorer, render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import PROMPT_PARTS, load_prompt_scorer, render
 
 NOT_ASKED = -1
 

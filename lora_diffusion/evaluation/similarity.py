@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import render
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from lora_diffusion.artifacts.identity import Mismatch
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import KEPT, Failure
 from lora_diffusion.faces.choice import FaceError
@@ -23,7 +24,6 @@ from lora_diffusion.faces.photos import PhotoError, PhotoReason, load_photo, pre
 from lora_diffusion.faces.search import FaceEmbedding
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
-from lora_diffusion.identity import Mismatch
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.storage import StoreError
 

@@ -13,8 +13,8 @@ import numpy as np
 from lora_diffusion.faces.embedder import FaceEmbedder, embed_pictures
 from lora_diffusion.factory.config import ScoreConfig
 from lora_diffusion.lora.bank import LoRABank
+from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import render
 
 _SEED = 1_000  # far from what a user would type
 

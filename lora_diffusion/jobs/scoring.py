@@ -14,12 +14,12 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
+from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.evaluation import EvaluationConfig, PhotoEmbedder, Scorer
 from lora_diffusion.evaluation.held_out import EmbeddedPhotos, Floats
 from lora_diffusion.evaluation.scoring import PersonScores, Request
 from lora_diffusion.evaluation.wire import pack, unpack
 from lora_diffusion.factory import CorpusConfig, PersonRef
-from lora_diffusion.identity import Identity
 from lora_diffusion.jobs.local_ray import Need, rows_of
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel

@@ -24,10 +24,10 @@ import ray.train.torch
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from lora_diffusion.artifacts.provenance import commit
 from lora_diffusion.config import from_dict, to_dict
 from lora_diffusion.jobs.causes import find_cause
 from lora_diffusion.jobs.local_ray import Need, connect
-from lora_diffusion.provenance import commit
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
 from lora_diffusion.synthesis.training.dataset import RowCache, read_rows

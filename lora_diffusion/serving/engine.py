@@ -3,7 +3,7 @@
 Each picture has its own LoRA, prompt, seed, guidance, number of steps, and its own place in the noise schedule: the UNet
 takes one timestep for each row, and DDIM's step is arithmetic on that row alone. So nobody waits for a batch to end,
 nothing has to be grouped by step count, a cancelled picture is gone by the next step, and a picture is the same alone
-as in any company (to float error) and as drawn by `lora_diffusion.rendering.render`.
+as in any company (to float error) and as drawn by `lora_diffusion.lora.rendering.render`.
 
 Axes: B rows (pictures in the batch), N length of a LoRA vector, S/D text, C/H/W latent.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.rendering import initial_noise, make_scheduler
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import initial_noise, make_scheduler
 
 Pixels = NDArray[np.uint8]
 

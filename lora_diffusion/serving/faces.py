@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_diffusion.artifacts.identity import read_identity
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.faces.search import Faces
-from lora_diffusion.identity import read_identity
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.messages import Floats, FoundFace, FoundFaces, Photo

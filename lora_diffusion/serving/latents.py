@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_diffusion.identity import Identity
+from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.serving.config import ServeConfig

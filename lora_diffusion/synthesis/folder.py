@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lora_diffusion.checkpoint import strip_prefix, with_prefix
+from lora_diffusion.artifacts.checkpoint import strip_prefix, with_prefix
 from lora_diffusion.config import from_dict, to_dict
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import open_store

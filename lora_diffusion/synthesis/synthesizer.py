@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lora_diffusion.artifacts.identity import SHIPPED_SYNTHESIZERS, Identity, provenance_identity
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import load_photo
-from lora_diffusion.identity import SHIPPED_SYNTHESIZERS, Identity, provenance_identity
 from lora_diffusion.lora.finetune import FinetuneResult
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos

@@ -13,13 +13,13 @@ from evaluation_world import RECOGNISERS, methods_of
 from PIL import Image
 from test_ablation import record
 
+from lora_diffusion.artifacts.provenance import provenance
 from lora_diffusion.config import to_dict
 from lora_diffusion.evaluation.ablation import AblationConfig, Variant
 from lora_diffusion.evaluation.ablation_results import compared
 from lora_diffusion.evaluation.report import write_report
 from lora_diffusion.evaluation.results import tabulate
 from lora_diffusion.evaluation.sheet import Column, contact_sheet
-from lora_diffusion.provenance import provenance
 from lora_diffusion.storage import open_store
 
 CONFIG = AblationConfig(seeds=2, other_seeds=1)

@@ -18,8 +18,8 @@ from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.lora.finetune import Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
+from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import render
 
 SD15 = Path(__file__).resolve().parents[2] / "configs" / "sd15.yaml"
 CONFIG = load_config(CorpusConfig, SD15)

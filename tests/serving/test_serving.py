@@ -16,8 +16,8 @@ from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import render
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.engine import Picture, RenderEngine
 from lora_diffusion.serving.errors import ServingError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_diffusion.checkpoint import load_checkpoint
+from lora_diffusion.artifacts.checkpoint import load_checkpoint
 from lora_diffusion.world.base import parts
 from lora_diffusion.world.base import training as bt
 

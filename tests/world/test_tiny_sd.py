@@ -11,8 +11,8 @@ import torch
 
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import ASSETS, BaseModel
-from lora_diffusion.rendering import render
 from lora_diffusion.world.scenes import SceneClassifier, labels_of_prompt, prompt_accuracy
 
 PROMPT = "a photo of sks person, neutral, facing the camera, soft daylight, {} background, wearing a red v-neck top"

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
-from lora_diffusion.identity import Identity
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.denoiser import count_parameters
 from lora_diffusion.synthesis.normaliser import Normaliser

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_diffusion.checkpoint import strip_prefix, with_prefix
+from lora_diffusion.artifacts.checkpoint import strip_prefix, with_prefix
 from lora_diffusion.config import to_dict, to_yaml
 from lora_diffusion.corpus import Statistics
 from lora_diffusion.lora.layout import LoRALayout

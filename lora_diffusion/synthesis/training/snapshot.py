@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_diffusion.artifacts.identity import Identity, ModelId
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.corpus.plan import shard_name
 from lora_diffusion.corpus.schema import parquet_metadata
-from lora_diffusion.identity import Identity, ModelId
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store, open_store
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.checkpoint import with_prefix
+from lora_diffusion.artifacts.checkpoint import with_prefix
 from lora_diffusion.storage import Buffer, Store
 from lora_diffusion.synthesis.training.distributed import copy_whole, like_parameter, whole
 

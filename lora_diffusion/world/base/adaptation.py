@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diffusion.checkpoint import (
+from lora_diffusion.artifacts.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_diffusion.checkpoint import (
+from lora_diffusion.artifacts.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,

@@ -22,8 +22,8 @@ from lora_diffusion.faces.differentiable import Teacher
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, embed_pictures
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.objective import NoiseSchedule
+from lora_diffusion.lora.rendering import PROMPT_PARTS, load_prompt_scorer, make_scheduler, render
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.rendering import PROMPT_PARTS, load_prompt_scorer, make_scheduler, render
 from lora_diffusion.synthesis.codes import LatentCodes
 from lora_diffusion.synthesis.diffusion import denoise
 from lora_diffusion.synthesis.synthesizer import Synthesizer

@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     try:

@@ -18,6 +18,7 @@ from low_rank_corpus import BASE, LAYOUT, RECIPE, write_corpus
 from serve_client import ADA
 from serve_world import base_model, recogniser_id, save_synthesizer
 
+from lora_diffusion.artifacts.identity import Identity, Mismatch, ModelId, read_identity
 from lora_diffusion.cli import main
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusConflict, CorpusReader, Manifest, open_corpus
@@ -29,7 +30,6 @@ from lora_diffusion.evaluation.methods import check_fit
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, folder_fingerprint
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.factory import AttemptsHere, CorpusConfig, LoRAMaker, PersonEmbedder, ShardMaker
-from lora_diffusion.identity import Identity, Mismatch, ModelId, read_identity
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel

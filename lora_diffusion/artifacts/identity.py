@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lora_diffusion.storage import open_store
 
-SHIPPED_SYNTHESIZERS = {"tiny": Path(__file__).resolve().parent / "assets" / "synthesizer"}
+SHIPPED_SYNTHESIZERS = {"tiny": Path(__file__).resolve().parents[1] / "assets" / "synthesizer"}
 OLD_DIGITS = 16
 """A fingerprint of so many digits was made by an earlier release, in another way: only the model itself can tell whether
 it is its own."""
