@@ -14,7 +14,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
 	  || $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

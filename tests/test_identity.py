@@ -378,5 +378,10 @@ def test_a_machine_with_other_recogniser_files_embeds_nobody_for_a_corpus(world:
     made = Manifest(LAYOUT.to_dict(), BASE, recipe)
     PersonEmbedder(config, 64).check(made)
     (copy / "rec.onnx").write_bytes((BUNDLED["tiny-b"] / "rec.onnx").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"known\.npz was measured with another recogniser than .*rec\.onnx: delete it"
+    ):
+        PersonEmbedder(config, 64)
+    (copy / "known.npz").unlink()
     with pytest.raises(Mismatch, match=rf"the models in {copy} \(\w+\) differ from .*is made with.*put the same files"):
         PersonEmbedder(config, 64).check(made)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lora_diffusion.faces.choice import FaceError, choose_face
 from lora_diffusion.faces.crops import CROP_SIZE
-from lora_diffusion.faces.known import Recogniser
+from lora_diffusion.faces.known import Recogniser, fingerprint
 from lora_diffusion.faces.looks import Detector
 from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
@@ -95,8 +95,7 @@ class FaceEmbedder:
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of SHA-256 over the recognition model's file: two embeddings can be compared if theirs is the same."""
-        with open(self.recogniser.model_file, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:20]
+        return fingerprint(self.recogniser.model_file)
 
     def knows(self, fingerprint: str) -> bool:
         """Whether `fingerprint` is this recogniser's; corpora of earlier releases have that of the whole folder."""
