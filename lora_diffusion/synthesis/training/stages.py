@@ -17,8 +17,8 @@ from torch import Tensor
 from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import Diffusion, denoise, diffusion_loss
 from lora_diffusion.synthesis.training.dataset import CorpusRows
-from lora_diffusion.synthesis.training.loop import Batch, Stage
 from lora_diffusion.synthesis.vae import LoRAVAE, kl_nats
+from lora_diffusion.training.loop import Batch, Stage
 
 # Validation asks about each held-out person at so many noise levels, the same ones each time: few people, little chance.
 VALIDATION_REPEATS = 8
@@ -81,7 +81,7 @@ class DenoiserStage(Stage):
     anybody (LOG.md, 2026-11-26).
     """
 
-    judged_by: ClassVar[tuple[str, ...]] = ("rank", "loss")
+    selection_metrics: ClassVar[tuple[str, ...]] = ("rank", "loss")
 
     def __init__(
         self,

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_diffusion.synthesis.training.distributed import Group
+from lora_diffusion.training.distributed import Group
 
 
-class Watch:
+class Meter:
     """One for each run of a loop. `step`: where it begins."""
 
     def __init__(self, step: int) -> None:
