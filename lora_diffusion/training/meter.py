@@ -51,3 +51,12 @@ class Meter:
             "seconds_left": round(seconds / max(1, step - self.first) * (steps - step), 1),
             "waiting_for_data": round(self.waited / seconds, 4),
         }
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
