@@ -139,7 +139,7 @@ class FaceEmbedder:
         parts = []
         for start in range(0, len(crops), batch_size):
             batch = [np.ascontiguousarray(crop[..., ::-1]) for crop in crops[start : start + batch_size]]
-            parts.append(_unit(self.recogniser.embed(batch)))
+            parts.append(unit(self.recogniser.embed(batch)))
         return np.concatenate(parts) if parts else np.zeros((0, 512), np.float32)
 
 
@@ -163,7 +163,7 @@ def mean_embedding(embeddings: Sequence[FaceEmbedding] | Floats) -> Floats:
         vectors = np.stack([e.vector for e in embeddings]) if len(embeddings) else np.zeros((0, 512), np.float32)
     if not len(vectors):
         raise ValueError("A mean embedding needs at least one photo with a face, got none.")
-    return _unit(_unit(vectors).mean(axis=0))
+    return unit(unit(vectors).mean(axis=0))
 
 
 def model_folder(config: EmbedderConfig) -> Path:
@@ -240,7 +240,8 @@ def _bgr(image_HWC: Pixels) -> Pixels:
     return np.ascontiguousarray(image[..., ::-1])
 
 
-def _unit(vectors: Floats) -> Floats:
+def unit(vectors: Floats) -> Floats:
+    """The same directions at length 1, float32, over the last axis; a vector of zeros stays one."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
 
