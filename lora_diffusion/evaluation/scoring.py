@@ -26,7 +26,8 @@ from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import Floats, Pixels, Setup, recognisers
 from lora_diffusion.evaluation.methods import Method
 from lora_diffusion.evaluation.similarity import RenderConfig
-from lora_diffusion.faces.embedder import embed_pictures, unit
+from lora_diffusion.faces.embedder import embed_pictures
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel

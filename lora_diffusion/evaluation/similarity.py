@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.embedder import unit
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.rendering import render

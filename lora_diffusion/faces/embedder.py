@@ -25,6 +25,7 @@ from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.known import Recogniser, fingerprint
 from lora_diffusion.faces.looks import Detector
 from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
 from lora_diffusion.storage import Place, PlaceOrName, local_place, place_or_name
 
@@ -238,12 +239,6 @@ def _bgr(image_HWC: Pixels) -> Pixels:
             f"Expected an RGB uint8 image (H, W, 3), got {image.dtype} {image.shape}. Use photos.load_photo."
         )
     return np.ascontiguousarray(image[..., ::-1])
-
-
-def unit(vectors: Floats) -> Floats:
-    """The same directions at length 1, float32, over the last axis; a vector of zeros stays one."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
 def embed_pictures(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.embedder import unit
+from lora_diffusion.faces.unit import unit
 
 Floats = NDArray[np.float32]
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lora_diffusion.config import to_dict
 from lora_diffusion.faces.choice import FaceError
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, unit
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
