@@ -15,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 $(READY): pyproject.toml constraints.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --requirement requirements.txt \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes --requirement requirements.txt \
 	  || $(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable . || $(BIN)/pip install --quiet --no-deps --editable .
 	touch $@

@@ -23,7 +23,8 @@ import numpy as np
 import psutil
 
 from lora_diffusion.synthesis.pca import fit_pca_distributed
-from lora_diffusion.synthesis.training.distributed import Group
+from lora_diffusion.synthesis.training.passes import passes
+from lora_diffusion.training.distributed import Group
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import write_result
@@ -86,7 +87,7 @@ def write_rows(path: Path, rows: int, columns: int, rank: int) -> np.ndarray:
 def fit(args: argparse.Namespace) -> dict[str, Any]:
     table = np.memmap(args.fit, np.float16, "r", shape=(args.rows, args.columns))
     start = time.perf_counter()
-    run = Group().map_reduce(np.arange(args.rows), lambda slots: np.asarray(table[slots], np.float32), CHUNK)
+    run = passes(Group(), np.arange(args.rows), lambda slots: np.asarray(table[slots], np.float32), CHUNK)
     pca = fit_pca_distributed(run, args.components, exact_rows=args.exact_rows, iterations=args.iterations)
     return {
         "seconds": time.perf_counter() - start,

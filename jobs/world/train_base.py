@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Train the embedded base model, tiny-sd, on rendered faces: autoencoder, then UNet and text encoder (Ray Train).
 
-    ray job submit jobs/world/train_base.py            # or: python jobs/world/train_base.py denoiser.steps=200 work=runs/quick
-    python jobs/world/train_base.py --config configs/base.yaml num_workers=2
+    ray job submit jobs/world/train_base.py            # or: python jobs/world/train_base.py recipe.denoiser.steps=200
 
 Needs faces of the base split: jobs/world/make_faces.py --people 0:2700 --views 10 --out runs/base_faces
 The same command goes on where a killed run stopped. Nothing is trained twice.
@@ -10,9 +9,7 @@ The same command goes on where a killed run stopped. Nothing is trained twice.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,86 +17,29 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lora_diffusion.config import from_dict, load_config, placed, to_dict
+from lora_diffusion.config import from_dict, to_dict
+from lora_diffusion.jobs.run import Job, run_job
 from lora_diffusion.world.base.recipe import TrainBaseConfig, load_faces, train_base
 
-
-def worker(values: dict[str, Any]) -> None:
-    """One data-parallel worker: the library's training with Ray's process group, device and reports."""
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    config = from_dict(TrainBaseConfig, values["config"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(max(1, config.cpus_per_worker))
-    recipe = config.recipe
-    started, lines = time.monotonic(), Path(recipe.work) / "progress.jsonl"
-
-    def progress(stage: str, step: int, metrics: dict[str, float]) -> None:
-        every = getattr(recipe, stage).checkpoint_every
-        if step % every and step != getattr(recipe, stage).steps:
-            return
-        total = getattr(recipe, stage).steps
-        line = {"stage": stage, "step": step, "of": total, **metrics, "seconds": round(time.monotonic() - started, 1)}
-        if rank == 0:
-            with lines.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-        ray.train.report(line)
-
-    prepare = (lambda stage: stage) if world == 1 else ray.train.torch.prepare_model
-    out = train_base(
-        recipe,
-        load_faces(recipe.faces, recipe.model.image_size),
-        prepare=prepare,
-        barrier=torch.distributed.barrier if world > 1 else lambda: None,
-        rank=rank,
-        world=world,
-        progress=progress,
-    )
-    if rank == 0:
-        print(f"wrote {out}", flush=True)
+Config = TrainBaseConfig
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=None, help="YAML file; its keys are those of TrainBaseConfig")
-    parser.add_argument(
-        "--ray-address",
-        default=os.environ.get("RAY_ADDRESS", "local"),
-        help="a running Ray: auto or HOST:PORT (default: RAY_ADDRESS, or else start one on this machine)",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
-    try:
-        config = placed(load_config(TrainBaseConfig, arguments.config, arguments.overrides))
-    except ValueError as error:
-        print(f"train_base: {error}", file=sys.stderr)
-        return 2
-    values = to_dict(config)
-    if arguments.dry_run:
-        print(json.dumps(values, indent=2))
-        return 0
+def dry_run(config: TrainBaseConfig) -> str:
+    stages = {name: getattr(config.recipe, name) for name in ("autoencoder", "denoiser")}
+    return "\n".join(f"{name}: {stage.steps:,} steps of {stage.batch_size} photos" for name, stage in stages.items())
 
+
+def run(config: TrainBaseConfig, ray_address: str) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from lora_diffusion.jobs.local_ray import Need, connect
 
-    needs = Need(
-        "training",
-        "num_workers, cpus_per_worker and use_gpu",
-        config.cpus_per_worker,
-        config.use_gpu,
-        config.num_workers,
-    )
-    connect(arguments.ray_address, [needs])
+    keys = "num_workers, cpus_per_worker and use_gpu"
+    connect(ray_address, [Need("training", keys, config.cpus_per_worker, config.use_gpu, config.num_workers)])
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"config": values},
+        train_loop_config={"config": to_dict(config)},
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
@@ -109,10 +49,35 @@ def main() -> int:
             name=config.name, storage_path=config.storage, failure_config=FailureConfig(max_failures=3)
         ),
     )
-    result = trainer.fit()
-    print(json.dumps({"metrics": result.metrics, "out": config.recipe.out}, indent=2, default=str))
-    return 0
+    trainer.fit()
+    print(f"wrote {config.recipe.out}")
+
+
+def worker(values: dict[str, Any]) -> None:
+    """One data-parallel worker: the library's training with Ray's process group, device and reports."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from lora_diffusion.training.distributed import Group
+
+    config = from_dict(TrainBaseConfig, values["config"])
+    recipe = config.recipe
+    torch.set_num_threads(max(1, config.cpus_per_worker))
+    group = Group.current(ray.train.get_context().get_local_rank(), ray.train.torch.get_device())
+    started, lines = time.monotonic(), Path(recipe.work) / "progress.jsonl"
+
+    def report(values: dict[str, Any]) -> None:
+        line = {**values, "seconds": round(time.monotonic() - started, 1)}
+        if group.rank == 0:
+            with lines.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+        if values["checkpoint"]:
+            ray.train.report(line)
+
+    train_base(recipe, load_faces(recipe.faces, recipe.model.image_size), group, report)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_job(Job("train_base", "__main__")))

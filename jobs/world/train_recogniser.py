@@ -57,7 +57,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes that render (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="threads that train (default 2)")
     parser.add_argument("--no-bf16", action="store_true", help="train in float32: CPUs without AVX512-BF16 or AMX")
-    parser.add_argument("--photographs", type=Path, help="folder of photographs of people, which A is told not to know")
     parser.add_argument("--only", choices=STAGES, action="append", help="run this stage only (may be repeated)")
     args = parser.parse_args(arguments)
     for name in ("people", "held_out"):
@@ -140,7 +139,7 @@ def known(args: argparse.Namespace, _: str) -> None:
         return
     photos = drawn_photos(min(1.0, args.people / 3200))
     try:
-        measure_known(with_detector(args, folder), ARCHITECTURES["a"], photos, args.photographs)
+        measure_known(with_detector(args, folder), ARCHITECTURES["a"], photos)
     except ValueError as error:
         print(f"what recogniser A knows stays unknown: {error}", flush=True)
 

@@ -1,1 +1,1 @@
-"""What is written beside weights: which model they belong to, where they come from, and the state of a training."""
+"""What is written beside weights: which model they belong to, and where they come from."""

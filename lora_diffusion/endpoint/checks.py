@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from lora_diffusion.endpoint.problems import ApiError
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.serving.config import LimitsConfig
 from lora_diffusion.serving.messages import Floats
 
@@ -58,5 +59,5 @@ def unit_embedding(values: Sequence[float], size: int) -> Floats:
     largest = float(np.abs(vector).max())
     if largest < 1e-6:
         raise ApiError("invalid_request", "embedding is zero: it shows nobody. Ask POST /v1/embeddings for one.")
-    vector = vector / largest  # numbers near the end of the range must not overflow in the norm
-    return np.asarray(vector / np.linalg.norm(vector), np.float32)
+    # numbers near the end of the range must not overflow in the norm
+    return unit(vector if largest <= 1 else vector / largest)

@@ -21,6 +21,7 @@ from lora_diffusion.endpoint.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
 from lora_diffusion.endpoint.schemas import Upload
 from lora_diffusion.faces.choice import Which, choose_face
 from lora_diffusion.faces.photos import PhotoError
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.serving.batcher import Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
@@ -99,8 +100,7 @@ class Studio:
         for i, found in enumerate(await self.faces(photos, deadline)):
             name = _name(photos[i], i, photos) or "The photo"
             vectors.append(choose_face(found.faces, found.doubt, which, name).embedding_C)
-        mean_C = np.mean(vectors, axis=0)
-        return np.asarray(mean_C / max(1e-9, float(np.linalg.norm(mean_C))), np.float32)
+        return unit(np.mean(vectors, axis=0))
 
     async def sample(self, tasks: Sequence[LatentTask], deadline: float) -> list[Sampled]:
         answers = await together(self.denoiser.sample(task, deadline) for task in tasks)

@@ -34,7 +34,7 @@ from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.training.dataset import CorpusRows, CorpusSnapshot, RowCache, fill_cache, take_snapshot
 from lora_diffusion.synthesis.training.metrics import read_metrics
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining, TrainConfig
-from lora_diffusion.synthesis.training.state import unpack
+from lora_diffusion.training.checkpoint import unpack
 
 FACTORS = ("conditioning", "code_space", "people", "prediction_type", "prior", "linear_guess", "canonical", "corpus")
 MAIN = "main"  # the corpus of the evaluation

@@ -19,10 +19,10 @@ from lora_diffusion.artifacts.identity import Identity, Mismatch
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, matrix
 from lora_diffusion.evaluation.config import EvaluationConfig
-from lora_diffusion.evaluation.similarity import unit
 from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.embedder import FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.embed import square_picture
 from lora_diffusion.factory.planning import people_folder
@@ -38,6 +38,16 @@ def corpus_config(reader: CorpusReader, config: EvaluationConfig) -> CorpusConfi
     people = config.people or people_folder(made.people, reader.store.uri)
     base = config.base or made.base
     return replace(made, people=people, base=base, device=config.device, output=reader.store.uri)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all workers of an evaluation know. made: how the held-out corpus was made; identity: of the corpus that was learned
+    from."""
+
+    config: EvaluationConfig
+    made: CorpusConfig
+    identity: Identity
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +69,13 @@ class PhotoEmbedder:
     """Reads one held-out person's photos; one for each worker. Recognisers: the conditioning one, then the second.
 
     Faces are found in the photos as they are, as `Synthesizer.from_photo` does, not in the base model's small squares.
-    `identity`: of the corpus that was learned from. Raises ValueError for another recogniser than its.
+    Raises ValueError for another recogniser than that of the corpus.
     """
 
-    def __init__(self, config: EvaluationConfig, made: CorpusConfig, picture_size: int, identity: Identity) -> None:
-        self.count, self.photos, self.picture_size = config.condition_photos, made.photos, picture_size
-        self.source = open_people(made.people)
-        self.embedders = recognisers(config, made, identity)
+    def __init__(self, setup: Setup, picture_size: int) -> None:
+        self.count, self.photos, self.picture_size = setup.config.condition_photos, setup.made.photos, picture_size
+        self.source = open_people(setup.made.people)
+        self.embedders = recognisers(setup)
 
     def __call__(self, person: PersonRef) -> EmbeddedPhotos | str:
         """The person, or why they cannot be asked about."""
@@ -101,19 +111,20 @@ class PhotoEmbedder:
         return picture, np.stack([face.vector for face in faces])
 
 
-def recognisers(config: EvaluationConfig, made: CorpusConfig, identity: Identity) -> list[FaceEmbedder]:
+def recognisers(setup: Setup) -> list[FaceEmbedder]:
     """The one that conditions, and one that conditioned nothing. Of several faces in a render the largest counts.
 
-    Raises ValueError if the first is not the corpus' (`identity`), or the second is.
+    Raises ValueError if the first is not the corpus', or the second is.
     """
-    embedder = replace(made.embedder, several_faces="largest")
+    embedder = replace(setup.made.embedder, several_faces="largest")
+    second = setup.config.second_recogniser
     found = [FaceEmbedder(embedder)]
-    identity.check_recogniser(found[0], "the corpus")
-    if config.second_recogniser:
-        found.append(FaceEmbedder(replace(embedder, model=config.second_recogniser)))
+    setup.identity.check_recogniser(found[0], "the corpus")
+    if second:
+        found.append(FaceEmbedder(replace(embedder, model=second)))
         if found[1].fingerprint == found[0].fingerprint:
             raise ValueError(
-                f"second_recogniser is {config.second_recogniser}, the one that the corpus was made with: its similarities would "
+                f"second_recogniser is {second}, the one that the corpus was made with: its similarities would "
                 "confirm themselves. Name another one, or null"
             )
     return found

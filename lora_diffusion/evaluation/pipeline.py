@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.artifacts.provenance import provenance
 from lora_diffusion.config import placed, relative, to_dict
 from lora_diffusion.corpus import CorpusReader
@@ -22,6 +21,7 @@ from lora_diffusion.evaluation.held_out import (
     EmbeddedPhotos,
     Floats,
     PhotoEmbedder,
+    Setup,
     choose,
     corpus_config,
     gather,
@@ -37,7 +37,7 @@ from lora_diffusion.evaluation.methods import (
 from lora_diffusion.evaluation.report import write_report
 from lora_diffusion.evaluation.results import tabulate
 from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Scores, score_key
-from lora_diffusion.factory import CorpusConfig, PersonRef
+from lora_diffusion.factory import PersonRef
 from lora_diffusion.factory.planning import find, list_people
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -49,45 +49,29 @@ FOLDER = "scores"
 
 
 class Workers(Protocol):
-    """Who does the work. Both yield answers in any order, as they come. `identity`: of the corpus that was learned from."""
+    """Who does the work. Both yield answers in any order, as they come."""
 
-    def embed(
-        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef], identity: Identity
-    ) -> Iterable[tuple[str, EmbeddedPhotos | str]]:
+    def embed(self, setup: Setup, people: Sequence[PersonRef]) -> Iterable[tuple[str, EmbeddedPhotos | str]]:
         """Identity, and the person or why they cannot be asked about."""
         ...
 
     def score(
-        self,
-        config: EvaluationConfig,
-        made: CorpusConfig,
-        layout: LoRALayout,
-        galleries_RKC: Floats,
-        identity: Identity,
-        batches: Sequence[Sequence[Request]],
+        self, setup: Setup, layout: LoRALayout, galleries_RKC: Floats, batches: Sequence[Sequence[Request]]
     ) -> Iterable[PersonScores]: ...
 
 
 class Here:
     """In this process, one after the other."""
 
-    def embed(
-        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef], identity: Identity
-    ) -> Iterator[tuple[str, EmbeddedPhotos | str]]:
-        embed = PhotoEmbedder(config, made, BaseModel.from_pretrained(made.base).image_size, identity)
+    def embed(self, setup: Setup, people: Sequence[PersonRef]) -> Iterator[tuple[str, EmbeddedPhotos | str]]:
+        embed = PhotoEmbedder(setup, BaseModel.from_pretrained(setup.made.base).image_size)
         for person in people:
             yield person.identity, embed(person)
 
     def score(
-        self,
-        config: EvaluationConfig,
-        made: CorpusConfig,
-        layout: LoRALayout,
-        galleries_RKC: Floats,
-        identity: Identity,
-        batches: Sequence[Sequence[Request]],
+        self, setup: Setup, layout: LoRALayout, galleries_RKC: Floats, batches: Sequence[Sequence[Request]]
     ) -> Iterator[PersonScores]:
-        score = Scorer(config, made, layout, galleries_RKC, identity)
+        score = Scorer(setup, layout, galleries_RKC)
         for batch in batches:
             yield from score(batch)
 
@@ -104,10 +88,9 @@ class Evaluation:
         self.store = open_store(config.output)
         identities, vectors_KN = choose(self.held_reader, self.corpus, config.limit)
         self.made = placed(corpus_config(self.held_reader, config))
+        self.setup = Setup(config, self.made, self.corpus.manifest.identity)
         people = list_people(replace(self.made, limit=None))
-        answers = workers.embed(
-            config, self.made, [find(people, name) for name in identities], self.corpus.manifest.identity
-        )
+        answers = workers.embed(self.setup, [find(people, name) for name in identities])
         self.held = gather(identities, vectors_KN, dict(answers))
 
     @property
@@ -145,8 +128,7 @@ class Evaluation:
         answers: dict[str, list[PersonScores]] = {method.id: [] for method in todo}
         requests = batches(todo, self.config.batch_people)
         layout, galleries = self.corpus.layout, self.held.galleries_RKC
-        identity = self.corpus.manifest.identity
-        for answer in self.workers.score(self.config, self.made, layout, galleries, identity, requests):
+        for answer in self.workers.score(self.setup, layout, galleries, requests):
             name = answer.method
             answers[name].append(answer)
             progress.add(answer.cosines_RTK.shape[1])

@@ -21,14 +21,13 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.config import to_dict
 from lora_diffusion.evaluation.config import EvaluationConfig
-from lora_diffusion.evaluation.held_out import Floats, Pixels, recognisers
+from lora_diffusion.evaluation.held_out import Floats, Pixels, Setup, recognisers
 from lora_diffusion.evaluation.methods import Method
-from lora_diffusion.evaluation.similarity import RenderConfig, unit
+from lora_diffusion.evaluation.similarity import RenderConfig
 from lora_diffusion.faces.embedder import embed_pictures
-from lora_diffusion.factory import CorpusConfig
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.rendering import PROMPT_PARTS, load_prompt_scorer, render
@@ -66,24 +65,18 @@ class PersonScores:
 class Scorer:
     """Holds base model, recognisers and prompt scorer. `galleries_RKC`: what renders are compared with.
 
-    `identity`: of the corpus that was learned from. Raises ValueError for another base model or recogniser than its.
+    Raises ValueError for another base model or recogniser than those of the corpus.
     """
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        made: CorpusConfig,
-        layout: LoRALayout,
-        galleries_RKC: Floats,
-        identity: Identity,
-    ) -> None:
+    def __init__(self, setup: Setup, layout: LoRALayout, galleries_RKC: Floats) -> None:
+        config = setup.config
         self.render, self.keep = config.render, config.pictures_people
         self.batch = config.batch_people
         device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-        self.base = BaseModel.from_pretrained(made.base, "cpu" if device == "auto" else device)
-        identity.check_base(self.base, "the corpus")
+        self.base = BaseModel.from_pretrained(setup.made.base, "cpu" if device == "auto" else device)
+        setup.identity.check_base(self.base, "the corpus")
         self.bank = LoRABank(self.base.unet, layout)
-        self.embedders = recognisers(config, made, identity)
+        self.embedders = recognisers(setup)
         self.galleries_RKC = galleries_RKC
         self.prompt_scorer = load_prompt_scorer(config.prompt_scorer)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -135,8 +136,3 @@ def _photos_among_themselves(photos_QE: Floats) -> float:
         return float("nan")
     rest = unit((photos_QE.sum(0, keepdims=True) - photos_QE) / (len(photos_QE) - 1))
     return float((photos_QE * rest).sum(1).mean())
-
-
-def unit(vectors: Floats) -> Floats:
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-9), np.float32)

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from lora_diffusion.faces.choice import FaceError, choose_face
 from lora_diffusion.faces.crops import CROP_SIZE
-from lora_diffusion.faces.known import Recogniser
+from lora_diffusion.faces.known import Recogniser, fingerprint
 from lora_diffusion.faces.looks import Detector
 from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
 from lora_diffusion.storage import Place, PlaceOrName, local_place, place_or_name
 
@@ -95,8 +96,7 @@ class FaceEmbedder:
     @cached_property
     def fingerprint(self) -> str:
         """20 hex digits of SHA-256 over the recognition model's file: two embeddings can be compared if theirs is the same."""
-        with open(self.recogniser.model_file, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:20]
+        return fingerprint(self.recogniser.model_file)
 
     def knows(self, fingerprint: str) -> bool:
         """Whether `fingerprint` is this recogniser's; corpora of earlier releases have that of the whole folder."""
@@ -140,7 +140,7 @@ class FaceEmbedder:
         parts = []
         for start in range(0, len(crops), batch_size):
             batch = [np.ascontiguousarray(crop[..., ::-1]) for crop in crops[start : start + batch_size]]
-            parts.append(_unit(self.recogniser.embed(batch)))
+            parts.append(unit(self.recogniser.embed(batch)))
         return np.concatenate(parts) if parts else np.zeros((0, 512), np.float32)
 
 
@@ -164,7 +164,7 @@ def mean_embedding(embeddings: Sequence[FaceEmbedding] | Floats) -> Floats:
         vectors = np.stack([e.vector for e in embeddings]) if len(embeddings) else np.zeros((0, 512), np.float32)
     if not len(vectors):
         raise ValueError("A mean embedding needs at least one photo with a face, got none.")
-    return _unit(_unit(vectors).mean(axis=0))
+    return unit(unit(vectors).mean(axis=0))
 
 
 def model_folder(config: EmbedderConfig) -> Path:
@@ -239,11 +239,6 @@ def _bgr(image_HWC: Pixels) -> Pixels:
             f"Expected an RGB uint8 image (H, W, 3), got {image.dtype} {image.shape}. Use photos.load_photo."
         )
     return np.ascontiguousarray(image[..., ::-1])
-
-
-def _unit(vectors: Floats) -> Floats:
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
 def embed_pictures(

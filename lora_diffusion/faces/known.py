@@ -11,6 +11,7 @@ Axes: B faces, D values that describe a face, K principal directions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 FILE = "known.npz"
-DIRECTIONS = 250
+DIRECTIONS, RIDGE = 250, 0.01
+
+
+def fingerprint(model_file: str | Path) -> str:
+    """20 hex digits of SHA-256 over a recognition model's file."""
+    with open(model_file, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:20]
 
 
 class Recogniser:
@@ -38,6 +45,10 @@ class Recogniser:
         self.input_mean, self.input_std = float(model.input_mean), float(model.input_std)
         path = Path(model.model_file).parent / FILE
         self._known = KnownFaces.load(path) if path.exists() else None
+        if self._known and self._known.recogniser != fingerprint(self.model_file):
+            raise ValueError(
+                f"{path} was measured with another recogniser than {self.model_file}: delete it, or measure anew"
+            )
         self._maps = list(self._known.maps if self._known else maps)
         if self._maps:
             graph = onnx.load(model.model_file)
@@ -82,13 +93,19 @@ class Recogniser:
 class KnownFaces:
     """A normal distribution of described faces: its K widest directions, and one variance for the rest.
 
-    photograph_D: the direction in which photographs lie from drawn faces; zeros where that is not known.
+    recogniser: the fingerprint of the model whose embeddings they are.
     """
 
     def __init__(
-        self, maps: Sequence[str], arrays: Mapping[str, Floats], limit: float = 1.0, sure: float = 1.0
+        self,
+        maps: Sequence[str],
+        arrays: Mapping[str, Floats],
+        limit: float = 1.0,
+        sure: float = 1.0,
+        recogniser: str = "",
     ) -> None:
         self.maps, self._arrays, self.limit, self.sure = list(maps), dict(arrays), limit, sure
+        self.recogniser = recogniser
 
     @classmethod
     def fit(cls, maps: Sequence[str], values_BD: Floats, photographs_BD: Floats, embedding: int) -> KnownFaces:
@@ -104,11 +121,12 @@ class KnownFaces:
         rest = float(variances[left].mean())
         # With v, V a direction and its variance: distance² = (|c|² - sum of (v·c)² (1 - rest / V)) / rest.
         basis_KD = (vectors[:, kept] * np.sqrt(1 - rest / variances[kept])).T
-        # Linear discriminant analysis in whitened coordinates, where the drawn faces' covariance is the identity.
-        whitened_DD = vectors / np.sqrt(variances + 1e-3 * variances.mean())
-        strange_BD = ((photographs_BD - mean_D) * scale_D) @ whitened_DD
-        direction_D = np.linalg.solve(np.eye(len(mean_D)) + np.cov(strange_BD.T), strange_BD.mean(0))
-        photograph_D = whitened_DD @ direction_D / np.linalg.norm(direction_D)
+        # Linear discriminant analysis, with a ridge; in deviations of drawn faces.
+        drawn_BD, strange_BD = (values_BD - mean_D) * scale_D, (photographs_BD - mean_D) * scale_D
+        within_DD = np.cov(drawn_BD.T) + np.cov(strange_BD.T)
+        within_DD += RIDGE * np.trace(within_DD) / len(within_DD) * np.eye(len(within_DD))
+        photograph_D = np.linalg.solve(within_DD, strange_BD.mean(0))
+        photograph_D /= (drawn_BD @ photograph_D).std()
         arrays = {
             "mean": mean_D,
             "scale": scale_D,
@@ -138,6 +156,7 @@ class KnownFaces:
             **self._arrays,
             "limits": np.array([self.limit, self.sure]),
             "maps": np.array(self.maps),
+            "recogniser": np.array(self.recogniser),
         }
         arrays["basis"] = arrays["basis"].astype(np.float16)
         np.savez_compressed(path, **arrays)
@@ -145,6 +164,7 @@ class KnownFaces:
     @classmethod
     def load(cls, path: Path) -> KnownFaces:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name].astype(np.float32) for name in file.files if name not in ("limits", "maps")}
-            limit, sure = (float(v) for v in file["limits"])
-            return cls([str(name) for name in file["maps"]], arrays, limit, sure)
+            arrays = {name: file[name] for name in file.files}
+        (limit, sure), maps, recogniser = arrays.pop("limits"), arrays.pop("maps"), arrays.pop("recogniser")
+        floats = {name: array.astype(np.float32) for name, array in arrays.items()}
+        return cls([str(name) for name in maps], floats, float(limit), float(sure), str(recogniser))

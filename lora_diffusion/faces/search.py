@@ -15,6 +15,7 @@ from lora_diffusion.faces.choice import Doubt
 from lora_diffusion.faces.crops import aligned_crop, placed
 from lora_diffusion.faces.known import Recogniser
 from lora_diffusion.faces.looks import Detector, Sighting, overlap, squares, with_margin
+from lora_diffusion.faces.unit import unit
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -124,10 +125,9 @@ class FaceSearch:
     def _face(self, photo: Pixels, seen: Sighting) -> FaceEmbedding:
         crop = aligned_crop(photo, seen.points)
         embedding, distance = self._recogniser.look(crop, placed(seen.points), seen.score)
-        vector = embedding / max(float(np.linalg.norm(embedding)), 1e-12)
         rgb = np.ascontiguousarray(crop[..., ::-1])
         return FaceEmbedding(
-            vector.astype(np.float32),
+            unit(embedding),
             seen.box.astype(np.float32),
             seen.points.astype(np.float32),
             seen.score,

@@ -15,17 +15,9 @@ from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import PersonEmbedder
 from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.factory.people import PersonRef
+from lora_diffusion.training.meter import duration
 
 _BYTES_BESIDE_VECTOR = 512 * 4 + 1000  # embedding, and the other columns, roughly
-
-
-def duration(seconds: float) -> str:
-    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def size(number: float) -> str:

@@ -14,12 +14,11 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
-from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.evaluation import EvaluationConfig, PhotoEmbedder, Scorer
-from lora_diffusion.evaluation.held_out import EmbeddedPhotos, Floats
+from lora_diffusion.evaluation.held_out import EmbeddedPhotos, Floats, Setup
 from lora_diffusion.evaluation.scoring import PersonScores, Request
 from lora_diffusion.evaluation.wire import pack, unpack
-from lora_diffusion.factory import CorpusConfig, PersonRef
+from lora_diffusion.factory import PersonRef
 from lora_diffusion.jobs.local_ray import Need, rows_of
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -35,26 +34,18 @@ def needs(config: EvaluationConfig, where: str = "") -> list[Need]:
 class OnRay:
     """`evaluation.pipeline.Workers` as pools of actors."""
 
-    def embed(
-        self, config: EvaluationConfig, made: CorpusConfig, people: Sequence[PersonRef], identity: Identity
-    ) -> Iterator[tuple[str, EmbeddedPhotos | str]]:
+    def embed(self, setup: Setup, people: Sequence[PersonRef]) -> Iterator[tuple[str, EmbeddedPhotos | str]]:
         texts = [json.dumps(dataclasses.asdict(person)) for person in people]
         tables = [pa.table({"person": texts[i : i + 4]}) for i in range(0, len(texts), 4)]
-        for row in run(config, tables, Embed, (config, made, identity)):
+        for row in run(setup.config, tables, Embed, (setup,)):
             yield row["identity"], row["problem"] or unpack(EmbeddedPhotos, row["answer"])
 
     def score(
-        self,
-        config: EvaluationConfig,
-        made: CorpusConfig,
-        layout: LoRALayout,
-        galleries_RKC: Floats,
-        identity: Identity,
-        batches: Sequence[Sequence[Request]],
+        self, setup: Setup, layout: LoRALayout, galleries_RKC: Floats, batches: Sequence[Sequence[Request]]
     ) -> Iterator[PersonScores]:
         tables = [pa.table({"request": [pack(request) for request in batch]}) for batch in batches]
         galleries = ray.put(galleries_RKC)
-        for row in run(config, tables, Score, (config, made, layout.to_dict(), galleries, identity)):
+        for row in run(setup.config, tables, Score, (setup, layout.to_dict(), galleries)):
             yield unpack(PersonScores, row["answer"])
 
 
@@ -75,8 +66,8 @@ def run(config: EvaluationConfig, tables: list[pa.Table], work: type, arguments:
 class Embed:
     """Ray Data's view of `PhotoEmbedder`."""
 
-    def __init__(self, config: EvaluationConfig, made: CorpusConfig, identity: Identity) -> None:
-        self.embed = PhotoEmbedder(config, made, BaseModel.from_pretrained(made.base).image_size, identity)
+    def __init__(self, setup: Setup) -> None:
+        self.embed = PhotoEmbedder(setup, BaseModel.from_pretrained(setup.made.base).image_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = []
@@ -91,10 +82,8 @@ class Embed:
 class Score:
     """Ray Data's view of `Scorer`."""
 
-    def __init__(
-        self, config: EvaluationConfig, made: CorpusConfig, layout: dict[str, Any], galleries: Any, identity: Identity
-    ) -> None:
-        self.score = Scorer(config, made, LoRALayout.from_dict(layout), ray.get(galleries), identity)
+    def __init__(self, setup: Setup, layout: dict[str, Any], galleries: Any) -> None:
+        self.score = Scorer(setup, LoRALayout.from_dict(layout), ray.get(galleries))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         requests = [unpack(Request, data) for data in table["request"].to_pylist()]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from lora_diffusion.corpus import CorpusReader
-from lora_diffusion.synthesis.publish import Labels
+
+if TYPE_CHECKING:
+    from lora_diffusion.synthesis.publish import Labels
 
 
 def render_people(count: int, folder: str) -> None:

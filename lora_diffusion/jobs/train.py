@@ -31,11 +31,11 @@ from lora_diffusion.jobs.local_ray import Need, connect
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
 from lora_diffusion.synthesis.training.dataset import RowCache, read_rows
-from lora_diffusion.synthesis.training.distributed import Group
 from lora_diffusion.synthesis.training.pictures.recipe import PictureTraining
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.training.train_config import TrainConfig
+from lora_diffusion.training.distributed import Group
 
 Config = TrainConfig
 LESS_MEMORY = "a smaller vae.hidden or batch_size, or workers.parallel=fsdp on several"

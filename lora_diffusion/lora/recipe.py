@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_diffusion.training.schedule import cosine
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -61,4 +63,4 @@ class FinetuneConfig:
         if self.lr_schedule == "constant":
             return self.learning_rate
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * cosine(progress)

@@ -10,7 +10,6 @@ The people must be neither those of the corpus nor held out: they are those that
 Axes: P people, K people of one step, n photos of each, N vector length, A / B length of its A and B parts.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from lora_diffusion.lora.photo_data import PersonPhotos, PhotoData
 from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.models.stable_diffusion import ASSETS, BaseModel
 from lora_diffusion.storage import local_place
+from lora_diffusion.training.schedule import warmup_cosine
 
 EMBEDDED = {"tiny-start": ASSETS / "tiny-start" / "vector.safetensors"}
 
@@ -44,10 +44,6 @@ class StartConfig:
     max_grad_norm: float = 1.0  # of each person's B
     warmup_steps: int = 10
     seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Share of the learning rates in step 0, 1, ...: warm-up, and a cosine to 0."""
-        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 def learn_start(
@@ -110,7 +106,7 @@ def learn_start(
         norm_K1 = torch.linalg.vector_norm(grad_KB, dim=1, keepdim=True)
         grad_KB *= (config.max_grad_norm / (norm_K1 + 1e-6)).clamp(max=1)
         for part, rate in zip(optimizer.param_groups, rates, strict=True):
-            part["lr"] = rate * config.rate(step)
+            part["lr"] = rate * warmup_cosine(step, config.steps, config.warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
         if report is not None:

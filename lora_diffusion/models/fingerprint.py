@@ -21,6 +21,8 @@ EXACT = (torch.float32, torch.float16)
 DIGITS = 20
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 PARTS = ("unet", "vae", "text_encoder")
+EARLIER = {"b486db5bb0ed5c8a64c0": ("95a6a9ba0026c015", "7dc10c716f5bdcf6", "254dc543938cbd06")}
+"""What earlier releases called the bundled model. `old_fingerprints` finds the same only on some processors."""
 
 
 def model_fingerprint(parts: Mapping[str, nn.Module], scheduler: Any) -> str:
@@ -50,7 +52,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def old_fingerprints(parts: Mapping[str, nn.Module], scheduler: Any, dtypes: Iterable[torch.dtype]) -> Iterable[str]:
-    """What earlier releases called this model: 16 hex digits over names and weights, another one for each dtype."""
+    """What earlier releases called this model: 16 hex digits over names and weights, another one for each dtype.
+
+    They hashed the computed noise schedule, too, whose last bits differ between processors: on another kind of processor
+    than the earlier release ran on, a model may be taken for an unknown one, never for another.
+    """
     for dtype in dtypes:
         digest = hashlib.sha256()
         for label in PARTS:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.models.files import fetch_folder
-from lora_diffusion.models.fingerprint import DIGITS, EXACT, PARTS, model_fingerprint, old_fingerprints
+from lora_diffusion.models.fingerprint import DIGITS, EARLIER, EXACT, PARTS, model_fingerprint, old_fingerprints
 from lora_diffusion.models.loading import EXPECTED, load_parts
 from lora_diffusion.storage import place_or_name
 
@@ -121,6 +121,7 @@ class BaseModel:
         return bool(fingerprint) and fingerprint in self._old_fingerprints()
 
     def _old_fingerprints(self) -> Iterator[str]:
+        yield from EARLIER.get(self.fingerprint, ())
         yield from old_fingerprints(self._parts, self.scheduler, [self.dtype])
         try:
             exact = self if self.dtype == torch.float32 else BaseModel.from_pretrained(self.name)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.config import from_dict, to_dict
+from lora_diffusion.corpus.statistics import Statistics
 from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA
 from lora_diffusion.synthesis.vae import LoRAVAE, VAEConfig
@@ -73,21 +74,11 @@ class CodeSpace(nn.Module):
         floor: with "each", a number that hardly varies (a latent that the VAE does not use) is divided by no less than
             this share of the root mean square, so that its noise is not blown up.
         """
-        count, mean_Z, M2_Z = (
-            0,
-            torch.zeros(self.size, dtype=torch.float64),
-            torch.zeros(self.size, dtype=torch.float64),
-        )
-        for vectors_BN in chunks:
-            raw_BZ = self.raw_encode(vectors_BN).double().cpu()
-            new, new_mean_Z = len(raw_BZ), raw_BZ.mean(0)
-            delta_Z, total = new_mean_Z - mean_Z, count + new
-            M2_Z += (raw_BZ - new_mean_Z).square().sum(0) + delta_Z.square() * (count * new / total)
-            mean_Z += delta_Z * (new / total)
-            count = total
-        if count < 2:
-            raise ValueError(f"codes of {count} LoRAs were given; at least two are needed to know how they vary")
-        std_Z = (M2_Z / count).sqrt()
+        parts = (Statistics.of(self.raw_encode(vectors_BN).cpu().numpy()) for vectors_BN in chunks)
+        found = Statistics.merged(parts, self.size)
+        if found.count < 2:
+            raise ValueError(f"codes of {found.count} LoRAs were given; at least two are needed to know how they vary")
+        mean_Z, std_Z = torch.from_numpy(found.mean), torch.from_numpy(found.std)
         rms = float(std_Z.square().mean().sqrt())
         if rms == 0:
             raise ValueError(f"all LoRAs have the same code: this {self.kind} space tells nobody apart")
@@ -212,12 +203,6 @@ class LatentCodes(CodeSpace):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "vae": to_dict(self.vae.config)}
-
-
-@torch.no_grad()
-def encode_corpus(space: CodeSpace, chunks: Iterable[Tensor]) -> Tensor:
-    """Codes (P, Z) of vectors (B, N) in chunks, on the CPU: made once, before the denoiser is trained."""
-    return torch.cat([space.encode(vectors_BN).cpu() for vectors_BN in chunks])
 
 
 def build_codes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CodeSpace:

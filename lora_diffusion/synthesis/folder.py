@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lora_diffusion.artifacts.checkpoint import strip_prefix, with_prefix
 from lora_diffusion.config import from_dict, to_dict
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import open_store
@@ -29,6 +28,7 @@ from lora_diffusion.synthesis.codes import CodeSpace, build_codes
 from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
 from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig
 from lora_diffusion.synthesis.edits import AttributeDirections
+from lora_diffusion.training.checkpoint import strip_prefix, with_prefix
 
 FORMAT = "lora-diffusion-synthesizer"
 FORMAT_VERSION = 2  # version 1 knows no learned components; what has none is written as version 1

@@ -128,44 +128,17 @@ class Product:
         return Product(self.sum + other.sum)
 
 
-def fit_pca(
-    chunks: Chunks,
-    num_components: int,
-    *,
-    exact_rows: int = 4096,
-    exact_columns: int = 4096,
-    oversampling: int = 32,
-    iterations: int = 6,
-    seed: int = 0,
-    smoother_PP: Floats | None = None,
-) -> PCA:
-    """PCA of the rows that `chunks()` yields as arrays (P, M); each call of it must start a new round over all of them.
+def fit_pca(chunks: Chunks, num_components: int, **settings: Any) -> PCA:
+    """As `fit_pca_distributed`, of the rows that `chunks()` yields as arrays (P, M), here and one after the other.
 
-    Exact up to `exact_rows` rows (memory: rows × M floats and a rows² matrix) or `exact_columns` columns (an M² matrix),
-    randomised beyond (memory: three times M × (K + oversampling) floats, and a chunk).
-    There are at most as many components as the rank of the centred rows: fewer than asked for, if they are not there.
-
-    smoother_PP: the components are those of `smoother_PP @ rows`, and so are the explained variances; the total stays that
-        of the rows. The centred rows are meant, in the order of the chunks, and no more than `exact_rows` of them.
-
-    Raises:
-        ValueError: no rows, chunks of different widths, values that are not finite, or a smoother that does not fit.
+    Each call of `chunks` must start a new round over all rows.
     """
 
     def map_reduce(function: Callable[[Floats], P]) -> P:
         parts = (function(chunk) for chunk in chunks() if len(chunk))
         return functools.reduce(lambda a, b: a.merge(b), parts)
 
-    return fit_pca_distributed(
-        map_reduce,
-        num_components,
-        exact_rows=exact_rows,
-        exact_columns=exact_columns,
-        oversampling=oversampling,
-        iterations=iterations,
-        seed=seed,
-        smoother_PP=smoother_PP,
-    )
+    return fit_pca_distributed(map_reduce, num_components, **settings)
 
 
 def fit_pca_distributed(
@@ -179,7 +152,18 @@ def fit_pca_distributed(
     seed: int = 0,
     smoother_PP: Floats | None = None,
 ) -> PCA:
-    """As `fit_pca`, with the passes run by `map_reduce`: `map_reduce(f)` returns the merged `f(chunk)` of all chunks."""
+    """PCA of rows in chunks (P, M), in passes: `map_reduce(f)` returns the merged `f(chunk)` of all chunks.
+
+    Exact up to `exact_rows` rows (memory: rows × M floats and a rows² matrix) or `exact_columns` columns (an M² matrix),
+    randomised beyond (memory: three times M × (K + oversampling) floats, and a chunk).
+    There are at most as many components as the rank of the centred rows: fewer than asked for, if they are not there.
+
+    smoother_PP: the components are those of `smoother_PP @ rows`, and so are the explained variances; the total stays that
+        of the rows. The centred rows are meant, in the order of the chunks, and no more than `exact_rows` of them.
+
+    Raises:
+        ValueError: no rows, chunks of different widths, values that are not finite, or a smoother that does not fit.
+    """
     if num_components < 1:
         raise ValueError(f"{num_components} components asked for; at least one is needed")
     try:

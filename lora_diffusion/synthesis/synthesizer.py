@@ -23,6 +23,7 @@ from lora_diffusion.artifacts.identity import SHIPPED_SYNTHESIZERS, Identity, pr
 from lora_diffusion.config import from_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import load_photo
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.lora.finetune import FinetuneResult
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
@@ -201,7 +202,7 @@ class Synthesizer:
             raise ValueError(
                 "an embedding is zero or holds NaN or infinity: no face was found there, or it was not filled in"
             )
-        return np.asarray(values / norms, np.float32)
+        return unit(values)
 
     # -- the space ----------------------------------------------------------------------------------------------------
 

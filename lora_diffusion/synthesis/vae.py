@@ -4,9 +4,9 @@
 dimensions in the encoder, and expanded back in the decoder"; their latent has 512 numbers. Normaliser inside, so that
 vectors go in and come out as they are. Widths, activation, loss weights and the linear path are ours.
 
-The loss of a row, for M normalised parameters with weights w (mean 1):
+The loss of a row, for M normalised parameters:
 
-    1/M Σ_m w_m (x̂_m - x_m)²  +  β/M Σ_z KL( N(μ_z, σ_z²) || N(0, 1) )
+    1/M Σ_m (x̂_m - x_m)²  +  β/M Σ_z KL( N(μ_z, σ_z²) || N(0, 1) )
 
 It is the negative evidence bound of a Gaussian decoder of variance β/2, times β/M: so `kl_weight` β has a unit. Twice the
 variance that one normalised parameter has beyond what a latent can know, and directions of the corpus with less
@@ -138,16 +138,10 @@ def kl_nats(mean_BZ: Tensor, logvar_BZ: Tensor) -> Tensor:
 
 
 def vae_loss(
-    x_BM: Tensor,
-    output_BM: Tensor,
-    mean_BZ: Tensor,
-    logvar_BZ: Tensor,
-    kl_weight: float,
-    weights_M: Tensor | None = None,
+    x_BM: Tensor, output_BM: Tensor, mean_BZ: Tensor, logvar_BZ: Tensor, kl_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each row (B,), as in this module's docstring, and its parts. `weights_M`: what an error costs, mean 1."""
-    error_BM = (output_BM.float() - x_BM).square()
-    error_B = (error_BM if weights_M is None else error_BM * weights_M).mean(1)
+    """The loss of each row (B,), as in this module's docstring, and its parts."""
+    error_B = (output_BM.float() - x_BM).square().mean(1)
     kl_B = kl_nats(mean_BZ, logvar_BZ).sum(1)
     return error_B + kl_weight / x_BM.shape[1] * kl_B, {"reconstruction": error_B, "kl": kl_B}
 

@@ -25,7 +25,7 @@ from lora_diffusion.corpus import CorpusConflict, CorpusReader, Manifest, open_c
 from lora_diffusion.evaluation import EvaluationConfig, Scorer
 from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.evaluation.ablation_pipeline import check
-from lora_diffusion.evaluation.held_out import PhotoEmbedder, choose
+from lora_diffusion.evaluation.held_out import PhotoEmbedder, Setup, choose
 from lora_diffusion.evaluation.methods import check_fit
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, folder_fingerprint
 from lora_diffusion.faces.photos import load_photo
@@ -268,12 +268,14 @@ def test_workers_of_an_evaluation_refuse_another_recogniser_or_base_than_the_cor
     config, identity = EvaluationConfig(), read_identity(folder)
     made = CorpusConfig(people=str(world / "people"), output="", embedder=EmbedderConfig("tiny-b"))
     with pytest.raises(Mismatch, match=rf"the corpus {WRONG}"):
-        PhotoEmbedder(config, made, 64, identity)
+        PhotoEmbedder(Setup(config, made, identity), 64)
     with pytest.raises(ValueError, match=r"second_recogniser is tiny, the one that the corpus was made with.*null"):
-        PhotoEmbedder(replace(config, second_recogniser="tiny"), replace(made, embedder=EmbedderConfig()), 64, identity)
+        PhotoEmbedder(
+            Setup(replace(config, second_recogniser="tiny"), replace(made, embedder=EmbedderConfig()), identity), 64
+        )
     layout, nobody = Synthesizer.from_pretrained(folder).layout, np.zeros((2, 0, 512), np.float32)
     with pytest.raises(Mismatch, match="the corpus was made with the base model tiny-sd"):
-        Scorer(config, replace(made, base=str(other_base)), layout, nobody, identity)
+        Scorer(Setup(config, replace(made, base=str(other_base)), identity), layout, nobody)
 
 
 def test_directions_are_not_fitted_on_embeddings_of_another_recogniser(folder: Path, tmp_path: Path) -> None:
@@ -378,5 +380,10 @@ def test_a_machine_with_other_recogniser_files_embeds_nobody_for_a_corpus(world:
     made = Manifest(LAYOUT.to_dict(), BASE, recipe)
     PersonEmbedder(config, 64).check(made)
     (copy / "rec.onnx").write_bytes((BUNDLED["tiny-b"] / "rec.onnx").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"known\.npz was measured with another recogniser than .*rec\.onnx: delete it"
+    ):
+        PersonEmbedder(config, 64)
+    (copy / "known.npz").unlink()
     with pytest.raises(Mismatch, match=rf"the models in {copy} \(\w+\) differ from .*is made with.*put the same files"):
         PersonEmbedder(config, 64).check(made)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora_diffusion.evaluation.similarity import bootstrap, similarity_report, unit
+from lora_diffusion.evaluation.similarity import bootstrap, similarity_report
+from lora_diffusion.faces.embedder import unit
 
 
 def people(count: int = 6) -> np.ndarray:

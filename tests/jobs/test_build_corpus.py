@@ -278,7 +278,7 @@ def test_mistakes_are_named_before_any_work(
         ([f"output={tmp_path}/file"], "a part of this path is a file, not a folder"),
         (["output=gs://bucket/x"], "give a local folder or s3://bucket/prefix"),
         (["base=nowhere/at-all"], "cannot load a base model from 'nowhere/at-all'"),
-        ([f"people={tmp_path}/nobody"], f"no people found at {tmp_path}/nobody"),
+        ([f"people={tmp_path}/nobody"], f"{tmp_path}/nobody does not exist"),
         (["people=synthetic:many"], "Give a number, as in people=synthetic:40"),
         (["people=synthetic:60001"], "there are 60000 synthetic people for corpora"),
         (

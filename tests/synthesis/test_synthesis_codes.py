@@ -8,7 +8,7 @@ import torch
 from synthesis_world import CONSTANT, LAYOUT, space_of, toy
 
 from lora_diffusion.corpus.statistics import Statistics
-from lora_diffusion.synthesis.codes import VectorCodes, build_codes, encode_corpus, reconstruction
+from lora_diffusion.synthesis.codes import VectorCodes, build_codes, reconstruction
 from lora_diffusion.synthesis.normaliser import Normaliser
 
 KINDS = ["latent", "pca", "vector"]
@@ -61,7 +61,7 @@ def test_vectors_of_another_length_are_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_have_mean_0_and_variance_1_over_the_corpus(kind: str) -> None:
     data = toy()
-    codes_PZ = encode_corpus(space_of(kind, data), data.vectors_PN.split(50))
+    codes_PZ = space_of(kind, data).encode(data.vectors_PN)
     assert float(codes_PZ.mean(0).abs().max()) < 1e-3
     used = codes_PZ.var(0, correction=0)
     assert float(used.max()) < 1.001
@@ -72,7 +72,7 @@ def test_together_keeps_the_proportions_and_the_mean_square() -> None:
     data = toy()
     space = space_of("pca", data)
     space.standardise([data.vectors_PN], scale="together")
-    variance_Z = encode_corpus(space, [data.vectors_PN]).var(0, correction=0)
+    variance_Z = space.encode(data.vectors_PN).var(0, correction=0)
     torch.testing.assert_close(variance_Z.mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
     explained = space.pca.explained_variance_K  # type: ignore[union-attr]
     torch.testing.assert_close(variance_Z / variance_Z[0], explained / explained[0], rtol=1e-3, atol=1e-5)
@@ -80,7 +80,7 @@ def test_together_keeps_the_proportions_and_the_mean_square() -> None:
 
 def test_a_number_that_hardly_varies_is_not_blown_up() -> None:
     data = toy(noise=1e-4)
-    variance_Z = encode_corpus(space_of("pca", data), [data.vectors_PN]).var(0, correction=0)
+    variance_Z = space_of("pca", data).encode(data.vectors_PN).var(0, correction=0)
     assert (variance_Z[4:] < 1e-3).all()
 
 

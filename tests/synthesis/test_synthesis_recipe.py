@@ -27,8 +27,8 @@ from lora_diffusion.synthesis.training.dataset import RowCache, fill_cache
 from lora_diffusion.synthesis.training.metrics import losses, read_metrics
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.stages import DenoiserStage
-from lora_diffusion.synthesis.training.state import unpack
 from lora_diffusion.synthesis.training.train_config import TrainConfig
+from lora_diffusion.training.checkpoint import unpack
 
 LOOP = {"steps": 12, "batch_size": 8, "warmup": 2, "validate_every": 4, "log_every": 3, "checkpoint_every": 5}
 SMALL = {

@@ -167,7 +167,7 @@ def test_a_photo_gives_the_lora_of_its_embedding() -> None:
     vector = embedder.embed(load_photo(photo)).vector
     assert np.array_equal(from_photo, model.from_embedding(vector, num_inference_steps=3))
     assert np.array_equal(from_photo, model.from_photo(load_photo(photo), embedder=embedder, num_inference_steps=3))
-    with pytest.raises(ValueError, match="No face"):
+    with pytest.raises(ValueError, match="shows no face"):
         model.from_photo(np.full((64, 64, 3), 128, np.uint8))
 
 

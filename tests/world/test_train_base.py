@@ -20,8 +20,11 @@ SMALL = [
     "recipe.model.unet_attention=[false,true]",
     "recipe.model.text_width=32",
     "recipe.model.text_layers=1",
-    *(f"recipe.{stage}.{key}" for stage in ("autoencoder", "denoiser") for key in ("steps=3", "batch_size=4")),
-    *(f"recipe.{stage}.checkpoint_every=2" for stage in ("autoencoder", "denoiser")),
+    *(
+        f"recipe.{stage}.{key}"
+        for stage in ("autoencoder", "denoiser")
+        for key in ("steps=3", "batch_size=4", "checkpoint_every=2")
+    ),
 ]
 
 
@@ -65,7 +68,7 @@ def test_the_job_trains_a_pipeline_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_wrong_key_is_told_before_anything_starts(tmp_path: Path) -> None:
     result = run(tmp_path, "recipe.denoiser.stepz=4")
-    assert result.returncode == 2
+    assert result.returncode == 1
     assert "stepz" in result.stderr
     assert "steps" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora_diffusion.faces.embedder import unit
 from lora_diffusion.world.recognisers.verification import (
     auc,
-    normalise,
     pair_scores,
     rank1,
     tar_at_far,
@@ -17,8 +17,8 @@ from lora_diffusion.world.recognisers.verification import (
 
 def clusters(people: int, photos: int, spread: float, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    centres = normalise(rng.standard_normal((people, 1, 64)).astype(np.float32))
-    return normalise(centres + spread * rng.standard_normal((people, photos, 64)).astype(np.float32) / 8)
+    centres = unit(rng.standard_normal((people, 1, 64)).astype(np.float32))
+    return unit(centres + spread * rng.standard_normal((people, photos, 64)).astype(np.float32) / 8)
 
 
 def test_auc_is_the_share_of_pairs_in_order() -> None:

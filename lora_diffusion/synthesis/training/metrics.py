@@ -18,6 +18,7 @@ from PIL import Image
 
 from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.pca import PCA
+from lora_diffusion.training.meter import duration
 
 METRICS = "metrics.jsonl"
 # Of a report, what depends on the machine and the moment and not on the mathematics.
@@ -100,23 +101,17 @@ def read_metrics(store: Store) -> list[dict[str, Any]]:
 
 
 def progress_line(values: Mapping[str, Any]) -> str:
-    """`vae 200/2000  loss 0.71, validation 0.69, 12,000 rows/s, 3 min left`."""
+    """`vae 200/2000  loss 0.71, validation 0.69, 12,000 rows/s, 3 min 05 s left`."""
     parts = [f"loss {values['loss']:.4g}"]
     if "validation_loss" in values:
         parts.append(f"validation {values['validation_loss']:.4g}")
     for name in ("rank", "score", "likeness", "second", "prompts_short", "detail"):
         if f"validation_{name}" in values:
             parts.append(f"{name.replace('_', ' ')} {values[f'validation_{name}']:.3f}")
-    parts += [f"{values['rows_per_second']:,.0f} rows/s", f"{_duration(values['seconds_left'])} left"]
+    parts += [f"{values['rows_per_second']:,.0f} rows/s", f"{duration(values['seconds_left'])} left"]
     if values["waiting_for_data"] > 0.1:
         parts.append(f"{values['waiting_for_data']:.0%} of the time waiting for data")
     return f"{values['stage']} {values['step']}/{values['of']}  {', '.join(parts)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def curves_png(lines: Sequence[Mapping[str, Any]], title: str, key: str = "loss") -> bytes:

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_diffusion.artifacts.checkpoint import strip_prefix, with_prefix
 from lora_diffusion.config import to_dict, to_yaml
 from lora_diffusion.corpus import Statistics
 from lora_diffusion.lora.layout import LoRALayout
@@ -31,14 +30,15 @@ from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed, ridge_smoother
 from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance, Synthesizer
 from lora_diffusion.synthesis.training.dataset import CorpusRows
-from lora_diffusion.synthesis.training.distributed import Group
-from lora_diffusion.synthesis.training.loop import Loop, LoopConfig
 from lora_diffusion.synthesis.training.metrics import RunLog, explained_variance, explained_variance_png, progress_line
+from lora_diffusion.synthesis.training.passes import passes
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.training.stages import DenoiserStage, VAEStage
-from lora_diffusion.synthesis.training.state import differences, pack, unpack
 from lora_diffusion.synthesis.training.train_config import BEFORE_PICTURES, CONDITION_SIZE, SYNTHESIZER, TrainConfig
 from lora_diffusion.synthesis.vae import LoRAVAE, latent_usage
+from lora_diffusion.training.checkpoint import differences, pack, strip_prefix, unpack, with_prefix
+from lora_diffusion.training.distributed import Group
+from lora_diffusion.training.loop import Loop, LoopConfig
 
 __all__ = ["SynthesizerTraining", "TrainConfig"]
 
@@ -94,7 +94,7 @@ class SynthesizerTraining:
         name = "statistics.safetensors"
         if not self._there(name):
             self._keep_config()
-            run = self.group.map_reduce(self.rows.train, lambda slots: self.rows.vectors(slots).numpy())
+            run = passes(self.group, self.rows.train, lambda slots: self.rows.vectors(slots).numpy())
             statistics = run(Statistics.of)
             self._write(name, statistics.to_bytes())
         statistics = Statistics.from_bytes(self.store.read(name))
@@ -131,7 +131,7 @@ class SynthesizerTraining:
                 return None
             chunks = [train[i : i + 128] for i in range(0, len(train), 128)]
             return fit_pca(lambda: map(self._normalised, chunks), c.num_components, **settings)
-        pca = fit_pca_distributed(self.group.map_reduce(train, self._normalised), c.num_components, **settings)
+        pca = fit_pca_distributed(passes(self.group, train, self._normalised), c.num_components, **settings)
         return pca if self.leader else None
 
     def _write_pca(self, name: str, pca: PCA, meta: dict[str, Any]) -> None:
@@ -245,7 +245,7 @@ class SynthesizerTraining:
         table_PZ = torch.zeros(self.snapshot.num_rows, space.size)
         used = np.concatenate([self.rows.train, self.rows.validation])
         size = 128
-        for start in range(self.group.rank * size, len(used), self.group.world * size):
+        for start in range(self.group.rank * size, len(used), self.group.world_size * size):
             slots = used[start : start + size]
             with torch.no_grad():
                 table_PZ[slots] = space.encode(self.rows.vectors(slots).to(self.group.device)).float().cpu()
@@ -270,7 +270,7 @@ class SynthesizerTraining:
     ) -> None:
         config, rows, snapshot = self.config, self.rows, self.snapshot
         self.figures |= {
-            f"denoiser_validation_{k}": v for k, v in zip(loop.stage.judged_by, loop.state.best, strict=True)
+            f"denoiser_validation_{k}": v for k, v in zip(loop.stage.selection_metrics, loop.state.best, strict=True)
         }
         self.figures["denoiser_best_step"] = loop.state.best_step
         corpus = {"recipe_id": snapshot.recipe_id, "start": snapshot.start}

@@ -1,4 +1,4 @@
-"""What is trained: the LoRA VAE, then the denoiser in its code space. Each row's loss, with all chance given from outside.
+"""What is trained: the LoRA VAE, then the denoiser in its code space. Each row's loss, with all randomness passed in.
 
 Axes: B batch, N vector length, M varying parameters, Z code size, C condition.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import Diffusion, denoise, diffusion_loss
 from lora_diffusion.synthesis.training.dataset import CorpusRows
-from lora_diffusion.synthesis.training.loop import Batch, Stage
-from lora_diffusion.synthesis.vae import LoRAVAE, kl_nats
+from lora_diffusion.synthesis.vae import LoRAVAE, vae_loss
+from lora_diffusion.training.loop import Batch, Stage
 
-# Validation asks about each held-out person at so many noise levels, the same ones each time: few people, little chance.
+# Validation asks about each held-out person at so many noise levels, the same each time: its loss varies less.
 VALIDATION_REPEATS = 8
 # From no noise and without guidance, few steps tell weights apart as well as the settings that are drawn with.
 RANK_STEPS = 4
@@ -29,19 +29,11 @@ Condition = Literal["mean", "photo"]
 
 
 class VAEStage(Stage):
-    """The loss of `vae.py`, with the KL term rising over the first `kl_warmup` of the steps.
+    """The loss of `vae.py`, with the KL term rising over the first `kl_warmup` of the steps."""
 
-    `weights_M` (mean 1): what an error of each parameter costs, if not all the same.
-    """
-
-    def __init__(self, vae: LoRAVAE, rows: CorpusRows, steps: int, weights_M: Tensor | None = None) -> None:
+    def __init__(self, vae: LoRAVAE, rows: CorpusRows, steps: int) -> None:
         super().__init__()
-        if weights_M is not None and (weights_M.shape != (vae.normaliser.size,) or not bool((weights_M >= 0).all())):
-            raise ValueError(
-                f"weights have shape {tuple(weights_M.shape)}; expected ({vae.normaliser.size},), none negative"
-            )
         self.vae, self.rows, self.steps = vae, rows, steps
-        self.register_buffer("weights_M", None if weights_M is None else weights_M / weights_M.mean())
         self.train_slots, self.validation_slots = rows.train, rows.validation
 
     def inputs(self, slots: Slots) -> Batch:
@@ -59,11 +51,8 @@ class VAEStage(Stage):
         x_BM = self.vae.normaliser.normalise(inputs["vectors"])
         latent_BZ = draws["latent"] if self.training else torch.zeros_like(draws["latent"])
         output_BM, mean_BZ, logvar_BZ = self.vae(x_BM, latent_BZ, draws.get("input") if self.training else None)
-        error_BM = (output_BM.float() - x_BM).square()
-        error_B = (error_BM if self.weights_M is None else error_BM * self.weights_M).mean(1)
-        kl_B = kl_nats(mean_BZ, logvar_BZ).sum(1)
         weight = self.kl_weight(step) if self.training else self.vae.config.kl_weight
-        return error_B + weight / x_BM.shape[1] * kl_B, {"reconstruction": error_B, "kl": kl_B}
+        return vae_loss(x_BM, output_BM, mean_BZ, logvar_BZ, weight)
 
     def kl_weight(self, step: int) -> float:
         rise = self.vae.config.kl_warmup * self.steps
@@ -81,7 +70,7 @@ class DenoiserStage(Stage):
     anybody (LOG.md, 2026-11-26).
     """
 
-    judged_by: ClassVar[tuple[str, ...]] = ("rank", "loss")
+    selection_metrics: ClassVar[tuple[str, ...]] = ("rank", "loss")
 
     def __init__(
         self,

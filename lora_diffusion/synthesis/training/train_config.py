@@ -10,11 +10,11 @@ from lora_diffusion.synthesis.denoiser import DenoiserConfig
 from lora_diffusion.synthesis.diffusion import DiffusionConfig
 from lora_diffusion.synthesis.folder import LatentSampling
 from lora_diffusion.synthesis.training.dataset import DataConfig
-from lora_diffusion.synthesis.training.distributed import Parallel
-from lora_diffusion.synthesis.training.loop import LoopConfig
 from lora_diffusion.synthesis.training.pictures_config import PicturesConfig
 from lora_diffusion.synthesis.training.stages import Condition
 from lora_diffusion.synthesis.vae import VAEConfig
+from lora_diffusion.training.distributed import Parallel
+from lora_diffusion.training.loop import LoopConfig
 
 STAGES = ("pca", "vae", "denoiser", "pictures")
 CONDITION_SIZE = 512

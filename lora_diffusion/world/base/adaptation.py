@@ -15,7 +15,6 @@ drawn without a LoRA, S token positions, W captions of a photo, N vector length,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -26,23 +25,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diffusion.artifacts.checkpoint import (
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-    strip_prefix,
-    with_prefix,
-)
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.finetune import attention, autocast
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.objective import NoiseSchedule
 from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.models.stable_diffusion import BaseModel
+from lora_diffusion.storage import Store, open_store
+from lora_diffusion.training.checkpoint import (
+    differences,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    pieces,
+    strip_prefix,
+    unpack,
+    with_prefix,
+)
+from lora_diffusion.training.schedule import warmup_cosine
 from lora_diffusion.world.base.adaptation_faces import AdaptationFaces
 from lora_diffusion.world.base.training import loss_weights
 
+CHECKPOINT = "checkpoints/adaptation.safetensors"
 _WARM_UP_STEPS = 8  # before a step is captured as a CUDA graph
 
 
@@ -68,10 +71,6 @@ class AdaptationConfig:
     checkpoint_every: int = 200
     seed: int = 0
 
-    def rate(self, step: int) -> float:
-        """Share of the learning rates in step 0, 1, ...: warm-up, and a cosine to 0."""
-        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
 
 class BaseAdapter:
     """One training of `base`, in place; `run` goes on from the checkpoint in `folder`, if there is one.
@@ -95,7 +94,8 @@ class BaseAdapter:
                 f"{faces.photos_each} photos of each person, {config.held_back} held back, {config.other_photos} of those "
                 "in a step: some must be left to fine-tune on, and a step cannot take more than are held back"
             )
-        self.base, self.layout, self.faces, self.folder = base, layout, faces, folder
+        self.base, self.layout, self.faces = base, layout, faces
+        self.store = None if folder is None else open_store(folder)
         self.config, self.recipe = config, recipe
         device = base.device
         self.schedule = NoiseSchedule.from_scheduler(base.scheduler, device)
@@ -139,7 +139,7 @@ class BaseAdapter:
             for name, size in sizes.items()
         }
         self.step = 0
-        if folder is not None and (saved := load_checkpoint(folder)) is not None:
+        if self.store is not None and (saved := unpack(self.store, CHECKPOINT)) is not None:
             self._restore(*saved)
 
     def run(self, report: Callable[[int, dict[str, float]], None] = lambda step, values: None) -> None:
@@ -163,8 +163,8 @@ class BaseAdapter:
             else:
                 losses = self._aside(inputs) if on_gpu else self._work(inputs)
             self.step += 1
-            if self.folder is not None and (self.step % self.config.checkpoint_every == 0):
-                self._save(self.folder)
+            if self.store is not None and self.step % self.config.checkpoint_every == 0:
+                self._save(self.store)
             report(self.step, self._summary(losses, values["age_K"]))
         with torch.no_grad():
             for parameter, average in zip(self.network, self.ema, strict=True):
@@ -218,7 +218,7 @@ class BaseAdapter:
         for noise, place in self.random.values():  # outside of the step, so that a captured one draws none
             noise.normal_(generator=self.generator)
             place.uniform_(generator=self.generator)
-        share = config.rate(self.step)
+        share = warmup_cosine(self.step, config.steps, config.warmup_steps)
         for group, rate in zip(
             self.optimizer.param_groups, (config.learning_rate, config.learning_rate_A), strict=True
         ):
@@ -298,18 +298,19 @@ class BaseAdapter:
         tensors = {f"{name}.{i}": tensor for name, tensors in lists.items() for i, tensor in enumerate(tensors)}
         return tensors | {"A": self.A, "B": self.B_KB, "first": self.first_KB, "second": self.second_KB}
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, store: Store) -> None:
         people = {name: getattr(self, name) for name in ("people_K", "age_K", "order_KV")}
         tensors = self._state() | with_prefix("optimizer", optimizer_tensors(self.optimizer))
         tensors |= {name: torch.from_numpy(value) for name, value in people.items()}
         meta = {"step": self.step, "config": self._identity(), "rng": self.rng.bit_generator.state}
-        save_checkpoint(folder, tensors | {"generator": self.generator.get_state()}, meta)
+        tensors["generator"] = self.generator.get_state()
+        store.write_parts(CHECKPOINT, pieces(tensors, meta))
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        if meta["config"] != self._identity():
+        if lines := differences(meta["config"], self._identity()):
             raise ValueError(
-                f"the checkpoint in {self.folder} was made with {meta['config']}, asked for now: {self._identity()}. "
-                "Use the same settings to resume, or another folder to start anew."
+                f"the checkpoint was made with other settings: {'; '.join(lines)}. Use the same to resume, or another "
+                "folder to start anew"
             )
         with torch.no_grad():
             for name, tensor in self._state().items():
@@ -322,5 +323,9 @@ class BaseAdapter:
         self.step = int(meta["step"])
 
     def _identity(self) -> dict[str, Any]:
-        config = {**asdict(self.config), "betas": list(self.config.betas), "checkpoint_every": None}
-        return {**config, "layout_id": self.layout.layout_id, "people": self.faces.people}
+        return {
+            **asdict(self.config),
+            "betas": list(self.config.betas),
+            "layout_id": self.layout.layout_id,
+            "people": self.faces.people,
+        }

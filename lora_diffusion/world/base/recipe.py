@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from lora_diffusion.storage import Output, Place, open_store
+from lora_diffusion.training.distributed import Group
+from lora_diffusion.training.loop import Loop, LoopConfig, Report, Stage
 from lora_diffusion.world.base import parts
-from lora_diffusion.world.base import training as bt
+from lora_diffusion.world.base.training import AutoencoderStage, DenoiserStage
 
 CAPTION_VARIANTS = 8
 
@@ -29,18 +31,14 @@ class BaseRecipe:
     faces: Place = "runs/base_faces"
     work: Output = "runs/base"
     out: Output = "runs/base/tiny-sd"
-    device: str = "cpu"
     model: parts.BaseModelConfig = field(default_factory=parts.BaseModelConfig)
-    autoencoder: bt.TrainingConfig = field(
-        default_factory=lambda: bt.TrainingConfig(
-            steps=1250, batch_size=16, learning_rate=2e-3, warmup=100, ema_decay=0.998
-        )
+    autoencoder: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=1250, batch_size=16, learning_rate=2e-3, ema_decay=0.998)
     )
-    denoiser: bt.TrainingConfig = field(
-        default_factory=lambda: bt.TrainingConfig(
-            steps=16000, batch_size=40, learning_rate=1.5e-3, compute_dtype="bfloat16"
-        )
+    denoiser: LoopConfig = field(
+        default_factory=lambda: LoopConfig(steps=16000, batch_size=40, learning_rate=1.5e-3, warmup=200)
     )
+    bfloat16: bool = True  # autocast of the denoiser's training; weights and optimiser stay float32
     compile: bool = False  # torch.compile for UNet and text encoder: two minutes at the start, then 1.45 times as fast
     perceptual: Place | None = None  # safetensors of a FaceRecogniser; None: L1 and L2 only
 
@@ -55,9 +53,6 @@ class TrainBaseConfig:
     cpus_per_worker: int = 2
     name: str = "tiny-sd"
     storage: Output = "runs/ray"
-
-
-Progress = Callable[[str, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -122,61 +117,49 @@ def encode_latents(vae: Any, images: np.ndarray, batch_size: int = 128) -> tuple
 def train_base(
     recipe: BaseRecipe,
     faces: TrainingFaces,
-    *,
-    prepare: Callable[[bt.Stage], bt.Stage] = lambda stage: stage,
-    barrier: Callable[[], None] = lambda: None,
-    rank: int = 0,
-    world: int = 1,
-    progress: Progress = lambda stage, step, values: None,
+    group: Group | None = None,
+    report: Report = lambda values: None,
 ) -> Path:
-    """Train all stages and write the pipeline folder; returns its path.
-
-    ``prepare`` wraps a stage for data-parallel training (Ray Train's ``prepare_model``); with ``world`` workers each takes
-    its share of the same global batches. Worker 0 writes; ``barrier`` makes the others wait until it has.
-    """
+    """Train all stages and write the pipeline folder; returns its path. Worker 0 of the group writes."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTokenizer
 
-    work, config = Path(recipe.work), recipe.model
+    work, config, group = Path(recipe.work), recipe.model, group or Group()
+    leader = group.rank == 0
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 
-    if rank == 0 and not (work / "tokenizer").exists():
+    if leader and not (work / "tokenizer").exists():
         learned = parts.train_tokenizer((c for variants in faces.captions for c in variants), config)
         learned.save_pretrained(work / "tokenizer.tmp")
         (work / "tokenizer.tmp").rename(work / "tokenizer")
-    barrier()  # all see the same state of the work folder before anyone changes it again
+    group.barrier()  # all see the same state of the work folder before anyone changes it again
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
 
     vae_folder = work / "vae"
     if not (vae_folder / "config.json").exists():
-        vae = parts.new_autoencoder(config).to(recipe.device)
+        vae = parts.new_autoencoder(config).to(group.device)
         features = perceptual_features(recipe.perceptual)
-        stage = prepare(bt.AutoencoderStage(vae, faces.images, features))
-        trainer = bt.Trainer(stage, len(faces.images), recipe.autoencoder, work / "autoencoder", rank, world)
-        trainer.run(lambda step, values: progress("autoencoder", step, values))
-        trainer.use_ema()
+        _train("autoencoder", AutoencoderStage(vae, faces.images, features), recipe.autoencoder, work, group, report)
         means, _ = encode_latents(vae, faces.images[:: max(1, len(faces.images) // 2048)])
         vae.register_to_config(scaling_factor=float(1 / means.std()))
-        if rank == 0:
+        if leader:
             vae.save_pretrained(work / "vae.tmp")
             (work / "vae.tmp").rename(vae_folder)
     else:
-        vae = AutoencoderKL.from_pretrained(vae_folder).to(recipe.device)
+        vae = AutoencoderKL.from_pretrained(vae_folder).to(group.device)
     vae.eval()
 
     flat = [caption for variants in faces.captions for caption in variants]
     ids = tokenizer(flat, padding="max_length", max_length=config.text_tokens, truncation=True).input_ids
     tokens_MVS = torch.tensor(ids).view(len(faces.images), -1, config.text_tokens)
-    draw = np.random.default_rng([9, rank])
 
-    def tokens(indices: np.ndarray) -> torch.Tensor:
-        return tokens_MVS[indices, draw.integers(tokens_MVS.shape[1], size=len(indices))]
-
-    unet = parts.new_unet(config).to(recipe.device)
-    text_encoder = parts.new_text_encoder(config, tokenizer).to(recipe.device)
-    if recipe.device == "cpu":  # PyTorch's fused attention is slower here: sequences are short (1.45 times in bfloat16)
+    unet = parts.new_unet(config).to(group.device)
+    text_encoder = parts.new_text_encoder(config, tokenizer).to(group.device)
+    if (
+        group.device.type == "cpu"
+    ):  # PyTorch's fused attention is slower here: sequences are short (1.45 times in bfloat16)
         unet.set_attn_processor(AttnProcessor())
         text_encoder.set_attn_implementation("eager")
     if recipe.compile:
@@ -185,11 +168,9 @@ def train_base(
     scheduler = parts.new_scheduler(config)
     means, stds = encode_latents(vae, faces.images)
     scale = vae.config.scaling_factor
-    stage = prepare(bt.DenoiserStage(unet, text_encoder, scheduler, means * scale, stds * scale, tokens))
-    trainer = bt.Trainer(stage, len(faces.images), recipe.denoiser, work / "denoiser", rank, world)
-    trainer.run(lambda step, values: progress("denoiser", step, values))
-    trainer.use_ema()
-    if rank == 0:
+    stage = DenoiserStage(unet, text_encoder, scheduler, means * scale, stds * scale, tokens_MVS)
+    _train("denoiser", stage, recipe.denoiser, work, group, report, recipe.bfloat16)
+    if leader:
         pipe = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
@@ -207,3 +188,15 @@ def train_base(
         vae.half()
         pipe.save_pretrained(recipe.out, safe_serialization=True)
     return Path(recipe.out)
+
+
+def _train(
+    name: str, stage: Stage, config: LoopConfig, work: Path, group: Group, report: Report, bfloat16: bool = False
+) -> None:
+    """Leaves the averaged weights in the modules of `stage`."""
+    loop = Loop(name, stage, config, open_store(work), group, bfloat16=bfloat16)
+    group.barrier()  # nobody writes a new state while another still reads the old one
+    if not loop.state.done:
+        loop.run(report)
+    stage.load_state_dict(loop.best_weights(), strict=False)
+    group.barrier()

@@ -1,96 +1,66 @@
-"""Training ``tiny-sd``, the embedded Stable Diffusion: the autoencoder, then UNet and text encoder together.
+"""What is trained of ``tiny-sd``, the embedded Stable Diffusion: the autoencoder, then UNet and text encoder together.
 
-Axes: B batch, C latent channels, S token positions.
+Axes: M pictures, B batch, C latent channels, V captions of a picture, S token positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_diffusion.artifacts.checkpoint import (
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-    strip_prefix,
-    with_prefix,
-)
+from lora_diffusion.training.loop import Batch, Slots, Stage
 
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """One stage of training. ``compute_dtype``: float32, or bfloat16 through autocast (fp32 weights and optimiser)."""
-
-    steps: int = 3000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    compute_dtype: str = "float32"
-    checkpoint_every: int = 200
-    seed: int = 0
-
-
-def epoch_batches(count: int, batch_size: int, seed: int, step: int = 0) -> Iterator[np.ndarray]:
-    """Endless batches of indices, each epoch in its own order; starts as if ``step`` batches had been drawn before."""
-    per_epoch = count // batch_size
-    while True:
-        epoch, within = divmod(step, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        yield order[within * batch_size : (within + 1) * batch_size]
-        step += 1
-
-
-class Stage(nn.Module):
-    """What is trained in one stage: ``forward(indices, generator) -> (loss, parts to report)``."""
-
-    def forward(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        raise NotImplementedError
+NOBODY = np.empty(0, np.int64)  # validation rows: there are none
 
 
 class AutoencoderStage(Stage):
-    """VAE: L1 + perceptual distance (features of a recogniser, so that the person survives) + a light KL term."""
+    """VAE: L1 + perceptual distance (features of a recogniser, so that the person survives) + a light KL term.
+
+    images_MHWC: uint8.
+    """
 
     def __init__(
         self,
         vae: Any,
-        images: np.ndarray,
+        images_MHWC: np.ndarray,
         features: Callable[[Tensor], list[Tensor]] | None = None,
         perceptual_weight: float = 0.2,
         kl_weight: float = 1e-4,
     ) -> None:
         super().__init__()
-        self.vae, self.images, self.features = vae, images, features
+        self.vae, self.images_MHWC, self.features = vae, images_MHWC, features
         self.perceptual_weight, self.kl_weight = perceptual_weight, kl_weight
+        self.train_slots, self.validation_slots = np.arange(len(images_MHWC)), NOBODY
+        halvings = len(vae.config.block_out_channels) - 1
+        self.latent_shape = (vae.config.latent_channels, *(side >> halvings for side in images_MHWC.shape[1:3]))
 
-    def forward(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        device = next(self.vae.parameters()).device
-        images = torch.from_numpy(self.images[indices]).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    def inputs(self, slots: Slots) -> Batch:
+        return {"images": torch.from_numpy(self.images_MHWC[slots])}
+
+    def draws(self, count: int, generator: torch.Generator) -> Batch:
+        return {"noise": torch.randn(count, *self.latent_shape, generator=generator, device=generator.device)}
+
+    def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        images = inputs["images"].permute(0, 3, 1, 2) / 127.5 - 1
         posterior = self.vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        output = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        output = self.vae.decode(posterior.mean + posterior.std * draws["noise"]).sample
         difference = (output - images).float()
-        l1 = difference.abs().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = l1 + 0.5 * difference.square().mean() + self.kl_weight * kl
-        parts = {"l1": l1.item(), "kl": kl.item()}
+        l1_B = difference.abs().mean((1, 2, 3))
+        kl_B = posterior.kl() / posterior.mean[0].numel()
+        loss_B = l1_B + 0.5 * difference.square().mean((1, 2, 3)) + self.kl_weight * kl_B
+        parts = {"l1": l1_B, "kl": kl_B}
         if self.features is not None:
             pairs = zip(self.features(output), self.features(images), strict=True)
-            perceptual = torch.stack([F.mse_loss(_unit(a), _unit(b.detach())) for a, b in pairs]).sum()
-            loss = loss + self.perceptual_weight * perceptual
-            parts["perceptual"] = perceptual.item()
-        return loss, parts
+            apart = [(_unit(a) - _unit(b.detach())).square().flatten(1).mean(1) for a, b in pairs]
+            parts["perceptual"] = torch.stack(apart).sum(0)
+            loss_B = loss_B + self.perceptual_weight * parts["perceptual"]
+        return loss_B, parts
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -99,42 +69,52 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class DenoiserStage(Stage):
-    """UNet and text encoder: MSE of the prediction, weighted by ``loss_weights``."""
+    """UNet and text encoder: MSE of the prediction, weighted by ``loss_weights``; one of the captions of each picture.
+
+    means_MCHW, stds_MCHW: of the pictures' latents. tokens_MVS: of their captions.
+    """
 
     def __init__(
-        self,
-        unet: Any,
-        text_encoder: Any,
-        scheduler: Any,
-        means: Tensor,
-        stds: Tensor,
-        tokens: Callable[[np.ndarray], Tensor],
+        self, unet: Any, text_encoder: Any, scheduler: Any, means_MCHW: Tensor, stds_MCHW: Tensor, tokens_MVS: Tensor
     ) -> None:
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-        self.scheduler, self.means, self.stds, self.tokens = scheduler, means, stds, tokens
+        self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
+        self.rows = {"means": means_MCHW, "stds": stds_MCHW, "tokens": tokens_MVS}
+        self.train_slots, self.validation_slots = np.arange(len(means_MCHW)), NOBODY
 
-    def forward(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        device = next(self.unet.parameters()).device
-        rows = torch.from_numpy(indices)
-        latents = self.means[rows] + self.stds[rows] * torch.randn(self.means[rows].shape, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
+    def inputs(self, slots: Slots) -> Batch:
+        return {name: rows[torch.from_numpy(slots)] for name, rows in self.rows.items()}
+
+    def draws(self, count: int, generator: torch.Generator) -> Batch:
+        where: dict[str, Any] = {"generator": generator, "device": generator.device}
+        shape, total = self.rows["means"].shape[1:], self.scheduler.config.num_train_timesteps
         # one timestep from each stratum: less variance between batches than independent draws
-        count = len(rows)
-        total = self.scheduler.config.num_train_timesteps
-        u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        timesteps = (u * total).long().clamp(max=total - 1)
+        place = (torch.randperm(count, **where) + torch.rand(count, **where)) / count
+        return {
+            "latent": torch.randn(count, *shape, **where),
+            "noise": torch.randn(count, *shape, **where),
+            "timesteps": (place * total).long().clamp(max=total - 1),
+            "caption": torch.randint(self.rows["tokens"].shape[1], (count,), **where),
+        }
+
+    def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        latents, noise, timesteps = (
+            inputs["means"] + inputs["stds"] * draws["latent"],
+            draws["noise"],
+            draws["timesteps"],
+        )
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = {
             "epsilon": lambda: noise,
             "sample": lambda: latents,
             "v_prediction": lambda: self.scheduler.get_velocity(latents, noise, timesteps),
         }[self.scheduler.config.prediction_type]()
-        text = self.text_encoder(self.tokens(indices).to(device))[0]
-        output = self.unet(noisy.to(device), timesteps.to(device), encoder_hidden_states=text).sample.float()
-        error = (output - target.to(device)).square().mean((1, 2, 3))
-        weights = loss_weights(self.scheduler, timesteps).to(device)
-        return (weights * error).mean(), {"mse": error.mean().item()}
+        tokens_BS = inputs["tokens"][torch.arange(len(latents)), draws["caption"]]
+        text = self.text_encoder(tokens_BS)[0]
+        prediction = self.unet(noisy, timesteps, encoder_hidden_states=text).sample.float()
+        error_B = (prediction - target).square().mean((1, 2, 3))
+        weights_B = loss_weights(self.scheduler, timesteps.cpu()).to(error_B.device)
+        return weights_B * error_B, {"mse": error_B}
 
 
 def loss_weights(scheduler: Any, timesteps: Tensor, gamma: float = 5.0) -> Tensor:
@@ -149,78 +129,3 @@ def loss_weights(scheduler: Any, timesteps: Tensor, gamma: float = 5.0) -> Tenso
     kind = scheduler.config.prediction_type
     error_of_x0 = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[kind]
     return (snr.clamp(max=gamma) + 1) / error_of_x0.clamp(min=1e-8)
-
-
-class Trainer:
-    """Runs a stage: AdamW, warm-up and cosine decay, clipping, EMA, checkpoints. Resumes from ``folder`` by itself."""
-
-    def __init__(
-        self, stage: Stage, count: int, config: TrainingConfig, folder: Path, rank: int = 0, world: int = 1
-    ) -> None:
-        self.stage, self.count, self.config, self.folder = stage, count, config, folder
-        self.rank, self.world = rank, world
-        self.parameters = [p for p in stage.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
-        )
-        self.ema = [p.detach().clone() for p in self.parameters]
-        self.step = 0
-        if (saved := load_checkpoint(folder)) is not None:
-            self._restore(*saved)
-
-    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        wanted = {**asdict(self.config), "steps": None, "checkpoint_every": None}
-        found = {**meta["config"], "steps": None, "checkpoint_every": None}
-        if wanted != found:
-            raise ValueError(
-                f"the checkpoint in {self.folder} was made with {found}, asked for now: {wanted}. "
-                "Use the same settings to resume, or another folder to start anew."
-            )
-        with torch.no_grad():
-            for i, parameter in enumerate(self.parameters):
-                parameter.copy_(tensors[f"model.{i}"])
-                self.ema[i].copy_(tensors[f"ema.{i}"])
-        load_optimizer_tensors(self.optimizer, strip_prefix("optimizer", tensors))
-        self.step = int(meta["step"])
-
-    def save(self) -> None:
-        tensors = {f"model.{i}": p for i, p in enumerate(self.parameters)} | {
-            f"ema.{i}": p for i, p in enumerate(self.ema)
-        }
-        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
-        save_checkpoint(self.folder, tensors, {"step": self.step, "config": asdict(self.config)})
-
-    def learning_rate(self, step: int) -> float:
-        c = self.config
-        warm = min(1.0, (step + 1) / c.warmup)
-        return c.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / c.steps)))
-
-    def run(self, report: Callable[[int, dict[str, float]], None] = lambda step, values: None) -> None:
-        """Train to ``config.steps``; ``report(step, values)`` after every step (it may checkpoint to elsewhere)."""
-        c = self.config
-        batches = epoch_batches(self.count, c.batch_size, c.seed, self.step)
-        while self.step < c.steps:
-            # this worker's share of the global batch, with noise of its own
-            indices = next(batches)[self.rank :: self.world]
-            generator = torch.Generator().manual_seed((c.seed * 1_000_003 + self.step) * 64 + self.rank)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step)
-            device_type = self.parameters[0].device.type
-            with torch.autocast(device_type, torch.bfloat16, enabled=c.compute_dtype == "bfloat16"):
-                loss, parts = self.stage(indices, generator)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.parameters, c.clip_norm)
-            self.optimizer.step()
-            self.step += 1
-            decay = min(c.ema_decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.ema, list[Tensor](self.parameters), 1 - decay)
-            if self.rank == 0 and (self.step % c.checkpoint_every == 0 or self.step == c.steps):
-                self.save()
-            report(self.step, {"loss": float(loss.detach()), "grad_norm": float(norm), **parts})
-
-    def use_ema(self) -> None:
-        """Put the averaged weights into the stage's modules (end of training)."""
-        with torch.no_grad():
-            for parameter, average in zip(self.parameters, self.ema, strict=True):
-                parameter.copy_(average)

@@ -2,7 +2,7 @@
 
 The hull is a grid of points (R rows from crown to shoulder, F angles) that stands off the skin by the thickness of the
 hair. A scalar field over it says where hair is: positive inside, zero at the hairline and at the tips. The rasteriser
-frays the zero line into strands (raster.rasterise_strands).
+frays the zero line into strands (raster.rasterise).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_diffusion.world.people.head import SKIN, SKULL_Y, SKULL_Z, TEETH, TONGUE, MorphableHead
 from lora_diffusion.world.people.maths import Array, basis_towards, f32, grid_triangles, normalise, smoothstep
-from lora_diffusion.world.people.raster import rasterise_depth, vertex_normals
+from lora_diffusion.world.people.raster import rasterise, vertex_normals
 
 ANGLES, UPPER_ROWS, LOWER_ROWS = 72, 15, 16  # the hull's grid: crown to forehead, then down to the shoulders
 NECK_TOP, HULL_BOTTOM = 6.0, 4.7
@@ -36,7 +36,7 @@ def ambient_occlusion(head: MorphableHead, size: int = 160, directions: int = 90
             f32
         )
         depth = np.zeros((size, size), f32)
-        rasterise_depth(points, triangles, size, size, depth)
+        rasterise(points, triangles, depth)
         facing = normals @ direction
         x, y = np.clip(points[:, 0].astype(int), 0, size - 1), np.clip(points[:, 1].astype(int), 0, size - 1)
         weight = np.clip(facing, 0, 1)

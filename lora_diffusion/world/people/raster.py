@@ -95,63 +95,28 @@ def noise(points: Array, volume: Array) -> Array:
 
 @compiled
 def rasterise(
-    points: Array, triangles: Array, width: int, height: int, depth: Array, owner: Array, weight0: Array, weight1: Array
-) -> None:
-    """Draws triangles into a depth buffer with perspective-correct barycentric weights.
-
-    ``points`` (V, 3): screen x, y and 1 / distance. Written where nearer than ``depth`` (height, width): the depth, the
-    triangle's index in ``owner``, and the weights of its first two corners.
-    """
-    for t in range(triangles.shape[0]):
-        i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-        x0, y0, w0 = points[i, 0], points[i, 1], points[i, 2]
-        x1, y1, w1 = points[j, 0], points[j, 1], points[j, 2]
-        x2, y2, w2 = points[k, 0], points[k, 1], points[k, 2]
-        area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
-        if abs(area) < 1e-9:
-            continue
-        left = max(0, int(np.ceil(min(x0, x1, x2) - 0.5)))
-        right = min(width - 1, int(np.floor(max(x0, x1, x2) - 0.5)))
-        top = max(0, int(np.ceil(min(y0, y1, y2) - 0.5)))
-        bottom = min(height - 1, int(np.floor(max(y0, y1, y2) - 0.5)))
-        inverse = 1.0 / area
-        for y in range(top, bottom + 1):
-            py = y + 0.5
-            for x in range(left, right + 1):
-                px = x + 0.5
-                l0 = ((x1 - px) * (y2 - py) - (x2 - px) * (y1 - py)) * inverse
-                l1 = ((x2 - px) * (y0 - py) - (x0 - px) * (y2 - py)) * inverse
-                l2 = 1.0 - l0 - l1
-                if l0 < 0 or l1 < 0 or l2 < 0:
-                    continue
-                w = l0 * w0 + l1 * w1 + l2 * w2
-                if w > depth[y, x]:
-                    depth[y, x] = w
-                    owner[y, x] = t
-                    weight0[y, x] = l0 * w0 / w
-                    weight1[y, x] = l1 * w1 / w
-
-
-@compiled
-def rasterise_strands(
     points: Array,
     triangles: Array,
-    field: Array,
-    strands: Array,
-    jaggedness: Array,
-    volume: Array,
-    width: int,
-    height: int,
     depth: Array,
-    owner: Array,
-    weight0: Array,
-    weight1: Array,
+    owner: Array | None = None,
+    weight0: Array | None = None,
+    weight1: Array | None = None,
+    field: Array | None = None,
+    strands: Array | None = None,
+    jaggedness: Array | None = None,
+    volume: Array | None = None,
 ) -> None:
-    """Like :func:`rasterise`, for hair: keeps only pixels whose interpolated ``field`` plus noise is positive.
+    """Draws triangles into a depth buffer (height, width), where they are nearer than what is there.
 
-    ``field`` (V,): positive where hair grows; within ``jaggedness`` (V,) of zero, noise at the coordinates ``strands``
-    (V, 3) decides, so the hair ends in strands instead of along mesh edges.
+    ``points`` (V, 3): screen x, y and what ``depth`` holds: 1 / distance, which makes the weights perspective-correct, or any
+    depth that is linear in the screen. With ``owner``, the triangle's index and the weights of its first two corners are
+    written, too.
+
+    For hair, only pixels whose interpolated ``field`` plus noise is positive are kept. ``field`` (V,): positive where hair
+    grows; within ``jaggedness`` (V,) of zero, noise of ``volume`` at the coordinates ``strands`` (V, 3) decides, so the hair
+    ends in strands instead of along mesh edges.
     """
+    height, width = depth.shape
     for t in range(triangles.shape[0]):
         i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
         x0, y0, w0 = points[i, 0], points[i, 1], points[i, 2]
@@ -175,52 +140,25 @@ def rasterise_strands(
                 if l0 < 0 or l1 < 0 or l2 < 0:
                     continue
                 w = l0 * w0 + l1 * w1 + l2 * w2
-                if w > depth[y, x]:
+                if w <= depth[y, x]:
+                    continue
+                if field is not None:
                     f = l0 * field[i] + l1 * field[j] + l2 * field[k]
-                    jag = jaggedness[i]
+                    jag = jaggedness[i]  # type: ignore[index]
                     if f < jag:
                         if f < -jag:
                             continue
-                        qx = l0 * strands[i, 0] + l1 * strands[j, 0] + l2 * strands[k, 0]
-                        qy = l0 * strands[i, 1] + l1 * strands[j, 1] + l2 * strands[k, 1]
-                        qz = l0 * strands[i, 2] + l1 * strands[j, 2] + l2 * strands[k, 2]
+                        qx = l0 * strands[i, 0] + l1 * strands[j, 0] + l2 * strands[k, 0]  # type: ignore[index]
+                        qy = l0 * strands[i, 1] + l1 * strands[j, 1] + l2 * strands[k, 1]  # type: ignore[index]
+                        qz = l0 * strands[i, 2] + l1 * strands[j, 2] + l2 * strands[k, 2]  # type: ignore[index]
                         f += jag * _noise_at(qx, qy, qz, volume)
                         if f < 0:
                             continue
-                    depth[y, x] = w
+                depth[y, x] = w
+                if owner is not None:
                     owner[y, x] = t
-                    weight0[y, x] = l0 * w0 / w
-                    weight1[y, x] = l1 * w1 / w
-
-
-@compiled
-def rasterise_depth(points: Array, triangles: Array, width: int, height: int, depth: Array) -> None:
-    """Depth alone, orthographic (linear in the screen): the shadow map. ``points[:, 2]`` grows towards the light."""
-    for t in range(triangles.shape[0]):
-        i, j, k = triangles[t, 0], triangles[t, 1], triangles[t, 2]
-        x0, y0, w0 = points[i, 0], points[i, 1], points[i, 2]
-        x1, y1, w1 = points[j, 0], points[j, 1], points[j, 2]
-        x2, y2, w2 = points[k, 0], points[k, 1], points[k, 2]
-        area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
-        if abs(area) < 1e-9:
-            continue
-        left = max(0, int(np.ceil(min(x0, x1, x2) - 0.5)))
-        right = min(width - 1, int(np.floor(max(x0, x1, x2) - 0.5)))
-        top = max(0, int(np.ceil(min(y0, y1, y2) - 0.5)))
-        bottom = min(height - 1, int(np.floor(max(y0, y1, y2) - 0.5)))
-        inverse = 1.0 / area
-        for y in range(top, bottom + 1):
-            py = y + 0.5
-            for x in range(left, right + 1):
-                px = x + 0.5
-                l0 = ((x1 - px) * (y2 - py) - (x2 - px) * (y1 - py)) * inverse
-                l1 = ((x2 - px) * (y0 - py) - (x0 - px) * (y2 - py)) * inverse
-                l2 = 1.0 - l0 - l1
-                if l0 < 0 or l1 < 0 or l2 < 0:
-                    continue
-                w = l0 * w0 + l1 * w1 + l2 * w2
-                if w > depth[y, x]:
-                    depth[y, x] = w
+                    weight0[y, x] = l0 * w0 / w  # type: ignore[index]
+                    weight1[y, x] = l1 * w1 / w  # type: ignore[index]
 
 
 @compiled

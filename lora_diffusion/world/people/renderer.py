@@ -17,7 +17,7 @@ from lora_diffusion.world.people.head import GLASSES, LEFT_EYE, RIGHT_EYE, SKIN,
 from lora_diffusion.world.people.maths import Array, dot, f32, normalise, rotation, smoothstep
 from lora_diffusion.world.people.people import Person
 from lora_diffusion.world.people.pose import Scene, pose_scene
-from lora_diffusion.world.people.raster import rasterise, rasterise_strands, vertex_normals
+from lora_diffusion.world.people.raster import rasterise, vertex_normals
 from lora_diffusion.world.people.shading import (
     Light,
     StrandSurface,
@@ -119,17 +119,15 @@ class _Layer:
         self._weight0, self._weight1 = np.zeros(shape, f32), np.zeros(shape, f32)
 
     def draw(self) -> None:
-        height, width = self.depth.shape
-        rasterise(self.screen, self.triangles, width, height, self.depth, self._owner, self._weight0, self._weight1)
+        rasterise(self.screen, self.triangles, self.depth, self._owner, self._weight0, self._weight1)
         self._collect()
 
     def draw_strands(self, coordinates: Array, frayed: Array, attributes: Array, behind: Array) -> None:
         """Draws where the layer is in front of the depths ``behind``."""
         self.depth[:] = behind
-        height, width = self.depth.shape
         field, volume = attributes[:, 2].copy(), head_model().noise_volume
         target = (self.depth, self._owner, self._weight0, self._weight1)
-        rasterise_strands(self.screen, self.triangles, field, coordinates, frayed, volume, width, height, *target)
+        rasterise(self.screen, self.triangles, *target, field, coordinates, frayed, volume)
         self._collect()
 
     def _collect(self) -> None:

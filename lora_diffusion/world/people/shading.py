@@ -24,7 +24,7 @@ from lora_diffusion.world.people.maths import (
     rotation,
     smoothstep,
 )
-from lora_diffusion.world.people.raster import lit_fraction, noise, rasterise_depth
+from lora_diffusion.world.people.raster import lit_fraction, noise, rasterise
 from lora_diffusion.world.people.views import LIGHTS, View
 
 SHADOW_MAP = 128  # texels on a side
@@ -59,7 +59,7 @@ def set_up_light(view: View, backdrop: Array, casters: list[tuple[Array, Array]]
     depth = np.zeros((SHADOW_MAP, SHADOW_MAP), f32)
     basis = basis_towards(direction)
     for points, triangles in casters:
-        rasterise_depth(_light_space(points, basis), triangles, SHADOW_MAP, SHADOW_MAP, depth)
+        rasterise(_light_space(points, basis), triangles, depth)
     return Light(
         direction=direction,
         key=np.array(setup.key_colour, f32) * setup.key,

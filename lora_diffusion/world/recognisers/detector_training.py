@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lora_diffusion.training.schedule import cosine
 from lora_diffusion.world.recognisers.composites import MAX_FACES, Composite, Labelled, compose
 from lora_diffusion.world.recognisers.detector import STRIDE, FaceDetector, detection_loss, targets
 
@@ -60,7 +60,7 @@ def train_detector(
             done = max(done, seconds / config.max_seconds)
         if done >= 1:
             break
-        rate = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
+        rate = min(1.0, (step + 1) / 100) * cosine(done)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * max(rate, 1e-3)
         pixels, boxes, points, present = as_batch([compose(data, config.canvas, rng) for _ in range(config.batch_size)])

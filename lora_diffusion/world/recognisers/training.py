@@ -1,13 +1,7 @@
-"""Training of a recogniser on aligned crops: schedule, resumable state, embedding of many crops.
-
-No pickle: a checkpoint is a safetensors file of tensors and a JSON header.
-"""
+"""Training of a recogniser on aligned crops: schedule, resumable state, embedding of many crops."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,11 +10,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_diffusion.storage import open_store
+from lora_diffusion.training.checkpoint import (
+    SavedTensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    pieces,
+    strip_prefix,
+    with_prefix,
+)
+from lora_diffusion.training.schedule import cosine
 from lora_diffusion.world.recognisers.crops import Pixels, augment, to_input
 from lora_diffusion.world.recognisers.network import ArcFaceHead
 
@@ -79,7 +81,7 @@ class RecogniserTrainer:
 
     def _set_schedule(self) -> None:
         config, done = self.config, self.progress
-        rate = done / config.warmup if done < config.warmup else 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
+        rate = done / config.warmup if done < config.warmup else cosine(done)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * max(rate, 1e-3)
         self.head.margin = config.margin * min(1.0, done / config.margin_warmup)
@@ -122,31 +124,20 @@ class RecogniserTrainer:
 
     def save(self, path: Path) -> None:
         """Model, ArcFace centres, optimiser moments and position, whole or not at all."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors["head.centres_PE"] = self.head.centres_PE.detach()
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items()}
-        header = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
-        partial = path.with_name(path.name + ".partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"training": json.dumps(header)})
-        os.replace(partial, path)
+        tensors = with_prefix("model", self.model.state_dict()) | {"head.centres_PE": self.head.centres_PE.detach()}
+        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
+        meta = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+        open_store(path.parent).write_parts(path.name, pieces(tensors, meta))
 
     def load(self, path: Path) -> None:
         """Continues where `save` stopped, at the start of the next epoch."""
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["training"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        saved = SavedTensors(open_store(path.parent), path.name)
+        tensors, meta = dict(saved), saved.meta
+        self.model.load_state_dict(strip_prefix("model", tensors))
         with torch.no_grad():
             self.head.centres_PE.copy_(tensors["head.centres_PE"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.epoch, self.step, self.seconds = header["epoch"], header["step"], header["seconds"]
+        load_optimizer_tensors(self.optimizer, strip_prefix("optimizer", tensors))
+        self.epoch, self.step, self.seconds = meta["epoch"], meta["step"], meta["seconds"]
 
 
 @torch.no_grad()

@@ -8,20 +8,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_diffusion.faces.unit import unit
+
 Floats = NDArray[np.float32]
-
-
-def normalise(embeddings_NE: Floats) -> Floats:
-    """Rows scaled to unit length."""
-    norms = np.linalg.norm(embeddings_NE, axis=-1, keepdims=True)
-    return np.asarray(embeddings_NE / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
 def pair_scores(
     gallery_NE: Floats, gallery_person_N: NDArray[np.int64], probe_QE: Floats, probe_person_Q: NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
     """Cosine of every (gallery photo, probe photo) pair: (scores of the same person, scores of different people)."""
-    scores = normalise(probe_QE) @ normalise(gallery_NE).T
+    scores = unit(probe_QE) @ unit(gallery_NE).T
     same = probe_person_Q[:, None] == gallery_person_N[None]
     return scores[same], scores[~same]
 
@@ -51,8 +47,8 @@ def tar_at_far(positive: Floats, negative: Floats, far: float = 1e-3) -> float:
 
 def rank1(gallery_PGE: Floats, probe_QE: Floats, probe_person_Q: NDArray[np.int64]) -> float:
     """Share of probes whose nearest person, by the mean of the unit embeddings of G gallery photos, is their own."""
-    centres_PE = normalise(normalise(gallery_PGE).mean(axis=1))
-    nearest_Q = (normalise(probe_QE) @ centres_PE.T).argmax(axis=1)
+    centres_PE = unit(unit(gallery_PGE).mean(axis=1))
+    nearest_Q = (unit(probe_QE) @ centres_PE.T).argmax(axis=1)
     return float((nearest_Q == probe_person_Q).mean())
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_diffusion.config import to_dict
 from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.faces.unit import unit
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -161,5 +162,5 @@ class People:
             mine_VRE = self.embeddings_TRE[self.starts_P[place] :][: self.counts_P[place]]
             rest_RE = np.delete(mine_VRE, photo, axis=0).sum(0)
             shown.append(mine_VRE[photo, 0])
-            others.append(rest_RE / np.maximum(np.linalg.norm(rest_RE, axis=1, keepdims=True), 1e-9))
-        return torch.from_numpy(np.stack(shown)), torch.from_numpy(np.stack(others).astype(np.float32))
+            others.append(unit(rest_RE))
+        return torch.from_numpy(np.stack(shown)), torch.from_numpy(np.stack(others))

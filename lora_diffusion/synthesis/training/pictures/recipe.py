@@ -20,12 +20,12 @@ from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
 from lora_diffusion.synthesis.denoiser import count_parameters, widened
 from lora_diffusion.synthesis.folder import Neighbours
 from lora_diffusion.synthesis.synthesizer import Synthesizer
-from lora_diffusion.synthesis.training.distributed import Group
-from lora_diffusion.synthesis.training.loop import Loop
 from lora_diffusion.synthesis.training.metrics import RunLog, progress_line
 from lora_diffusion.synthesis.training.pictures.people import PhotoCache
 from lora_diffusion.synthesis.training.pictures.stage import PictureStage
 from lora_diffusion.synthesis.training.train_config import SYNTHESIZER, TrainConfig
+from lora_diffusion.training.distributed import Group
+from lora_diffusion.training.loop import Loop
 
 
 class PictureTraining:

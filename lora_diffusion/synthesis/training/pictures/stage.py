@@ -27,9 +27,9 @@ from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import LatentCodes
 from lora_diffusion.synthesis.diffusion import denoise
 from lora_diffusion.synthesis.synthesizer import Synthesizer
-from lora_diffusion.synthesis.training.loop import Batch, Slots, Stage
 from lora_diffusion.synthesis.training.pictures.people import People
 from lora_diffusion.synthesis.training.pictures_config import PicturesConfig
+from lora_diffusion.training.loop import Batch, Slots, Stage
 
 JITTER = (0.04, 0.03, 2.0, 2.0)  # turn, log scale, shift right and down (px of the crop): standard deviations
 CROP_SHIFT, CROP_NOISE = 0.05, 0.03  # of brightness, of each pixel
@@ -42,7 +42,7 @@ class PictureStage(Stage):
     Dropout is off: every step has other faces, prompts and noise.
     """
 
-    judged_by: ClassVar[tuple[str, ...]] = ("score",)
+    selection_metrics: ClassVar[tuple[str, ...]] = ("score",)
     leaves_out_bad_batches: ClassVar[bool] = True
 
     def __init__(

@@ -3,7 +3,7 @@
     checkpoints/<name>.safetensors         the newest state
     checkpoints/<name>-best.safetensors    averaged weights of the best validation
 
-Each file is written whole or not at all. It does not know how many workers wrote it or how they shared the model.
+It does not know how many workers wrote it or how they shared the model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.artifacts.checkpoint import with_prefix
-from lora_diffusion.storage import Buffer, Store
-from lora_diffusion.synthesis.training.distributed import copy_whole, like_parameter, whole
+from lora_diffusion.storage import Store
+from lora_diffusion.training.checkpoint import SavedTensors, differences, pieces, unpack, with_prefix
+from lora_diffusion.training.distributed import copy_whole, like_parameter
 
-_FREE_TO_CHANGE = ("checkpoint_every", "log_every")  # on resume: they change no loss
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-_MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 _PROGRESS = ("step", "done", "best", "best_step", "worse")
 
 
@@ -134,87 +131,3 @@ class TrainingState:
             kept = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(kept)
-
-
-def pieces(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Iterator[Buffer]:
-    """A safetensors file with `meta`, JSON, in its header: the header, then one tensor after the other, made whole."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all are aligned
-    header: dict[str, Any] = {"__metadata__": {"meta": json.dumps(meta)}}
-    end = 0
-    for key in order:
-        begin, end = end, end + tensors[key].nbytes
-        dtype = next(name for name, dtype in _DTYPES.items() if dtype == tensors[key].dtype)
-        header[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for key in order:
-        yield whole(tensors[key]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def pack(tensors: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
-    return b"".join(pieces(tensors, meta))
-
-
-class SavedTensors:
-    """A file of `pieces`, read one tensor at a time. Raises ValueError if it is damaged."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self.store, self.name = store, name
-        size = int.from_bytes(store.read_part(name, 0, 8), "little")
-        with self._readable():
-            if size > _MAX_HEADER:
-                raise ValueError(f"its header would be {size:,} bytes long")
-            header = json.loads(store.read_part(name, 8, size))
-            self.meta: dict[str, Any] = json.loads(header.pop("__metadata__")["meta"])
-            self._begin = 8 + size
-            self._where = {
-                key: (_DTYPES[found["dtype"]], found["shape"], *found["data_offsets"]) for key, found in header.items()
-            }
-
-    @classmethod
-    def find(cls, store: Store, name: str) -> SavedTensors | None:
-        """None where there is no such file."""
-        try:
-            return cls(store, name)
-        except FileNotFoundError:
-            return None
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for key, (dtype, shape, begin, end) in self._where.items():
-            with self._readable():
-                data = bytearray(self.store.read_part(self.name, self._begin + begin, end - begin))
-                if len(data) < end - begin:
-                    raise ValueError("it ends early")
-                tensor = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
-            yield key, tensor
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"{self.store.uri}/{self.name} cannot be read ({type(error).__name__}: {error}). Delete it: the same "
-                "command makes it anew"
-            ) from error
-
-
-def unpack(store: Store, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Inverse of `pack`, or None where there is no such file. Raises ValueError if it is damaged."""
-    saved = SavedTensors.find(store, name)
-    return None if saved is None else (dict(saved), saved.meta)
-
-
-def differences(there: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """What of two settings is not the same, one line each: `vae.kl_weight: 0.5 there, 0.1 now`."""
-    lines = []
-    for key in sorted({*there, *now} - set(_FREE_TO_CHANGE)):
-        a, b = there.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{where}{key}.")
-        elif a != b:
-            lines.append(f"{where}{key}: {a!r} there, {b!r} now")
-    return lines

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diffusion.storage import Store, open_store
-from lora_diffusion.synthesis.training.state import SavedTensors, pack, pieces, unpack
+from lora_diffusion.training.checkpoint import SavedTensors, pack, pieces, unpack
 
 TENSORS = {
     "b.weight": torch.arange(6, dtype=torch.float32).view(2, 3).T,  # not contiguous
@@ -71,13 +71,13 @@ def test_a_checkpoint_takes_no_more_memory_than_its_largest_tensor(tmp_path: Pat
     script = """
 import resource, sys, torch
 from lora_diffusion.storage import open_store
-from lora_diffusion.synthesis.training.state import TrainingState
+from lora_diffusion.training.state import TrainingState
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def new():
     parameters = {f"{i}": torch.nn.Parameter(torch.full((1000, 2000), float(i))) for i in range(20)}
     optimizer = torch.optim.AdamW(parameters.values(), fused=True)
     return TrainingState("vae", open_store(sys.argv[1]), parameters, optimizer, Config(), {}), optimizer
-from lora_diffusion.synthesis.training.loop import LoopConfig as Config
+from lora_diffusion.training.loop import LoopConfig as Config
 state, optimizer = new()
 for parameter in state.parameters.values(): parameter.grad = torch.ones_like(parameter)
 optimizer.step()

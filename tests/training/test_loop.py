@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lora_diffusion.storage import open_store
-from lora_diffusion.synthesis.training.distributed import Group
-from lora_diffusion.synthesis.training.loop import Batch, Loop, LoopConfig, Stage, epoch_batches
 from lora_diffusion.synthesis.training.metrics import losses
+from lora_diffusion.training.distributed import Group
+from lora_diffusion.training.loop import Batch, Loop, LoopConfig, Stage, epoch_batches
 
 CONFIG = LoopConfig(
     steps=12, batch_size=7, learning_rate=0.02, warmup=2, validate_every=3, log_every=2, checkpoint_every=4
@@ -99,7 +99,7 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(tmp_path
 
 def test_a_stage_may_be_judged_by_something_else_than_its_loss(tmp_path: Path) -> None:
     class Judged(Regression):
-        judged_by = ("rough", "against")
+        selection_metrics = ("rough", "against")
 
         def forward(self, inputs: Batch, draws: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
             error, _ = super().forward(inputs, draws, step)

@@ -1,30 +1,21 @@
-"""The workers that train together, seen from one of them: sums over all, passes over shares of the rows, DDP or FSDP2.
+"""The workers that train together, seen from one of them: sums over all, DDP or FSDP2.
 
 Only torch.distributed; who starts the processes (Ray Train, torchrun, nobody) does not matter. Without a process group
 all of it works for one worker alone.
-
-Axes: P rows, N vector length.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_diffusion.corpus import Statistics
-from lora_diffusion.synthesis.pca import MapReduce, Product
-
 Parallel = Literal["ddp", "fsdp"]
-Slots = NDArray[np.int64]
 CPU = torch.device("cpu")
 _SHARD_FROM = 1_000_000  # parameters of a layer from which FSDP gathers it by itself
 
@@ -34,7 +25,7 @@ class Group:
     """This worker's place. `local_rank` 0 does what is needed once for each machine."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
     device: torch.device = CPU
 
@@ -47,7 +38,7 @@ class Group:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the workers, the same on all of them, where `tensor` lies."""
-        if self.world == 1:
+        if self.world_size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
         dist.all_reduce(total)
@@ -55,19 +46,19 @@ class Group:
 
     def gather(self, part: NDArray[Any]) -> list[NDArray[Any]]:
         """Each worker's array of equal shape, in the order of ranks, on all workers."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [part]
         mine = torch.from_numpy(part).to(self.device)
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine)
         return [tensor.cpu().numpy() for tensor in parts]
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def agree(self, error: Exception | None) -> None:
-        """If one worker has an error, all raise ValueError: nobody waits for one who is gone."""
+        """If one worker has an error, all raise ValueError, so that none waits for one that is gone."""
         failed = self.sum(torch.tensor([float(error is not None)]))
         if error is not None:
             raise error
@@ -81,35 +72,12 @@ class Group:
         (FSDP2), for vectors so long that one GPU cannot hold them all.
         """
         module = module.to(self.device)
-        if self.world == 1:
+        if self.world_size == 1:
             return module
         if parallel == "fsdp":
             return _shard(module, self)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-
-    def map_reduce(self, slots: Slots, rows: Callable[[Slots], NDArray[Any]], chunk: int = 128) -> MapReduce:
-        """Passes over `rows(slots)`, shared by the workers, for `fit_pca_distributed`: each has consecutive chunks, and
-        what comes out (`Statistics`, `Product`) is added up in the order of the rows."""
-        chunk = min(chunk, -(-len(slots) // self.world))
-        pieces = np.array_split(np.arange(0, len(slots), chunk), self.world)[self.rank]
-
-        def run(function: Callable[[NDArray[Any]], Any]) -> Any:
-            parts = (function(rows(slots[start : start + chunk])) for start in pieces)
-            return self._merge(functools.reduce(lambda a, b: a.merge(b), parts))
-
-        return run
-
-    def _merge(self, part: Any) -> Any:
-        if self.world == 1:
-            return part
-        if isinstance(part, Product):
-            return Product(self.sum(torch.from_numpy(part.sum)).numpy())
-        assert isinstance(part, Statistics), f"{type(part)} is not known to be a sum"
-        counts = self.gather(np.array([part.count]))
-        means, M2s = self.gather(part.mean), self.gather(part.M2)
-        parts = [Statistics(int(count[0]), mean, M2) for count, mean, M2 in zip(counts, means, M2s, strict=True)]
-        return Statistics.merged(parts, len(part.mean))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -138,7 +106,7 @@ def _shard(module: nn.Module, group: Group) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(group.device.type, (group.world,))
+    mesh = init_device_mesh(group.device.type, (group.world_size,))
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and layer.weight.numel() >= _SHARD_FROM:
             fully_shard(layer, mesh=mesh)

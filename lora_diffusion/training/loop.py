@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_diffusion.storage import Store
-from lora_diffusion.synthesis.training.distributed import Group, Parallel, whole
-from lora_diffusion.synthesis.training.state import TrainingState
-from lora_diffusion.synthesis.training.watch import Watch
+from lora_diffusion.training.distributed import Group, Parallel, whole
+from lora_diffusion.training.meter import Meter
+from lora_diffusion.training.schedule import warmup_cosine
+from lora_diffusion.training.state import TrainingState
 
 Batch = dict[str, Tensor]
 Slots = NDArray[np.int64]
@@ -68,11 +69,12 @@ class LoopConfig:
 class Stage(nn.Module):
     """What is trained. The loop reads `inputs` on the CPU, draws `draws` on the device, and calls the module with both.
 
-    judged_by: what tells the best validation, the loss or parts of it; the lowest is the best, a tie is decided by the next.
+    selection_metrics: what tells the best validation, the loss or parts of it; the lowest is the best, a tie is decided by the
+        next. Without validation rows the newest weights are the best.
     leaves_out_bad_batches: a gradient that is not finite costs its step, not the run; too many in a row still end it.
     """
 
-    judged_by: ClassVar[tuple[str, ...]] = ("loss",)
+    selection_metrics: ClassVar[tuple[str, ...]] = ("loss",)
     leaves_out_bad_batches: ClassVar[bool] = False
     train_slots: Slots
     validation_slots: Slots
@@ -148,7 +150,7 @@ class Loop:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        identity = {**(identity or {}), "judged_by": stage.judged_by}
+        identity = {**(identity or {}), "judged_by": stage.selection_metrics}
         self.state = TrainingState(name, store, parameters, self.optimizer, config, identity)
         self.resumed_at = self.state.restore()
         self._bad_in_a_row = 0
@@ -167,36 +169,34 @@ class Loop:
         state, config = self.state, self.config
         if state.step == 0:
             self._validate()  # what training begins with may be the best there is
-        watch = Watch(state.step)
+        meter = Meter(state.step)
         batches = epoch_batches(self.stage.train_slots, config.batch_size, config.seed, state.step)
         with ThreadPoolExecutor(1) as reader:  # the next batch is read while this one is computed
             ready = reader.submit(self._load, next(batches))
             while state.step < config.steps and not state.done:
-                with watch.waiting():
+                with meter.waiting():
                     batch, size = ready.result()
                 ready = reader.submit(self._load, next(batches))
-                watch.add(self._one_step(batch, size), size)
+                meter.add(self._one_step(batch, size), size)
                 last = state.step == config.steps
                 validated = self._validate() if last or state.step % config.validate_every == 0 else {}
                 state.done = state.done or last
                 safe = state.done or state.step % config.checkpoint_every == 0
                 if validated or safe or state.step % config.log_every == 0:
-                    means = watch.means(self.group)
+                    means = meter.means(self.group)
                     values = {**means, "learning_rate": self.learning_rate(state.step - 1), **validated}
                     self._check(values)
                     if safe:
                         state.save(write=self.group.rank == 0)
                     where = {"stage": self.name, "step": state.step, "of": config.steps}
-                    speed = watch.speed(state.step, config.steps)
+                    speed = meter.speed(state.step, config.steps)
                     report({**where, **values, **speed, "checkpoint": safe, "done": state.done})
 
     def learning_rate(self, step: int) -> float:
-        c = self.config
-        warm = min(1.0, (step + 1) / max(1, c.warmup))
-        return c.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / c.steps)))
+        return warmup_cosine(step, self.config.steps, self.config.warmup, self.config.learning_rate)
 
     def _load(self, slots: Slots) -> tuple[Batch, int]:
-        batch = self.stage.inputs(slots[self.group.rank :: self.group.world])
+        batch = self.stage.inputs(slots[self.group.rank :: self.group.world_size])
         if self.group.device.type == "cuda":
             batch = {name: value.pin_memory() for name, value in batch.items()}
         return batch, len(slots)
@@ -204,7 +204,7 @@ class Loop:
     def _forward(self, batch: Batch, size: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.group.device
         draws = self.stage.draws(size, torch.Generator(device).manual_seed(seed))
-        draws = {name: value[self.group.rank :: self.group.world] for name, value in draws.items()}
+        draws = {name: value[self.group.rank :: self.group.world_size] for name, value in draws.items()}
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
             losses, parts = self.module(batch, draws, self.state.step)
@@ -218,7 +218,7 @@ class Loop:
         torch.manual_seed(seed * 1024 + self.group.rank)  # of dropout, which no checkpoint holds
         losses, parts = self._forward(batch, size, seed)
         # the wrapper averages gradients over the workers: times their number, it is the mean over the global batch
-        loss = losses.sum() * (self.group.world / size)
+        loss = losses.sum() * (self.group.world_size / size)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -242,12 +242,12 @@ class Loop:
         self.optimizer.step()
         self.state.advance(self.config.ema_decay)
         # the norm is the same on all workers: each gives its share of the sum
-        return {**sums, "grad_norm": whole(norm) * (size / self.group.world)}
+        return {**sums, "grad_norm": whole(norm) * (size / self.group.world_size)}
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
         """Losses of the averaged weights over all validation rows, with the same random numbers every time."""
-        slots, size, totals = self.stage.validation_slots, self.config.batch_size, Watch(0)
+        slots, size, totals = self.stage.validation_slots, self.config.batch_size, Meter(0)
         with self.state.averaged():
             self.module.eval()
             for start in range(0, len(slots), size):
@@ -255,9 +255,12 @@ class Loop:
                 losses, parts = self._forward(self._load(part)[0], len(part), 7_000_003 + start)
                 totals.add({name: value.double().sum() for name, value in {"loss": losses, **parts}.items()}, len(part))
             self.module.train()
-            values = {f"validation_{name}": value for name, value in totals.means(self.group).items()}
-            values |= self.stage.summarise(values)
-            score = [values[f"validation_{name}"] for name in self.stage.judged_by]
+            values: dict[str, Any] = {}
+            if len(slots):
+                values = {f"validation_{name}": value for name, value in totals.means(self.group).items()}
+                values |= self.stage.summarise(values)
+            names = self.stage.selection_metrics
+            score = [values[f"validation_{name}"] for name in names] if len(slots) else [-float(self.state.step)]
             if self.state.judge(score, self.config.patience):
                 self.state.save_best(write=self.group.rank == 0)
         return values

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_diffusion.synthesis.training.distributed import Group
+from lora_diffusion.training.distributed import Group
 
 
-class Watch:
+class Meter:
     """One for each run of a loop. `step`: where it begins."""
 
     def __init__(self, step: int) -> None:
@@ -51,3 +51,12 @@ class Watch:
             "seconds_left": round(seconds / max(1, step - self.first) * (steps - step), 1),
             "waiting_for_data": round(self.waited / seconds, 4),
         }
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
