@@ -24,6 +24,7 @@ from lora_diffusion import _PUBLIC
 
 ROOT = Path(__file__).resolve().parents[1]
 API = "docs/reference/api.md"
+KEYS = "docs/reference/configuration.md"
 SHIM = "docs/iframe-worker.js"
 LINK = re.compile(r"(?<!\\)\]\(([^)#\s:]+)((?:#[^)\s]*)?)\)")
 PICTURE = re.compile(r"<picture>.*?srcset=\"([^\"]+)\".*?<img src=\"([^\"]+)\" alt=\"([^\"]*)\".*?</picture>", re.S)
@@ -107,6 +108,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             markdown = re.sub(rf"^(## {public}\n)", rf"\1\n::: {place}\n", markdown, flags=re.M)
         for client in ("Client", "AsyncClient"):
             markdown = re.sub(rf"^(## {client}\n)", rf"\1\n::: lora_diffusion.client.{client}\n", markdown, flags=re.M)
+
+    if name == KEYS:
+        markdown = re.sub(r"(?m)(?:^\|.*\n)+", r'<div class="keys" markdown>\n\n\g<0>\n</div>\n', markdown)
+    # In a table GitHub wants \| in code, too; here the backslash would be seen.
+    markdown = re.sub(r"(?m)^\|.*$", lambda row: re.sub(r"`[^`]*`", lambda m: m[0].replace("\\|", "|"), row[0]), markdown)
 
     def there(match: re.Match[str]) -> str:
         place = posixpath.normpath(posixpath.join(posixpath.dirname(name), match[1]))
