@@ -36,6 +36,7 @@ EXECUTED = [  # Python blocks, all of a document one after the other, as a reade
     "docs/guides/another-base-model.md",
     "docs/explanations/page.md",
 ]
+DRAWS = {"README.md", "docs/guides/notebook.md", "docs/explanations/page.md"}  # pictures: some seconds
 SCRIPTS = {
     "jobs/build_corpus.py": "corpus",
     **{f"jobs/{job}.py": job for job in ("train", "evaluate", "ablate", "publish")},
@@ -186,8 +187,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in DRAWS else []) for n in EXECUTED])
 def test_python_blocks_run(name: str, desk: Path) -> None:
     names: dict[str, Any] = {}
     for link in ("serve",):  # a block may write there

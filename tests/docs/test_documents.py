@@ -91,7 +91,9 @@ def test_the_reference_of_the_api_has_every_public_name() -> None:
 
 
 CODE = [name for name in TRACKED if name.endswith((".py", ".yaml", ".yml", ".sh")) and not name.startswith("tests/")]
-NAMED_IN_CODE = re.compile(r"(?<![\w/])(?:docs/[\w/-]+\.md|configs/(?!x\b)[\w-]+\.yaml|(?:jobs|benchmarks|runs)/[\w/]+\.(?:py|sh))\b")
+NAMED_IN_CODE = re.compile(
+    r"(?<![\w/])(?:docs/[\w/-]+\.md|configs/(?!x\b)[\w-]+\.yaml|(?:jobs|benchmarks|runs)/[\w/]+\.(?:py|sh))\b"
+)
 
 
 def test_files_that_comments_and_messages_name_exist() -> None:
