@@ -8,7 +8,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo serve test test-fast browser lint bench clean
+.PHONY: demo serve test test-fast browser lint docs examples bench clean
 
 # torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast, with hashes checked.
 # --no-deps: requirements.txt is complete, and torch is there already.
@@ -60,6 +60,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The documents as a site in site/, with its own search and no other machine. A broken link fails.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# The notebooks of examples/, run from the top, with their results in them.
+examples: $(READY)
+	$(BIN)/jupyter-execute --inplace examples/*.ipynb
+	$(BIN)/python examples/04_everywhere.py
 
 # Figures of the README, into benchmarks/results (about 20 minutes on two cores).
 bench: $(READY)
@@ -68,4 +78,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/corpus_growth.py
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

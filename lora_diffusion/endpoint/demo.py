@@ -40,7 +40,7 @@ def main() -> None:
             made = client.personalize(args.photo, PROMPT, num_images=1, seed=0, image_seed=1000)
             print(f"photo -> LoRA and picture in {time.monotonic() - start:.2f} s, the first time")
             made.images[0].save(args.out / f"picture{made.images[0].suffix}")
-            client.download(made.lora, "diffusers").save(args.out / "lora.safetensors")
+            client.download(made.lora, "kohya").save(args.out / "lora.safetensors")
     finally:
         service.send_signal(signal.SIGINT)  # as Ctrl-C does: Serve is shut down, then its Ray
         service.wait(60)

@@ -7,7 +7,7 @@
     lora-diffusion train --dry-run corpus=runs/tiny/corpus
 
 The same command goes on where a killed one stopped, to the same losses. <output>/synthesizer is what
-`Synthesizer.from_pretrained` takes; docs/guides/training.md says what else lies there.
+`Synthesizer.from_pretrained` takes; docs/guides/train.md says what else lies there.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""Every document: links and anchors lead somewhere, files that it names exist, Python blocks parse, generated pages are current."""
+"""Every document: links lead somewhere, files and keys that it names exist, generated pages are current."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import lora_diffusion
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -64,26 +65,68 @@ def test_python_blocks_import_what_there_is(name: str) -> None:
                 exec(compile(ast.Module([node], []), name, "exec"), {})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/guides/notebook.md", "docs/guides/edits.md"])
-def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other, as a reader would type them, with a photo `ada.jpg` beside them."""
-    shutil.copy(ROOT / "lora_diffusion/endpoint/static/people/80512.jpg", tmp_path / "ada.jpg")
-    (tmp_path / "lora_diffusion").symlink_to(ROOT / "lora_diffusion")
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S):
-        exec(compile(block, name, "exec"), names)
+def script(name: str) -> Any:
+    """A program of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_configuration_reference_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("configuration", ROOT / "docs" / "configuration.py")
-    assert spec is not None
-    assert spec.loader is not None
-    configuration = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(configuration)
     written = (ROOT / "docs" / "reference" / "configuration.md").read_text()
-    assert written == configuration.page(), "write it anew: python docs/configuration.py"
+    assert written == script("configuration").page(), "write it anew: python docs/configuration.py"
+
+
+def test_command_line_reference_is_current() -> None:
+    written = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    assert written.split() == script("command_line").page().split(), "write it anew: python docs/command_line.py"
+
+
+def test_the_reference_of_the_api_has_every_public_name() -> None:
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs/reference/api.md").read_text(), re.M)
+    assert sorted(headings) == sorted([*lora_diffusion.__all__, "Client", "AsyncClient"])
+
+
+CODE = [name for name in TRACKED if name.endswith((".py", ".yaml", ".yml", ".sh")) and not name.startswith("tests/")]
+NAMED_IN_CODE = re.compile(
+    r"(?<![\w/])(?:docs/[\w/-]+\.md|configs/(?!x\b)[\w-]+\.yaml|(?:jobs|benchmarks|runs)/[\w/]+\.(?:py|sh))\b"
+)
+
+
+def test_files_that_comments_and_messages_name_exist() -> None:
+    missing = {
+        f"{name}: {path}"
+        for name in CODE
+        for path in NAMED_IN_CODE.findall((ROOT / name).read_text())
+        if not (ROOT / path).exists()
+    }
+    assert missing == set()
+
+
+def known_keys() -> set[str]:
+    """Every key of every job, and the sections that they lie in."""
+    table = (ROOT / "docs" / "reference" / "configuration.md").read_text()
+    keys = re.findall(r"^\| `([\w.]+)` \|", table, re.M)
+    return {key.rsplit(".", n)[0] for key in keys for n in range(key.count(".") + 1)}
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name not in HISTORY])
+def test_keys_that_a_document_names_exist(name: str) -> None:
+    """`pca.exact_rows`, `workers.*`, `pictures.start=FOLDER`: what begins with a section of a configuration is a key of one."""
+    keys = known_keys()
+    sections = {key.partition(".")[0] for key in keys if "." in key} - {"base", "corpus", "config", "synthesizer"}
+    named = re.findall(r"`([a-z_]+(?:\.[a-z_A-Z0-9]+)*)\.(\w+|\*)(?:=[^`]*)?`", without_code(name))
+    wrong = [
+        f"{section}.{last}"
+        for section, last in named
+        if section.partition(".")[0] in sections
+        and (section if last.endswith("*") else f"{section}.{last}") not in keys
+        and not re.fullmatch(r"json|jsonl|js|py|zip|yaml|md|png|html|parquet|safetensors|txt|npz|svg", last)
+    ]
+    assert wrong == []
 
 
 def test_readme_is_one_screen_and_a_short_read() -> None:
