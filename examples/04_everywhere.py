@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lora_diffusion import BaseModel, LoRABank, Synthesizer, load_lora, render, save_lora
-from lora_diffusion.rendering import initial_noise, make_scheduler
+from lora_diffusion.lora.rendering import initial_noise, make_scheduler
 from lora_diffusion.world.people import render as photograph
 from lora_diffusion.world.people import sample_person, sample_view
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train the embedded base model, tiny-sd, on rendered faces: autoencoder, then UNet and text encoder (Ray Train).
 
-    ray job submit jobs/world/train_base.py            # or: python jobs/world/train_base.py recipe.denoiser.steps=200 work=runs/quick
+    ray job submit jobs/world/train_base.py            # or: python jobs/world/train_base.py recipe.denoiser.steps=200 recipe.work=runs/quick
     python jobs/world/train_base.py --config my_base.yaml num_workers=2
 
 Needs faces of the base split: jobs/world/make_faces.py --people 0:2700 --views 10 --out runs/base_faces

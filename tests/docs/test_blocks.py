@@ -168,7 +168,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from lora_diffusion import LoRALayout, save_lora
     from lora_diffusion.models.known_unets import meta_unet
 
-    people = ROOT / "serve/static/people"
+    people = ROOT / "lora_diffusion/endpoint/static/people"
     for link in ("lora_diffusion", "configs", "jobs", "serve", "docs", "benchmarks"):
         (tmp_path / link).symlink_to(ROOT / link)
     shutil.copy(people / "80512.jpg", tmp_path / "ada.jpg")
@@ -190,9 +190,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in DRAWS else []) for n in EXECUTED])
 def test_python_blocks_run(name: str, desk: Path) -> None:
     names: dict[str, Any] = {}
-    for link in ("serve",):  # a block may write there
+    for link in ("lora_diffusion",):  # a block may write there
         (desk / link).unlink()
-        (desk / "serve/static/people").mkdir(parents=True)
+        (desk / "lora_diffusion/endpoint/static/people").mkdir(parents=True)
     for block in blocks(name, "python"):
         exec(compile(block, name, "exec"), names)
 
@@ -202,9 +202,9 @@ def test_python_blocks_of_the_client_run(desk: Path, monkeypatch: pytest.MonkeyP
     """Against the endpoint in this process, at an address of its own."""
     from http_endpoint import in_process
 
+    from lora_diffusion.endpoint.api import build_api
+    from lora_diffusion.endpoint.local import local_studio
     from lora_diffusion.serving.config import ServeConfig
-    from serve.api import build_api
-    from serve.local import local_studio
 
     with in_process(build_api(local_studio(ServeConfig()))) as address:
         for block in blocks("docs/guides/client.md", "python"):
