@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,20 +60,21 @@ class Store:
         return f"{self.root}/{name}" if name else self.root
 
     def read(self, name: str) -> bytes:
-        """Whole content. Raises FileNotFoundError, or StoreError for anything else."""
-        try:
-            return bytes(self.filesystem.cat_file(self.path(name)))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.uri}/{name} does not exist") from None
-        except Exception as error:
-            raise self._error("read", name, error) from error
+        """Whole content. Raises FileNotFoundError, also for a pipe, or StoreError for anything else."""
+        return self._read(name)
 
     def read_part(self, name: str, start: int, count: int) -> bytes:
         """`count` bytes from `start`, fewer at the end of the file. Raises as `read`."""
         if not count:
             return b""  # S3 refuses an empty range
+        return self._read(name, start=start, end=start + count)
+
+    def _read(self, name: str, **part: int) -> bytes:
+        path = self.path(name)
         try:
-            return bytes(self.filesystem.cat_file(self.path(name), start=start, end=start + count))
+            if self.local and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+                raise FileNotFoundError  # reading a pipe would wait for whoever writes
+            return bytes(self.filesystem.cat_file(path, **part))
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{name} does not exist") from None
         except Exception as error:
@@ -146,7 +148,7 @@ class Store:
             raise self._error("look for", name, error) from error
 
     def files(self, folder: str = "") -> dict[str, int]:
-        """Name (without folder) -> bytes of the files directly in `folder`; none if it does not exist."""
+        """Name (without folder) -> bytes of the files directly in `folder`, no pipes or devices; none if it does not exist."""
         return self.files_and_folders(folder)[0]
 
     def folders(self, folder: str = "") -> list[str]:
@@ -159,7 +161,7 @@ class Store:
         files = {
             entry["name"].rpartition("/")[2]: int(entry["size"] or 0)
             for entry in entries
-            if entry["type"] != "directory" and not entry["name"].endswith((_TEMPORARY, "/"))
+            if entry["type"] not in ("directory", "other") and not entry["name"].endswith((_TEMPORARY, "/"))
         }
         return files, sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-FaceReason = Literal["no_face", "not_upright", "face_too_small", "unfamiliar_face", "several_faces"]
+FaceReason = Literal["no_face", "not_upright", "face_too_small", "face_cut_off", "unfamiliar_face", "several_faces"]
 Which = Literal["one", "largest"]
 Face = TypeVar("Face")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_diffusion.faces.choice import Doubt
 from lora_diffusion.faces.crops import aligned_crop, placed
 from lora_diffusion.faces.known import Recogniser
-from lora_diffusion.faces.looks import Detector, Sighting, overlap, squares, with_margin
+from lora_diffusion.faces.looks import Detector, Sighting, is_cut_off, overlap, squares, with_margin
 from lora_diffusion.faces.unit import unit
 
 Pixels = NDArray[np.uint8]
@@ -86,8 +86,13 @@ class FaceSearch:
                 found = self._places(found + self._embed(photo_HW3, more, most))
                 if self._sure(photo_HW3, found, 0):
                     break
-        good = sorted((face for face in found if face.distance <= 1), key=lambda face: -face.area)
-        return Faces(tuple(good[:most]), None if good else self._doubt(seen, found))
+        known = sorted((face for face in found if face.distance <= 1), key=lambda face: -face.area)
+        whole = [face for face in known if not is_cut_off(face.kps, photo_HW3.shape)]
+        if known and not whole:
+            return Faces(
+                (), Doubt("face_cut_off", "shows a face that its border cuts off. Take one with the whole head.")
+            )
+        return Faces(tuple(whole[:most]), None if whole else self._doubt(seen, found))
 
     def first(self, photo_HW3: Pixels, most: int) -> list[FaceEmbedding]:
         """What one look shows, largest first, without any check."""

@@ -91,6 +91,16 @@ def test_several_people_are_several_faces(embedder: FaceEmbedder, count: int) ->
         assert found.vector @ embedder.embed(photo(name)).vector > 0.8
 
 
+@pytest.mark.parametrize("side", ["left", "right", "top", "bottom"])
+def test_a_face_that_the_border_cuts_in_half_is_refused(embedder: FaceEmbedder, side: str) -> None:
+    for name in PEOPLE:
+        image, x, y = photo(name), *(int(v) for v in embedder.embed(photo(name)).kps[2])  # the nose
+        half = {"left": image[:, x:], "right": image[:, :x], "top": image[y:], "bottom": image[:y]}[side]
+        with pytest.raises(FaceError) as refused:
+            embedder.embed(np.ascontiguousarray(half))
+        assert refused.value.reason in ("face_cut_off", "unfamiliar_face", "no_face", "not_upright"), name
+
+
 def test_a_recogniser_of_drawn_heads_refuses_photographs(embedder: FaceEmbedder) -> None:
     """Its embedding of them means nothing, and shows nothing of that."""
     skimage = pytest.importorskip("skimage.data")

@@ -160,3 +160,16 @@ def test_a_photo_that_cannot_be_read_is_a_photo_without_data(tmp_path: Path) -> 
     assert source.photos(source.list_people()[0], 9) == [
         RawPhoto("x.parquet:0:0", None, None, "the row holds no image bytes")
     ]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_among_the_photos_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    (tmp_path / "people" / "ada").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "people" / "ada" / "0.png")
+    for name in ("faces.parquet", "faces.tar", "ada/1.png"):
+        os.mkfifo(tmp_path / "people" / name)
+    source = open_people(str(tmp_path / "people"))
+    (ada,) = source.list_people()
+    good, pipe = source.photos(ada, 9)
+    assert (good.name, good.data is None, pipe.name, pipe.data) == ("0.png", False, "1.png", None)
+    assert "pipe" in str(pipe.error)
