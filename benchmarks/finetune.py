@@ -108,7 +108,7 @@ class PlainLoop:
                 x0 = self.encode(torch.stack([images[photo], self.class_images[other]]))
                 text = self.base.text_encoder(self.tokens_2S)[0]
             timesteps, noise = (draw[0] for draw in streams.draw(self.base.latent_shape, (1, 1), sample))
-            x_t, target = self.schedule.question(x0, noise, timesteps)
+            x_t, target = self.schedule.add_noise(x0, noise, timesteps)
             prediction = self.unet(x_t, timesteps, encoder_hidden_states=text).sample
             loss = F.mse_loss(prediction[:1], target[:1]) + config.prior_weight * F.mse_loss(prediction[1:], target[1:])
             loss.backward()

@@ -127,7 +127,7 @@ class PlainLoop:
         for _ in range(steps):
             draws = streams.draw(base.latent_shape, (1, 1), sample)
             timesteps, noise = (draw[0].to(base.device) for draw in draws)
-            x_t, target = self.schedule.question(self.x0_2CHW, noise, timesteps)
+            x_t, target = self.schedule.add_noise(self.x0_2CHW, noise, timesteps)
             answer = self.unet(x_t.to(base.dtype), timesteps, encoder_hidden_states=text_2SD).sample.float()
             loss = F.mse_loss(answer[:1], target[:1]) + c.prior_weight * F.mse_loss(answer[1:], target[1:])
             loss.backward()

@@ -2,51 +2,52 @@
 """Learn where every fine-tuning starts: one A for all, from people that the base model was trained on.
 
 jobs/world/make_faces.py --people 200:264 --views 10 --out runs/tiny/start_people
-jobs/world/learn_start.py --config configs/tiny.yaml --out runs/tiny/start.safetensors people=runs/tiny/start_people
+jobs/world/learn_start.py configs/tiny.yaml people=runs/tiny/start_people out=runs/tiny/start.safetensors
 
-One process on one device. Set `lora.start` of the corpus to the file.
+The YAML file is the corpus': base model, layers, photos, recipe. One process on one device. Set `lora.start` of the corpus to
+the file that comes out.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where a test loads it
 
-from settings import add_settings, read_settings
-
-from lora_diffusion.config import load_config
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.factory.embed import PersonEmbedder
-from lora_diffusion.factory.make import resolve_device
-from lora_diffusion.lora import formats
-from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.lora.shared_start import StartConfig, learn_start
-from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.storage import StoreError
+from lora_diffusion.jobs.run import Job, run_job
+from lora_diffusion.lora.shared_start import StartConfig
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the corpus: base model, layers, photos")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .safetensors")
-    add_settings(parser, StartConfig)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
-    try:
-        config = load_config(CorpusConfig, args.config, args.overrides)
-        run(config, read_settings(args, StartConfig), args.out)
-    except (ValueError, StoreError) as error:
-        sys.exit(f"learn_start: {error}")
+@dataclass(frozen=True)
+class Config(CorpusConfig):
+    """training: of the start. out: the file, which ends in .safetensors."""
+
+    training: StartConfig = field(default_factory=StartConfig)
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out.endswith(".safetensors"):
+            raise ValueError(f"out is {self.out!r}; give a file that ends in .safetensors")
 
 
-def run(config: CorpusConfig, start: StartConfig, out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise ValueError(f"--out is {out}; give a file that ends in .safetensors")
+def dry_run(config: Config) -> str:
+    return f"{config.training.steps:,} steps of {config.training.people_per_step} people of {config.people} -> {config.out}"
+
+
+def run(config: Config, ray_address: str) -> None:
+    from lora_diffusion.factory.embed import PersonEmbedder
+    from lora_diffusion.factory.make import resolve_device
+    from lora_diffusion.lora import formats
+    from lora_diffusion.lora.layout import LoRALayout
+    from lora_diffusion.lora.shared_start import learn_start
+    from lora_diffusion.models.stable_diffusion import BaseModel
+
+    start = config.training
     base = BaseModel.from_pretrained(config.base, resolve_device(config.device))
     layout = LoRALayout.from_unet(base.unet, config.lora.rank, config.lora.target_modules, config.lora.alpha)
     embedder = PersonEmbedder(config, base.image_size)
@@ -66,8 +67,8 @@ def run(config: CorpusConfig, start: StartConfig, out: Path) -> None:
 
     vector_N = learn_start(base, layout, people, start, config.finetune, report)
     metadata = {"base": base.fingerprint, "people": str(len(people)), "steps": str(start.steps)}
-    print(formats.save(vector_N, layout, out, "vector", metadata=metadata))
+    print(formats.save(vector_N, layout, config.out, "vector", metadata=metadata))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_job(Job("learn_start", "__main__")))

@@ -48,7 +48,7 @@ class Attempts(Protocol):
         ...
 
 
-class AttemptsHere:
+class InMemoryAttempts:
     """Attempts in this process: exact, but gone with it. Enough without Ray."""
 
     def __init__(self) -> None:

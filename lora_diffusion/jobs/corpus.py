@@ -25,10 +25,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lora_diffusion.config import relative, to_dict
 from lora_diffusion.corpus import CorpusReader, Manifest, ShardPlan, finish_corpus
 from lora_diffusion.factory import (
-    AttemptsHere,
     BrokenDeviceError,
     CorpusConfig,
     DeviceError,
+    InMemoryAttempts,
     LoRAMaker,
     PersonEmbedder,
     PersonRef,
@@ -99,7 +99,7 @@ def make(begun: CorpusRun, picture_size: int, workers: int, progress: report.Pro
     """Read, embed, fine-tune, score and commit. One row and one block of Ray Data is one shard."""
     config, need = begun.config, begun.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    ledger = ray.remote(AttemptsHere).options(num_cpus=0, scheduling_strategy=here).remote()
+    ledger = ray.remote(InMemoryAttempts).options(num_cpus=0, scheduling_strategy=here).remote()
     # Retries are without limit (Ray's default): a lost node costs nobody, and the ledger ends what would never end.
     dataset = (
         ray.data.from_arrow([pack(work) for work in begun.work()])

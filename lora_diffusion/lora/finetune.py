@@ -172,7 +172,7 @@ class Finetuner:
         x0_KnCHW, prompts_KnSD, weights_Kn1HW = data.batch(step)
         timesteps_Kn, noise_KnCHW = streams.draw(shape, data.sizes, self.sample_timesteps)
         timesteps_Kn, noise_KnCHW = timesteps_Kn.to(base.device), noise_KnCHW.to(base.device)
-        x_KnCHW, target_KnCHW = self.schedule.question(x0_KnCHW, noise_KnCHW, timesteps_Kn)
+        x_KnCHW, target_KnCHW = self.schedule.add_noise(x0_KnCHW, noise_KnCHW, timesteps_Kn)
         x_BCHW = x_KnCHW.flatten(0, 1).to(base.dtype)
         if config.channels_last:
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)

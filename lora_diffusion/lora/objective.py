@@ -40,7 +40,7 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.signal)
 
-    def question(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, target) for clean latents and noise (..., C, H, W) at timesteps (...)."""
         signal, sigma = (table[timesteps][..., None, None, None] for table in (self.signal, self.sigma))
         x_t = signal * x0 + sigma * noise

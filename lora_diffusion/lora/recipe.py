@@ -25,7 +25,7 @@ class FinetuneConfig:
     max_grad_norm: float | None = 1.0  # for each identity
     train_A: bool = True  # False: A stays as it starts, the same for all, and only B is learned
     average_last: int = 0  # the LoRA is the mean of the last so many iterates; 0: the last one
-    update_scale: float = 1.0  # the LoRA is the start and so many times what was learned: few steps end before the goal
+    update_scale: float = 1.0  # the LoRA is the start and so many times what was learned; above 1 it extrapolates
     seed: int = 0  # of noise, timesteps and the start
     common_random_numbers: bool = True  # False: each identity has its own A at the start, noise and timesteps
     instance_prompt: str = "a photo of sks person"  # for photos without a caption

@@ -1,7 +1,7 @@
 """One start for all fine-tunings, learned from a population before anybody is fine-tuned.
 
-A LoRA's A says what a layer listens to, its B what it answers. A random A listens to anything; which channels tell
-people apart is the same for all people, so it is learned once. P people get LoRAs that share one A, all trained at the
+A LoRA's A chooses which channels of a layer's input count, its B what they change. Which channels tell people apart is the
+same for all people, so A is learned once. P people get LoRAs that share one A, all trained at the
 same time (multi-task learning); A is kept, the B's are thrown away. Fine-tuning from there needs fewer steps, and with
 `train_A: false` the update is linear in the vector and the space of vectors is smooth.
 
@@ -56,7 +56,7 @@ def learn_start(
 ) -> Tensor:
     """The start vector (N,), float32: A as learned over `people`, B zero, so that it is the base model.
 
-    The loss asks what fine-tuning by `recipe` will ask: its timesteps, where it counts, and in which precision.
+    The loss is that of fine-tuning by `recipe`: its timesteps, its weights of places, its precision.
     `report(step, loss)` is called after each step. Same arguments, same bits.
 
     Raises:
@@ -85,18 +85,18 @@ def learn_start(
         x0_KnCHW, prompts_KnSD, weights_Kn1HW = data[group].draw(generator)
         timesteps_Kn = torch.randint(low, high, (K, n), generator=generator).to(base.device)
         noise_KnCHW = torch.randn(x0_KnCHW.shape, generator=generator).to(base.device)
-        x_KnCHW, target_KnCHW = schedule.question(x0_KnCHW, noise_KnCHW, timesteps_Kn)
+        x_KnCHW, target_KnCHW = schedule.add_noise(x0_KnCHW, noise_KnCHW, timesteps_Kn)
         vectors_KN = start_N.expand(K, -1).masked_scatter(~is_B, shared_A.expand(K, -1))
         vectors_KN = vectors_KN.masked_scatter(is_B, own_KB[group])
         with bank.active(vectors_KN, n), attention(base, recipe, data[group].shape):
             with autocast(base, recipe):
-                answer = base.unet(
+                prediction = base.unet(
                     x_KnCHW.flatten(0, 1).to(base.dtype),
                     timesteps_Kn.flatten(),
                     encoder_hidden_states=prompts_KnSD.flatten(0, 1),
                     return_dict=False,
                 )[0]
-            error_KnCHW = (answer.float().view_as(target_KnCHW) - target_KnCHW).square()
+            error_KnCHW = (prediction.float().view_as(target_KnCHW) - target_KnCHW).square()
             loss_K = (weights_Kn1HW * error_KnCHW).mean((1, 2, 3, 4))
             loss_K.sum().backward()
         grad_A, grad_KB = shared_A.grad, own_KB[group].grad

@@ -1,4 +1,4 @@
-"""Diffusion over codes: the question that training asks, and sampling by diffusers' schedulers.
+"""Diffusion over codes: noise and targets for training, and sampling by diffusers' schedulers.
 
     x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) noise          (Ho et al. 2020, arXiv:2006.11239, equation 4)
 
@@ -125,7 +125,7 @@ def diffusion_loss(
     diffusion: Diffusion,
 ) -> Tensor:
     """Squared error of the prediction, (B,), meaned over the code and weighted. All chance comes in from outside."""
-    noisy_BZ, target_BZ = question(codes_BZ, noise_BZ, timesteps_B, diffusion)
+    noisy_BZ, target_BZ = add_noise(codes_BZ, noise_BZ, timesteps_B, diffusion)
     answer_BZ = denoiser(noisy_BZ, timesteps_B, condition_BC, drop_B)
     error_B = (answer_BZ.float() - target_BZ).square().mean(1)
     gamma = diffusion.config.min_snr_gamma
@@ -134,8 +134,8 @@ def diffusion_loss(
     return error_B * diffusion.schedule.min_snr_weights(timesteps_B.cpu(), gamma).to(error_B.device)
 
 
-def question(codes_BZ: Tensor, noise_BZ: Tensor, timesteps_B: Tensor, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
-    """The noisy codes and what the network should answer, (B, Z) both."""
+def add_noise(codes_BZ: Tensor, noise_BZ: Tensor, timesteps_B: Tensor, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
+    """the noisy codes and what the network should predict, (B, Z) both."""
     scheduler = diffusion.scheduler
     noisy_BZ = scheduler.add_noise(codes_BZ, noise_BZ, timesteps_B)
     if diffusion.config.prediction_type == "epsilon":
@@ -239,7 +239,7 @@ def score_codes(
         noise_BZ = diffusion.noise(torch.randn(1, codes_BZ.shape[1], generator=generator).to(device)).expand_as(
             codes_BZ
         )
-        noisy_BZ, target_BZ = question(codes_BZ, noise_BZ, timesteps_B, diffusion)
+        noisy_BZ, target_BZ = add_noise(codes_BZ, noise_BZ, timesteps_B, diffusion)
         nobody, somebody = (
             (factor * (denoiser(noisy_BZ, timesteps_B, condition).float() - target_BZ)).square().mean(1)
             for condition in (None, condition_BC)

@@ -29,7 +29,7 @@ from lora_diffusion.evaluation.held_out import PhotoEmbedder, Setup, choose
 from lora_diffusion.evaluation.methods import check_fit
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, folder_fingerprint
 from lora_diffusion.faces.photos import load_photo
-from lora_diffusion.factory import AttemptsHere, CorpusConfig, LoRAMaker, PersonEmbedder, ShardMaker
+from lora_diffusion.factory import CorpusConfig, InMemoryAttempts, LoRAMaker, PersonEmbedder, ShardMaker
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -343,7 +343,7 @@ def test_a_corpus_that_an_earlier_release_began_is_continued_as_it_calls_its_bas
     assert there.recipe_id != now.recipe_id
     open_corpus(store, there)
     assert open_corpus(store, maker.manifest(Manifest.find(store))) == there
-    assert ShardMaker(config, AttemptsHere()).writer.manifest == there
+    assert ShardMaker(config, InMemoryAttempts()).writer.manifest == there
     with pytest.raises(CorpusConflict, match=r"base.fingerprint"):
         open_corpus(store, now)
 

@@ -18,10 +18,10 @@ from tiny_pipeline import tiny_pipeline
 from lora_diffusion.corpus import CorpusReader, Failure, Person, ShardPlan, open_corpus
 from lora_diffusion.faces.embedder import mean_embedding
 from lora_diffusion.factory import (
-    AttemptsHere,
     CommonFault,
     CorpusConfig,
     EmbeddedPerson,
+    InMemoryAttempts,
     LoRAMaker,
     PersonEmbedder,
     PersonRef,
@@ -155,7 +155,7 @@ def embedded(world: Path) -> list[EmbeddedPerson]:
     config = make_config(world, people=str(world / "people"), output="unused")
     embed = PersonEmbedder(config, picture_size=16)
     people = [(i, PersonRef(f"person-{20_000 + i:06d}")) for i in range(4)]
-    return embed_people(embed, people, AttemptsHere(), 3)
+    return embed_people(embed, people, InMemoryAttempts(), 3)
 
 
 def rows(answers: list[Person | Failure]) -> list[tuple[object, ...]]:
@@ -246,14 +246,14 @@ def test_a_shard_is_committed_whole_and_one_of_another_base_is_refused(
 ) -> None:
     open_corpus(open_store(config.output), LoRAMaker(config).manifest())
     shard = ShardPlan(0, 0, tuple(person.identity for person in embedded), people_per_group=2)
-    report = ShardMaker(config, AttemptsHere())(shard, embedded)
+    report = ShardMaker(config, InMemoryAttempts())(shard, embedded)
     assert (report.num_people, report.num_failed) == (4, 0)
     assert CorpusReader(config.output).identities == list(shard.identities)
     other = tmp_path / "other"
     torch.manual_seed(1)
     tiny_pipeline(seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match=r"this worker differs from the corpus at .*base.fingerprint"):
-        ShardMaker(dataclasses.replace(config, base=str(other)), AttemptsHere())
+        ShardMaker(dataclasses.replace(config, base=str(other)), InMemoryAttempts())
 
 
 def test_a_trial_on_noise_finds_what_would_fail_for_everybody(
@@ -280,7 +280,7 @@ def test_a_fault_of_everybody_commits_nothing_and_once_it_is_mended_everybody_is
     store = open_store(config.output)
     open_corpus(store, LoRAMaker(config).manifest())
     shard = ShardPlan(0, 0, tuple(person.identity for person in embedded), people_per_group=2)
-    make = ShardMaker(config, AttemptsHere())
+    make = ShardMaker(config, InMemoryAttempts())
     with monkeypatch.context() as patch:
         patch.setattr(make.maker.base.tokenizer, "model_max_length", 10**30)  # as without tokenizer_config.json
         with pytest.raises(CommonFault, match="OverflowError"):

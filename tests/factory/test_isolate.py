@@ -11,11 +11,11 @@ from PIL import Image
 
 from lora_diffusion.corpus import Failure, Person
 from lora_diffusion.factory import (
-    AttemptsHere,
     BrokenDeviceError,
     CommonFault,
     DeviceError,
     EmbeddedPerson,
+    InMemoryAttempts,
     PersonRef,
     embed_people,
     make_group,
@@ -52,7 +52,7 @@ class Maker:
         return Person(person.position, person.identity, company, person.embedding, photos, *rest)
 
 
-def run(maker: Maker, attempts: AttemptsHere, lives: int = 100) -> list[Person | Failure]:
+def run(maker: Maker, attempts: InMemoryAttempts, lives: int = 100) -> list[Person | Failure]:
     """As Ray does it: a worker that dies is started again with the same group."""
     for _ in range(lives):
         try:
@@ -68,7 +68,7 @@ def vectors(answers: list[Person | Failure]) -> list[object]:
 
 def test_without_trouble_the_group_is_made_once() -> None:
     maker = Maker(lambda group: None)
-    assert vectors(run(maker, AttemptsHere())) == [406] * 4
+    assert vectors(run(maker, InMemoryAttempts())) == [406] * 4
     assert maker.calls == [[0, 1, 2, 3]]
 
 
@@ -77,7 +77,7 @@ def test_who_raises_is_a_failure_and_the_others_are_made_together() -> None:
         if 1 in group:
             raise RuntimeError("bad photos")
 
-    answers = run(Maker(trouble, diverging=3), AttemptsHere())
+    answers = run(Maker(trouble, diverging=3), InMemoryAttempts())
     assert vectors(answers) == [305, "error", 305, "diverged"]
     assert isinstance(answers[1], Failure)
     assert answers[1].message == "RuntimeError: bad photos"
@@ -89,7 +89,7 @@ def test_who_kills_the_worker_is_a_failure_and_the_others_are_made_together() ->
             raise Died
 
     maker = Maker(trouble, diverging=3)
-    answers = run(maker, AttemptsHere())
+    answers = run(maker, InMemoryAttempts())
     assert vectors(answers) == [304, 304, "worker_died", "diverged"]
     assert maker.calls.count([0, 1, 2, 3]) == 3
     assert maker.calls.count([2]) == 3
@@ -106,7 +106,7 @@ def test_deaths_by_chance_do_not_change_a_bit(deaths: int) -> None:
         if left >= 0:
             raise Died
 
-    assert vectors(run(Maker(trouble), AttemptsHere())) == [406] * 4
+    assert vectors(run(Maker(trouble), InMemoryAttempts())) == [406] * 4
 
 
 def test_if_only_the_group_as_such_fails_everyone_is_made_alone() -> None:
@@ -114,7 +114,7 @@ def test_if_only_the_group_as_such_fails_everyone_is_made_alone() -> None:
         if len(group) > 1:
             raise RuntimeError("only together")
 
-    assert vectors(run(Maker(trouble), AttemptsHere())) == [100, 101, 102, 103]
+    assert vectors(run(Maker(trouble), InMemoryAttempts())) == [100, 101, 102, 103]
 
 
 @pytest.mark.parametrize("error", [DeviceError("out of memory"), BrokenDeviceError("CUDA error")])
@@ -122,7 +122,7 @@ def test_what_is_nobodys_fault_is_not_blamed_on_anybody(error: Exception) -> Non
     def trouble(group: set[int]) -> None:
         raise error
 
-    attempts = AttemptsHere()
+    attempts = InMemoryAttempts()
     with pytest.raises(type(error)):
         make_group(Maker(trouble), PEOPLE, attempts, max_deaths=3)
     assert bool(attempts.open) == isinstance(error, BrokenDeviceError), "a broken device counts as a death"
@@ -137,7 +137,7 @@ def test_an_exception_that_a_stand_in_meets_too_is_blamed_on_nobody(people: list
     with pytest.raises(
         CommonFault, match=r"fails for everybody.*TypeError: argument of group \[0.*run the same command"
     ):
-        make_group(maker, people, AttemptsHere(), max_deaths=3)
+        make_group(maker, people, InMemoryAttempts(), max_deaths=3)
     assert len(maker.calls) == 2, "the group and the stand-in: nobody needs to be tried alone"
 
 
@@ -147,7 +147,7 @@ def test_a_process_that_dies_over_a_stand_in_too_is_blamed_on_nobody() -> None:
 
     maker = Maker(trouble)
     with pytest.raises(CommonFault, match="the worker process died 3 times"):
-        run(maker, AttemptsHere())
+        run(maker, InMemoryAttempts())
     assert maker.calls == [[0, 1, 2, 3]] * 3 + [[-1]] * 3
 
 
@@ -156,7 +156,7 @@ def test_people_who_all_have_a_fault_of_their_own_are_failures_all() -> None:
         if group != {-1}:
             raise RuntimeError("bad captions")
 
-    assert vectors(run(Maker(trouble), AttemptsHere())) == ["error"] * 4
+    assert vectors(run(Maker(trouble), InMemoryAttempts())) == ["error"] * 4
 
 
 def png(width: int, height: int) -> bytes:
@@ -196,7 +196,7 @@ def test_a_recogniser_that_fails_on_noise_as_well_is_blamed_on_nobody() -> None:
     people = [(0, PersonRef("a")), (1, PersonRef("b"))]
 
     def reasons(reason: str, broken: bool) -> list[str]:
-        embedded = embed_people(Embed(reason, broken), people, AttemptsHere(), 3)  # type: ignore[arg-type]
+        embedded = embed_people(Embed(reason, broken), people, InMemoryAttempts(), 3)  # type: ignore[arg-type]
         return [failure.reason for person in embedded for failure in person.failures]
 
     assert reasons("error", broken=False) == ["error"] * 2

@@ -16,7 +16,7 @@ def test_question_is_that_of_diffusers(prediction_type: str) -> None:
     )
     x0, noise = torch.randn(2, 6, 4, 8, 8)
     timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
-    x_t, target = NoiseSchedule.from_scheduler(scheduler, CPU).question(x0, noise, timesteps)
+    x_t, target = NoiseSchedule.from_scheduler(scheduler, CPU).add_noise(x0, noise, timesteps)
     expected = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, timesteps)}
     assert torch.allclose(x_t, scheduler.add_noise(x0, noise, timesteps), atol=1e-6)
     assert torch.allclose(target, expected[prediction_type], atol=1e-6)

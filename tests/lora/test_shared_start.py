@@ -123,14 +123,15 @@ def test_job_learns_a_start_that_the_corpus_job_takes(tmp_path: Path) -> None:
         f"people={tmp_path / 'people'}",
     ]
     out = tmp_path / "start.safetensors"
-    options = ["--steps", "2", "--people-per-step", "2", "--photos-per-person", "1"]
-    done = subprocess.run([*job, "--out", str(out), *options], cwd=ROOT, capture_output=True, text=True)
+    job.append(f"out={out}")
+    options = ["training.steps=2", "training.people_per_step=2", "training.photos_per_person=1"]
+    done = subprocess.run([*job, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 people of 3, 193,792 floats a LoRA" in done.stdout
     config = load_config(CorpusConfig, ROOT / "configs/tiny.yaml", [f"lora.start={out}"])
     shipped = LoRAMaker(load_config(CorpusConfig, ROOT / "configs/tiny.yaml", []))
     own = LoRAMaker(config)
     assert own.manifest().recipe["start"] != shipped.manifest().recipe["start"]
-    refused = subprocess.run([*job, "--out", str(out), "--steps", "1"], cwd=ROOT, capture_output=True, text=True)
+    refused = subprocess.run([*job, "training.steps=1"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("learn_start: 3 people: a step takes 32")

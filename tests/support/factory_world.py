@@ -10,8 +10,8 @@ from tiny_pipeline import tiny_pipeline
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, finish_corpus
 from lora_diffusion.factory import (
-    AttemptsHere,
     CorpusConfig,
+    InMemoryAttempts,
     LoRAMaker,
     PersonEmbedder,
     ShardMaker,
@@ -55,8 +55,8 @@ def build_corpus(config: CorpusConfig) -> None:
     source, maker = planning.list_people(config), LoRAMaker(config)
     embed = PersonEmbedder(config, maker.base.image_size)
     begun = planning.begin(config, maker.manifest(), source)
-    make = ShardMaker(config, AttemptsHere())
+    make = ShardMaker(config, InMemoryAttempts())
     for shard in begun.todo:
         rows = [(p, planning.find(source, i)) for p, i in zip(shard.positions, shard.identities, strict=True)]
-        make(shard, embed_people(embed, rows, AttemptsHere(), 3))
+        make(shard, embed_people(embed, rows, InMemoryAttempts(), 3))
     finish_corpus(begun.store, begun.manifest, CorpusReader(begun.store).verify(begun.plan.shards)[0])

@@ -1,4 +1,4 @@
-"""Diffusion over codes: the right question, samples that depend on their seed alone, and the truth on a toy."""
+"""Diffusion over codes: the right targets, samples that depend on their seed alone, and the truth on a toy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
 from lora_diffusion.synthesis.diffusion import (
     Diffusion,
     DiffusionConfig,
+    add_noise,
     diffusion_loss,
     prior_factor,
-    question,
     sample_codes,
     score_codes,
 )
@@ -67,7 +67,7 @@ def test_sampling_finds_the_code_that_the_oracle_knows(prediction_type: str, sam
 def test_the_noisy_code_at_the_end_is_noise_and_at_the_start_the_code() -> None:
     process = diffusion()
     codes, noise = torch.randn(2, Z), torch.randn(2, Z)
-    noisy, _ = question(codes, noise, torch.tensor([0, 999]), process)
+    noisy, _ = add_noise(codes, noise, torch.tensor([0, 999]), process)
     assert float((noisy[0] - codes[0]).abs().max()) < 0.05
     assert float((noisy[1] - noise[1]).abs().max()) < 0.05
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
-from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig, diffusion_loss, question, sample_codes
+from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig, add_noise, diffusion_loss, sample_codes
 
 TYPES = ["epsilon", "sample", "v_prediction"]
 Z, C = 3, 12
@@ -55,7 +55,7 @@ def test_an_untrained_network_predicts_as_well_as_can_be(prediction_type: str) -
     generator = torch.Generator().manual_seed(0)
     noise_PZ = torch.randn(1000, Z, generator=generator)
     timesteps_P = torch.randint(50, 1000, (1000,), generator=generator)
-    noisy_PZ, target_PZ = question(codes_PZ, noise_PZ, timesteps_P, diffusion)
+    noisy_PZ, target_PZ = add_noise(codes_PZ, noise_PZ, timesteps_P, diffusion)
     signal, sigma = (table[timesteps_P][:, None] for table in (diffusion.schedule.signal, diffusion.schedule.sigma))
     variance_Z = torch.tensor([0.01, 0.25, 1.0])
     code_PZ = (signal * variance_Z * noisy_PZ + sigma**2 * means_PZ) / (signal**2 * variance_Z + sigma**2)

@@ -133,9 +133,9 @@ def test_job_writes_another_base(tmp_path: Path) -> None:
     FacesWriter(str(tmp_path / "faces"), settings)({"numbers": [200, 201]})
     FacesFolder(str(tmp_path / "faces"), settings).finish()
 
-    small = {"steps": 2, "people-per-step": 2, "described-photos": 2, "other-photos": 1, "held-back": 1}
-    places = {name: tmp_path / name for name in ("faces", "work", "out")}
-    options = [word for name, value in (small | places).items() for word in (f"--{name}", str(value))]
+    small = {"steps": 2, "people_per_step": 2, "described_photos": 2, "other_photos": 1, "held_back": 1}
+    options = [f"training.{name}={value}" for name, value in small.items()]
+    options += [f"{name}={tmp_path / name}" for name in ("faces", "work", "out")]
     command = [sys.executable, "jobs/world/adapt_base.py", "--config", "configs/tiny.yaml", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

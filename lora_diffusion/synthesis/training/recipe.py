@@ -30,8 +30,9 @@ from lora_diffusion.synthesis.normaliser import Normaliser
 from lora_diffusion.synthesis.pca import PCA, fit_pca, fit_pca_distributed, ridge_smoother
 from lora_diffusion.synthesis.synthesizer import Neighbours, Provenance, Synthesizer
 from lora_diffusion.synthesis.training.dataset import CorpusRows
-from lora_diffusion.synthesis.training.metrics import RunLog, explained_variance, explained_variance_png, progress_line
+from lora_diffusion.synthesis.training.metrics import explained_variance, explained_variance_png
 from lora_diffusion.synthesis.training.passes import passes
+from lora_diffusion.synthesis.training.run import TrainingRun
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
 from lora_diffusion.synthesis.training.stages import DenoiserStage, VAEStage
 from lora_diffusion.synthesis.training.train_config import BEFORE_PICTURES, CONDITION_SIZE, SYNTHESIZER, TrainConfig
@@ -46,11 +47,8 @@ Slots = NDArray[np.int64]
 CONFIG = "config.yaml"
 
 
-class SynthesizerTraining:
-    """One worker's view of a run: makes what is missing in `store`, with the others in `group`.
-
-    `say(line)`: progress for people, from worker 0; `report(values)`: the numbers of each report, on every worker.
-    """
+class SynthesizerTraining(TrainingRun):
+    """Makes what is missing in `store` of all stages that learn from a corpus. `more`: as of `TrainingRun`."""
 
     def __init__(
         self,
@@ -59,18 +57,12 @@ class SynthesizerTraining:
         rows: CorpusRows,
         store: Store,
         group: Group | None = None,
-        say: Callable[[str], None] = print,
-        report: Callable[[dict[str, Any]], None] = lambda values: None,
-        commit: str = "",
+        **more: Any,
     ) -> None:
-        self.config, self.snapshot, self.rows, self.store = config, snapshot, rows, store
-        self.group = group or Group()
-        self.leader = self.group.rank == 0
-        self.say: Callable[[str], None] = say if self.leader else lambda line: None
-        self.report, self.commit = report, commit
+        super().__init__(config, store, group, **more)
+        self.snapshot, self.rows = snapshot, rows
         dtype = config.workers.compute_dtype
         self.bfloat16 = dtype == "bfloat16" or (dtype == "auto" and self.group.device.type == "cuda")
-        self.log = RunLog(store, config.tensorboard) if self.leader else None
         self.figures: dict[str, Any] = {}
 
     def run(self) -> None:
@@ -84,8 +76,7 @@ class SynthesizerTraining:
             if "denoiser" in self.config.stages:
                 self._denoiser()
         finally:
-            if self.log is not None:
-                self.log.close()
+            self.close()
 
     # -- statistics and PCA ----------------------------------------------------------------------------------------
 
@@ -303,22 +294,9 @@ class SynthesizerTraining:
         return loop
 
     def _train(self, loop: Loop) -> None:
-        if loop.state.done:
-            return
-        self._keep_config()
-        if self.log is not None:
-            self.log.forget_after(loop.name, loop.resumed_at)
-        if loop.resumed_at:
-            self.say(f"{loop.name}: goes on after step {loop.resumed_at}")
-        loop.run(self._told)
-
-    def _told(self, values: dict[str, Any]) -> None:
-        if self.log is not None:
-            self.log.add(values)
-            if values["checkpoint"]:
-                self.log.save()
-            self.say(progress_line(values))
-        self.report(values)
+        if not loop.state.done:
+            self._keep_config()
+        self.train(loop)
 
     def _identity(self) -> dict[str, Any]:
         data = self.config.data

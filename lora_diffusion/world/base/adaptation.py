@@ -1,7 +1,7 @@
 """Training a base model for what will be done with it: that fine-tuning a LoRA on it finds a new person soon.
 
-Stable Diffusion has seen so many faces that a small LoRA suffices to name one. `tiny-sd` has not, and makes up for it by
-practice: people of its own training split are fine-tuned by the recipe of the corpus, over and over, and every step moves
+Stable Diffusion has seen so many faces that a small LoRA suffices to name one. `tiny-sd` has not:
+people of its own training split are fine-tuned by the recipe of the corpus, over and over, and every step moves
 the base model such that the LoRAs, as far as they have come, draw *other* photos of their person better, and that the base
 without a LoRA goes on drawing what the words say. That is first-order meta-learning along the inner trajectory (FOMAML,
 Finn et al. 2017, arXiv:1703.03400, with the gradient taken at all of its points and applied to the base).
@@ -278,14 +278,14 @@ class BaseAdapter:
         low, high = (self.recipe.timestep_range or (0, total)) if vectors_KN is not None else (0, total)
         u_Kn = (place_K1 + torch.arange(n, device=base.device) / n) % 1  # stratified within each person
         timesteps_Kn = low + (u_Kn * (high - low)).long().clamp(max=high - low - 1)
-        x_KnCHW, target_KnCHW = self.schedule.question(self.faces.latents[index_Kn], noise_KnCHW, timesteps_Kn)
+        x_KnCHW, target_KnCHW = self.schedule.add_noise(self.faces.latents[index_Kn], noise_KnCHW, timesteps_Kn)
         active = nullcontext() if vectors_KN is None else self.bank.active(vectors_KN, n, train_A=learn_words)
         with active, attention(base, self.recipe, base.latent_shape), autocast(base, self.recipe):
             with torch.set_grad_enabled(learn_words):
                 text_BSD = base.text_encoder(tokens_KnS.flatten(0, 1).long())[0]
             x_BCHW, t_B = x_KnCHW.flatten(0, 1), timesteps_Kn.flatten()
-            answer = base.unet(x_BCHW, t_B, encoder_hidden_states=text_BSD, return_dict=False)[0]
-        error_KnCHW = (answer.float().view_as(target_KnCHW) - target_KnCHW).square()
+            prediction = base.unet(x_BCHW, t_B, encoder_hidden_states=text_BSD, return_dict=False)[0]
+        error_KnCHW = (prediction.float().view_as(target_KnCHW) - target_KnCHW).square()
         if vectors_KN is not None:
             return (self.faces.face[index_Kn][:, :, None] * error_KnCHW).mean((1, 2, 3, 4))
         return (self.loss_weights[timesteps_Kn] * error_KnCHW.mean((2, 3, 4))).mean(1)

@@ -4,7 +4,6 @@ goes on from a published one, without any corpus."""
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,35 +14,19 @@ from PIL import Image
 from lora_diffusion.config import to_dict
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
 from lora_diffusion.synthesis.denoiser import count_parameters, widened
 from lora_diffusion.synthesis.folder import Neighbours
 from lora_diffusion.synthesis.synthesizer import Synthesizer
-from lora_diffusion.synthesis.training.metrics import RunLog, progress_line
 from lora_diffusion.synthesis.training.pictures.people import PhotoCache
 from lora_diffusion.synthesis.training.pictures.stage import PictureStage
+from lora_diffusion.synthesis.training.run import TrainingRun
 from lora_diffusion.synthesis.training.train_config import SYNTHESIZER, TrainConfig
-from lora_diffusion.training.distributed import Group
 from lora_diffusion.training.loop import Loop
 
 
-class PictureTraining:
-    """One worker's view of the stage, as `SynthesizerTraining` is of the stages before."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        store: Store,
-        group: Group | None = None,
-        say: Callable[[str], None] = print,
-        report: Callable[[dict[str, Any]], None] = lambda values: None,
-        commit: str = "",
-    ) -> None:
-        self.config, self.store, self.group, self.report, self.commit = config, store, group or Group(), report, commit
-        self.leader = self.group.rank == 0
-        self.say: Callable[[str], None] = say if self.leader else lambda line: None
-        self.log = RunLog(store, config.tensorboard) if self.leader else None
+class PictureTraining(TrainingRun):
+    """The stage `pictures`, as `SynthesizerTraining` is the stages before."""
 
     def run(self) -> None:
         """Raises ValueError for people, a start or a base model that do not fit."""
@@ -60,13 +43,12 @@ class PictureTraining:
         cache = PhotoCache(c, recogniser, base, config.data.cache)
         try:
             self._fill(cache)
-            self._train(start, base, cache, recogniser)
+            self._teach(start, base, cache, recogniser)
         finally:
             self.group.barrier()
             if self.group.local_rank == 0:
                 cache.remove()
-            if self.log is not None:
-                self.log.close()
+            self.close()
 
     def _fill(self, cache: PhotoCache) -> None:
         error = None
@@ -77,7 +59,7 @@ class PictureTraining:
                 error = caught
         self.group.agree(error)
 
-    def _train(self, start: Synthesizer, base: BaseModel, cache: PhotoCache, recogniser: str) -> None:
+    def _teach(self, start: Synthesizer, base: BaseModel, cache: PhotoCache, recogniser: str) -> None:
         config, people = self.config, cache.open()
         grown = self._grown(start)
         stage = PictureStage(grown.to(self.group.device), base, people, config.pictures, recogniser)
@@ -85,12 +67,7 @@ class PictureTraining:
         identity["start"] = {"commit": start.provenance.commit, "layout_id": start.layout.layout_id}
         loop = Loop("pictures", stage, config.pictures_training, self.store, self.group, "ddp", False, identity)
         self.group.barrier()  # nobody writes a new state while another still reads the old one
-        if not loop.state.done:
-            if self.log is not None:
-                self.log.forget_after(loop.name, loop.resumed_at)
-            if loop.resumed_at:
-                self.say(f"pictures: goes on after step {loop.resumed_at}")
-            loop.run(lambda values: self._told(values, stage))
+        self.train(loop, lambda: None if stage.sheet is None else _sheet(stage.sheet))
         if self.leader:
             stage.load_state_dict(loop.best_weights(), strict=False)
             self._save(start, grown.to("cpu"), loop, len(people.train))
@@ -113,16 +90,6 @@ class PictureTraining:
         return Synthesizer(
             start.layout, space, denoiser, start.diffusion, start.provenance, None, None, start.latent_sampling
         )
-
-    def _told(self, values: dict[str, Any], stage: PictureStage) -> None:
-        if self.log is not None:
-            self.log.add(values)
-            if "validation_score" in values and stage.sheet is not None:
-                self.log.picture("pictures", values["step"], _sheet(stage.sheet))
-            if values["checkpoint"]:
-                self.log.save()
-            self.say(progress_line(values))
-        self.report(values)
 
     def _save(self, start: Synthesizer, made: Synthesizer, loop: Loop, people: int) -> None:
         config, state = self.config, loop.state

@@ -247,7 +247,7 @@ class PictureStage(Stage):
         x0, prompts_BV = (t.to(self.base.device) for t in self.people.photos(slots_B, picks_BV))
         low, high = self.config.timestep_range
         timesteps = (low + draws["timestep"] * (high - low)).long()
-        noisy, target = self.schedule.question(x0, draws["noise"], timesteps)
+        noisy, target = self.schedule.add_noise(x0, draws["noise"], timesteps)
         prompts = self.prompts_TSD[prompts_BV.flatten()].to(self.base.dtype)
         out = self._predict(vectors_BN, noisy.flatten(0, 1).to(self.base.dtype), timesteps.flatten(), prompts, V)
         return (out.view_as(target) - target).square().mean((1, 2, 3, 4))
