@@ -112,7 +112,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if name == KEYS:
         markdown = re.sub(r"(?m)(?:^\|.*\n)+", r'<div class="keys" markdown>\n\n\g<0>\n</div>\n', markdown)
     # In a table GitHub wants \| in code, too; here the backslash would be seen.
-    markdown = re.sub(r"(?m)^\|.*$", lambda row: re.sub(r"`[^`]*`", lambda m: m[0].replace("\\|", "|"), row[0]), markdown)
+    markdown = re.sub(
+        r"(?m)^\|.*$", lambda row: re.sub(r"`[^`]*`", lambda m: m[0].replace("\\|", "|"), row[0]), markdown
+    )
 
     def there(match: re.Match[str]) -> str:
         place = posixpath.normpath(posixpath.join(posixpath.dirname(name), match[1]))
