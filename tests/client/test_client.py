@@ -171,7 +171,7 @@ def test_the_command_makes_a_lora_without_pictures(address: str, tmp_path: Path)
         (["no-such.jpg"], "no-such.jpg"),
         ([str(ADA), "--synthesizer", "no-such-folder"], "no synthesiser at .*/no-such-folder: it has no config.json"),
         (["no-such.jpg", "--server", "http://127.0.0.1:9"], "no-such.jpg"),
-        ([str(ADA), "--server", "http://127.0.0.1:9", "--timeout", "0.5"], "cannot be reached.*serve run"),
+        ([str(ADA), "--server", "http://127.0.0.1:9", "--timeout", "0.5"], "cannot be reached.*lora-diffusion serve"),
     ],
 )
 def test_the_commands_errors_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             Image.open(photo).resize((96 + side, 96 + side)).save(
                 tmp_path / "photos" / photo.stem / f"{number}{side}.png"
             )
-    layout = LoRALayout.from_unet(meta_unet("sd1"), rank=1, target_modules=("to_q",))
+    layout = LoRALayout.from_unet(meta_unet("sd1"), rank=1, target_modules=("to_q", "to_k"))
     save_lora(torch.zeros(layout.size), layout, tmp_path / "bought.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -190,9 +190,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in DRAWS else []) for n in EXECUTED])
 def test_python_blocks_run(name: str, desk: Path) -> None:
     names: dict[str, Any] = {}
-    for link in ("lora_diffusion",):  # a block may write there
-        (desk / link).unlink()
-        (desk / "lora_diffusion/endpoint/static/people").mkdir(parents=True)
+    (desk / "lora_diffusion").unlink()  # a block may write there
+    (desk / "lora_diffusion/endpoint/static/people").mkdir(parents=True)
+    (desk / "lora_diffusion/assets").symlink_to(ROOT / "lora_diffusion/assets")
     for block in blocks(name, "python"):
         exec(compile(block, name, "exec"), names)
 

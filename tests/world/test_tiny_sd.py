@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -79,21 +76,3 @@ def test_the_vae_keeps_pictures(base: BaseModel) -> None:
     photos = np.stack([photograph(sample_person(n), sample_view(n, 0)).image for n in range(80_000, 80_006)])
     again = base.decode(base.encode_images(photos))
     assert np.abs(again.astype(int) - photos).mean() < 9  # measured: 6.2 of 255
-
-
-def test_the_library_reaches_for_no_orchestrator_web_framework_or_command_line() -> None:
-    root = Path(__file__).resolve().parents[2] / "lora_diffusion"
-    edge = root / "jobs"  # jobs are where Ray and command lines belong
-    for path in (path for path in root.rglob("*.py") if edge not in path.parents):
-        forbidden = {"ray", "fastapi", "starlette", "argparse"}
-        if path == root / "cli.py":  # the command `lora-diffusion`, which the rest of the library does not know
-            forbidden.remove("argparse")
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            assert not forbidden & {name.split(".")[0] for name in names}, f"{path} imports {names}"
