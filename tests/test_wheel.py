@@ -136,6 +136,7 @@ def _ready(address: str) -> bool:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)  # three commands, each with a Ray of its own
 def test_photos_become_a_corpus_a_synthesiser_and_a_report(
     wheel: Path, tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
