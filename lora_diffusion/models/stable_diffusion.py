@@ -22,9 +22,6 @@ from lora_diffusion.storage import place_or_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = {"tiny-sd": ASSETS / "tiny-sd"}
-# Fingerprint of a shipped model -> what earlier releases called it, in each dtype. They hashed the noise schedule as it is
-# computed, whose last bits are not the same on every processor.
-CALLED_BEFORE = {"b486db5bb0ed5c8a64c0": ("95a6a9ba0026c015", "7dc10c716f5bdcf6", "254dc543938cbd06")}
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -121,8 +118,6 @@ class BaseModel:
         """
         if len(fingerprint) == DIGITS:
             return fingerprint == self.fingerprint
-        if fingerprint in CALLED_BEFORE.get(self.fingerprint, ()):
-            return True
         return bool(fingerprint) and fingerprint in self._old_fingerprints()
 
     def _old_fingerprints(self) -> Iterator[str]:
