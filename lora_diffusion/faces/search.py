@@ -87,7 +87,7 @@ class FaceSearch:
                 if self._sure(photo_HW3, found, 0):
                     break
         known = sorted((face for face in found if face.distance <= 1), key=lambda face: -face.area)
-        whole = [face for face in known if not is_cut_off(face.kps, photo_HW3.shape)]
+        whole = [face for face in known if not is_cut_off(face.kps, photo_HW3.shape, face.quarters)]
         if known and not whole:
             return Faces(
                 (), Doubt("face_cut_off", "shows a face that its border cuts off. Take one with the whole head.")
