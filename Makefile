@@ -11,12 +11,13 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: demo serve test test-fast browser lint docs examples bench clean
 
 # torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast, with hashes checked.
-# --no-deps: requirements.txt is complete, and torch is there already.
+# --no-deps: requirements.txt is complete, and torch is there already. It has hashes for Linux; elsewhere pip resolves.
 $(READY): pyproject.toml constraints.txt requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps --require-hashes --requirement requirements.txt \
-	  || $(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.txt
+	  || $(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.txt \
+	  || $(BIN)/pip install --quiet --constraint constraints.txt '.[dev]'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable . || $(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 

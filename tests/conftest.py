@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start a Ray come first: they last longest, and none should be left for one process at the end."""
     slow = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds of tests by folder: where the suite's time goes."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                folder = report.nodeid.split("::")[0].rpartition("/")[0]
+                seconds[folder] += report.duration
+    line = ", ".join(f"{folder.removeprefix('tests/')} {spent:.0f}" for folder, spent in seconds.most_common())
+    terminalreporter.write_line(f"seconds by folder: {line}")
 
 
 pytest_plugins = ["serve_client"]  # the HTTP API in this process: `api`, `studio`, `synthesizer`
