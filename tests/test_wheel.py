@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -45,7 +46,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=280
+            list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
         )
 
     return call
@@ -136,7 +137,7 @@ def _ready(address: str) -> bool:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(900)  # three commands, each with a Ray of its own
+@pytest.mark.timeout(1800)  # four commands, each with a Ray of its own
 def test_photos_become_a_corpus_a_synthesiser_and_a_report(
     wheel: Path, tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -148,9 +149,13 @@ def test_photos_become_a_corpus_a_synthesiser_and_a_report(
     judge.append("synthesizers.denoiser=training/synthesizer")
     for words in (
         ["corpus", "people=synthetic:6", "output=corpus", *quick],
+        ["corpus", "people=others", "output=held_out", *quick],
         ["train", "--config", "train_tiny.yaml", "corpus=corpus", "output=training", *small, *steps],
-        ["evaluate", "corpus=corpus", "held_out=corpus", "output=evaluation", *judge],
+        ["evaluate", "corpus=corpus", "held_out=held_out", "output=evaluation", *judge],
     ):
         done = run(program, *words)
         assert done.returncode == 0, f"{words[0]}: {done.stderr}{done.stdout}"
+        if not (tmp_path / "others").exists():
+            for number, folder in enumerate(sorted((tmp_path / "corpus-people").glob("person-*"))[:3]):
+                shutil.copytree(folder, tmp_path / "others" / f"other-{number}")
     assert (tmp_path / "evaluation" / "report.html").is_file()
