@@ -16,6 +16,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Ray's processes would compile all that they import, each anew
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # Serve's five seconds are too few when busy
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets workers starve beside anything else
@@ -25,7 +26,13 @@ from s3_server import BUCKET, S3Server, new_server, running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start a Ray come first: they last longest, and none should be left for one process at the end."""
+    """Files that start a Ray come first: they last longest, and none should be left for one process at the end.
+
+    They get more time, too: a process that imports torch and diffusers takes 10 to 20 s where both cores are busy.
+    """
+    for item in items:
+        if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
     slow = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -86,7 +86,7 @@ def steps_saved(store: Store, stage: str) -> int:
 
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_killed_driver_on_s3_and_the_same_command_again(
     folder: Path, alone: Store, s3: S3Server, bucket: str, tmp_path: Path
 ) -> None:
@@ -107,10 +107,10 @@ def test_a_killed_driver_on_s3_and_the_same_command_again(
         while process.poll() is None and steps_saved(store, "denoiser") == killed_at:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130, (tmp_path / "second.log").read_text()
+        assert process.wait(timeout=200) == 130, (tmp_path / "second.log").read_text()
     assert "train: Stopped. The same command goes on." in (tmp_path / "second.log").read_text()
     with driver(TWO_CPUS, ["train", *words], s3.env, tmp_path / "third.log") as process:
-        assert process.wait(timeout=400) == 0, (tmp_path / "third.log").read_text()
+        assert process.wait(timeout=600) == 0, (tmp_path / "third.log").read_text()
     said = (tmp_path / "third.log").read_text()
     assert "denoiser: goes on after step" in said
     assert "left out: 1 × nan_vector" in said
@@ -133,7 +133,7 @@ def kill_when(ready: Callable[[], bool], word: str, killed: list[int], over: thr
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_killed_worker_costs_time_and_nothing_else(
     ray_local: None, folder: Path, alone: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

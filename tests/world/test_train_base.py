@@ -39,7 +39,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "jobs/world/train_base.py"), *places, *SMALL, *words],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, "RAY_ADDRESS": "local"},
     )
 
