@@ -28,13 +28,14 @@ from s3_server import BUCKET, S3Server, new_server, running
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start a Ray come first: they last longest, and none should be left for one process at the end.
 
-    They get more time, too: a process that imports torch and diffusers takes 10 to 20 s where both cores are busy.
+    They and all that is slow get more time, too: a process that imports torch and diffusers takes 10 to 20 s where both cores are busy.
     """
     for item in items:
-        if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
+        slow = item.get_closest_marker("ray") or item.get_closest_marker("slow")
+        if slow and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
-    slow = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: item.path not in slow)
+    first = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
