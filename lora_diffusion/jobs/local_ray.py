@@ -53,9 +53,7 @@ def connect(address: str, needs: Sequence[Need] = ()) -> None:
     own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)), "include_dashboard": False}
     if not ray.is_initialized():
         try:
-            ray.init(
-                address=address, log_to_driver=False, logging_level=logging.ERROR, **(own if address == "local" else {})
-            )
+            _init(address, own if address == "local" else {})
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise ValueError(
                 f"no Ray answers at {address} ({_first_line(error)}). Start one with `ray start --head`, with the same "
@@ -68,6 +66,19 @@ def connect(address: str, needs: Sequence[Need] = ()) -> None:
     context.target_max_block_size = None  # a block is a unit of our own: never cut in two
     context.raise_original_map_exception = True  # so that `find_cause` finds it
     make_room(needs, 0 if address == "local" else PATIENCE)
+
+
+def _init(address: str, options: Mapping[str, Any]) -> None:
+    """`ray.init`, up to three times: a Ray of our own has 30 s to start, which a busy machine may need for other things."""
+    for attempt in range(3):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            if "timed out during startup" not in str(error) or attempt == 2:
+                raise
+            print("Ray did not start within 30 s: this machine is busy. Once more.", flush=True)
+            ray.shutdown()
 
 
 def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:

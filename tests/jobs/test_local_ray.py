@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,28 @@ def test_where_an_autoscaler_may_help_a_line_says_what_is_waited_for(
     said = capsys.readouterr().out
     assert "training wants 4 CPUs and 1 GPU for each of 3 workers (workers.num_workers); this Ray has 8 CPUs" in said
     assert "waiting for its autoscaler" in said
+
+
+def test_a_ray_that_a_busy_machine_starts_too_slowly_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries: list[str] = []
+
+    def init(**options: Any) -> None:
+        tries.append(options["address"])
+        if len(tries) < 3:
+            raise Exception(
+                "The current node timed out during startup. This could happen because some of the raylet failed"
+            )
+
+    monkeypatch.setattr(local_ray.ray, "init", init)
+    monkeypatch.setattr(local_ray.ray, "shutdown", lambda: None)
+    local_ray._init("local", {})
+    assert tries == ["local"] * 3
+    assert capsys.readouterr().out.count("Once more") == 2
+    tries.clear()
+    monkeypatch.setattr(
+        local_ray.ray, "init", lambda **options: (_ for _ in ()).throw(Exception("timed out during startup"))
+    )
+    with pytest.raises(Exception, match="timed out"):
+        local_ray._init("local", {})

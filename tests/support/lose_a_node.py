@@ -11,7 +11,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
 
@@ -21,14 +23,24 @@ from ray.cluster_utils import Cluster
 from lora_diffusion.jobs.run import main as run
 
 
+def in_time(start: Callable[[], Any]) -> Any:
+    """A node has 30 s to start, which a busy machine may need for other things: three times."""
+    for _ in range(2):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
 def main(config: str, output: str) -> int:
     folder = tempfile.mkdtemp(prefix="ray")
     memory = 150_000_000
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": memory, "temp_dir": folder, "include_dashboard": False},
-    )
-    nodes = [cluster.add_node(num_cpus=2, object_store_memory=memory) for _ in range(2)]
+    head = {"num_cpus": 1, "object_store_memory": memory, "temp_dir": folder, "include_dashboard": False}
+    cluster = Cluster()
+    in_time(lambda: cluster.add_node(**head))
+    nodes = [in_time(lambda: cluster.add_node(num_cpus=2, object_store_memory=memory)) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
 
     def lose_one() -> None:
@@ -37,7 +49,7 @@ def main(config: str, output: str) -> int:
         cluster.remove_node(nodes[0], allow_graceful=False)
         print("a node was lost", flush=True)
         time.sleep(5)
-        cluster.add_node(num_cpus=2, object_store_memory=memory)
+        in_time(lambda: cluster.add_node(num_cpus=2, object_store_memory=memory))
 
     threading.Thread(target=lose_one, daemon=True).start()
     # Two CPUs for each fine-tuning worker: the head, with one, takes none.
