@@ -61,7 +61,8 @@ def run(config: Config, ray_address: str) -> None:
 
 def until_it_ends(command: list[str], env: dict[str, str]) -> int:
     """Its exit code. Ctrl-C reaches it from the terminal, and SIGTERM as one; it may shut Serve down, and then its Ray."""
-    process = subprocess.Popen(command, env=env)
+    # A shell that starts us in the background has Ctrl-C ignored, and what we start would inherit that.
+    process = subprocess.Popen(command, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
     try:
         return process.wait()

@@ -107,14 +107,13 @@ def test_a_killed_driver_on_s3_and_the_same_command_again(
         while process.poll() is None and steps_saved(store, "denoiser") == killed_at:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        code, said = process.wait(timeout=200), (tmp_path / "second.log").read_text()
-    # 0: on a busy machine the last steps may be done before Ctrl-C is seen
-    assert (code, "train: Stopped. The same command goes on." in said) in ((130, True), (0, False)), said
-    assert "denoiser: goes on after step" in said
+        assert process.wait(timeout=200) == 130, (tmp_path / "second.log").read_text()
+    assert "train: Stopped. The same command goes on." in (tmp_path / "second.log").read_text()
     with driver(TWO_CPUS, ["train", *words], s3.env, tmp_path / "third.log") as process:
         assert process.wait(timeout=600) == 0, (tmp_path / "third.log").read_text()
     said = (tmp_path / "third.log").read_text()
-    assert code == 0 or ("denoiser: goes on after step" in said and "left out: 1 × nan_vector" in said)
+    assert "denoiser: goes on after step" in said
+    assert "left out: 1 × nan_vector" in said
     assert_same_run(store, alone)
 
 

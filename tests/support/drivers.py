@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,9 @@ def driver(job: Path, words: Sequence[str], env: dict[str, str], log: Path) -> I
             stdout=file,
             stderr=file,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored where pytest runs in the background
         )
     below: set[psutil.Process] = set()
     over = threading.Event()
