@@ -19,7 +19,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # Ray's processes would compile all that they import, each anew
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # Serve's five seconds are too few when busy
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # eight processes that most tests never use
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets workers starve beside anything else
 
 import pytest
