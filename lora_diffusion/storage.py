@@ -16,7 +16,6 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,7 +71,7 @@ class Store:
     def _read(self, name: str, **part: int) -> bytes:
         path = self.path(name)
         try:
-            if self.local and not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            if self.local and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
                 raise FileNotFoundError  # reading a pipe would wait for whoever writes
             return bytes(self.filesystem.cat_file(path, **part))
         except FileNotFoundError:
