@@ -13,7 +13,7 @@ from lora_diffusion.config import load_config, placed
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, model_folder
-from lora_diffusion.factory import CorpusConfig
+from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.lora import shared_start
 from lora_diffusion.models import stable_diffusion
 from lora_diffusion.models.stable_diffusion import resolve_model

@@ -16,7 +16,7 @@ from serve_client import ADA, Client
 from lora_diffusion.cli import main
 from lora_diffusion.config import load_config
 from lora_diffusion.endpoint.local import local_studio
-from lora_diffusion.factory import CorpusConfig
+from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.lora import formats
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.storage import open_store

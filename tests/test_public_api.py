@@ -20,6 +20,24 @@ def test_import_is_quick_and_brings_neither_torch_nor_ray() -> None:
     assert answer[1:] == []
 
 
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("lora_diffusion.corpus", "torch ray diffusers insightface onnxruntime"),
+        ("lora_diffusion.jobs.corpus", "torch diffusers insightface onnxruntime"),
+        ("lora_diffusion.factory.embed", "torch ray diffusers insightface onnxruntime"),
+        ("lora_diffusion.jobs.train", "torch.distributed.tensor diffusers transformers insightface onnxruntime"),
+        ("lora_diffusion.jobs.evaluate", "torch.distributed.tensor diffusers transformers insightface onnxruntime"),
+        ("lora_diffusion.endpoint.graph", "torch diffusers insightface onnxruntime"),
+    ],
+)
+def test_a_process_imports_what_it_needs(module: str, heavy: str) -> None:
+    """Each of Ray's processes pays for its imports: seconds, on cores that the work waits for."""
+    code = f"import sys, {module}; print(*set({heavy.split()}) & set(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert answer.split() == []
+
+
 @pytest.mark.parametrize("name", lora_diffusion.__all__)
 def test_every_public_name_loads_and_is_documented(name: str) -> None:
     value = getattr(lora_diffusion, name)

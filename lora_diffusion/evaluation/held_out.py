@@ -23,8 +23,9 @@ from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.embedder import FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.faces.unit import unit
-from lora_diffusion.factory import CorpusConfig, PersonRef, RawPhoto, open_people
+from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import square_picture
+from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.planning import people_folder
 
 Floats = NDArray[np.float32]

@@ -37,7 +37,7 @@ from lora_diffusion.evaluation.methods import (
 from lora_diffusion.evaluation.report import write_report
 from lora_diffusion.evaluation.results import tabulate
 from lora_diffusion.evaluation.scoring import PersonScores, Request, Scorer, Scores, score_key
-from lora_diffusion.factory import PersonRef
+from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.factory.planning import find, list_people
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel

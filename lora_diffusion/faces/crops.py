@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from insightface.utils.face_align import arcface_dst
 from numpy.typing import NDArray
 
 CROP_SIZE = 112
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+
+TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
+)
+"""(5, 2): where a crop of 112 px has the five points; `insightface.utils.face_align.arcface_dst`, which is slow to import."""
 
 
 def alignment(points_N52: Floats, size: int = CROP_SIZE) -> NDArray[np.float64]:
@@ -22,7 +26,7 @@ def alignment(points_N52: Floats, size: int = CROP_SIZE) -> NDArray[np.float64]:
     The closed form of Umeyama (1991), for all N at once; equals `insightface.utils.face_align.estimate_norm`.
     """
     points = points_N52.astype(np.float64)
-    target = arcface_dst.astype(np.float64) * (size / 112.0)
+    target = TEMPLATE.astype(np.float64) * (size / CROP_SIZE)
     centre_N2, target_centre = points.mean(1), target.mean(0)
     p, q = points - centre_N2[:, None], target - target_centre
     # In the plane a similarity is a complex number a + ib: minimise |q - (a + ib) p|².

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
-from insightface.app import FaceAnalysis
 from numpy.typing import NDArray
 
 from lora_diffusion.faces.choice import FaceError, choose_face
@@ -70,6 +68,9 @@ class FaceEmbedder:
     def __init__(self, config: EmbedderConfig | None = None, maps: Sequence[str] = ()) -> None:
         self.config = config = config or EmbedderConfig()
         _check(config)
+        import onnxruntime
+        from insightface.app import FaceAnalysis
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = config.threads
         options.inter_op_num_threads = 1
@@ -220,6 +221,8 @@ def _download(name: str, root: Path) -> Path:
 
 
 def _check(config: EmbedderConfig) -> None:
+    import onnxruntime
+
     known = onnxruntime.get_available_providers()
     unknown = [p for p in config.providers if p not in known]
     if unknown:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import onnx
-import onnxruntime
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -51,6 +52,9 @@ class Recogniser:
             )
         self._maps = list(self._known.maps if self._known else maps)
         if self._maps:
+            import onnx
+            import onnxruntime
+
             graph = onnx.load(model.model_file)
             shown = {output.name for output in graph.graph.output}
             graph.graph.output.extend(

@@ -15,10 +15,9 @@ from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
-from insightface.utils.face_align import arcface_dst
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.crops import alignment, placed
+from lora_diffusion.faces.crops import TEMPLATE, alignment, placed
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -70,7 +69,7 @@ class Sighting:
 def can_be_upright(box: Floats, points: Floats) -> bool:
     """Whether the points can be an upright face's: eyes above the mouth, in proportion, in the box."""
     roll = Sighting(box, points, 0.0).roll
-    misfit = math.sqrt(float(((placed(points) - arcface_dst) ** 2).sum(1).mean()))
+    misfit = math.sqrt(float(((placed(points) - TEMPLATE) ** 2).sum(1).mean()))
     margin = 0.15 * float((box[2:] - box[:2]).max())
     inside = (points >= box[:2] - margin) & (points <= box[2:] + margin)
     return abs(roll) <= MOST_ROLL and misfit <= MOST_MISFIT and bool(inside.all())

@@ -10,6 +10,7 @@ import io
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -24,8 +25,10 @@ from lora_diffusion.faces.photos import PhotoError, PhotoReason, load_photo, pre
 from lora_diffusion.faces.search import FaceEmbedding
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
-from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.storage import StoreError
+
+if TYPE_CHECKING:
+    from lora_diffusion.lora.photo_data import PersonPhotos
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class EmbeddedPerson:
 
     def photos(self) -> PersonPhotos:
         """The pictures as fine-tuning takes them; of a usable person."""
+        from lora_diffusion.lora.photo_data import PersonPhotos
+
         pixels_PHW3 = np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in self.pictures])
         return PersonPhotos(self.identity, pixels_PHW3, self.captions, self.face_boxes)
 

@@ -16,14 +16,15 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from lora_diffusion.corpus.schema import Failure, Person
+from lora_diffusion.factory.attempts import Attempts
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder
-from lora_diffusion.factory.make import BrokenDeviceError, CommonFault, DeviceError
+from lora_diffusion.factory.errors import BrokenDeviceError, CommonFault, DeviceError
 from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.storage import StoreError
 
@@ -34,33 +35,6 @@ Make = Callable[[Sequence[EmbeddedPerson]], list[Answer]]
 
 class WorkerDied(RuntimeError):
     """The process ended so often over the same work that the work counts as the cause."""
-
-
-class Attempts(Protocol):
-    """Counts how often something was begun and never ended."""
-
-    def begin(self, key: str) -> int:
-        """How often `key` was begun before without an end; counts one more."""
-        ...
-
-    def end(self, key: str) -> None:
-        """`key` ended, well or badly, and the process lives."""
-        ...
-
-
-class InMemoryAttempts:
-    """Attempts in this process: exact, but gone with it. Enough without Ray."""
-
-    def __init__(self) -> None:
-        self.open: dict[str, int] = {}
-
-    def begin(self, key: str) -> int:
-        before = self.open.get(key, 0)
-        self.open[key] = before + 1
-        return before
-
-    def end(self, key: str) -> None:
-        self.open.pop(key, None)
 
 
 def embed_people(

@@ -21,6 +21,7 @@ from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
+from lora_diffusion.factory.errors import BrokenDeviceError, CommonFault, DeviceError
 from lora_diffusion.factory.score import Scorer
 from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.layout import LoRALayout
@@ -29,18 +30,6 @@ from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.models.stable_diffusion import BaseModel
 
 _CLASS_SEED = 500_000  # far from those of scoring, and from what a user would type
-
-
-class DeviceError(RuntimeError):
-    """The accelerator's memory is too small for the configuration: no fault of one person."""
-
-
-class BrokenDeviceError(RuntimeError):
-    """The accelerator's context is broken (CUDA error): only a new process heals it."""
-
-
-class CommonFault(ValueError):
-    """What fails whoever it is done for: base model, recogniser, configuration, memory. No fault of one person."""
 
 
 class LoRAMaker:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_diffusion.corpus import CorpusReader, Person, ShardPlan, ShardWriter
+from lora_diffusion.factory.attempts import Attempts
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
-from lora_diffusion.factory.isolate import Attempts, make_group
+from lora_diffusion.factory.isolate import make_group
 from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.storage import open_store
 

@@ -24,19 +24,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_diffusion.config import relative, to_dict
 from lora_diffusion.corpus import CorpusReader, Manifest, ShardPlan, finish_corpus
-from lora_diffusion.factory import (
-    BrokenDeviceError,
-    CorpusConfig,
-    DeviceError,
-    InMemoryAttempts,
-    LoRAMaker,
-    PersonEmbedder,
-    PersonRef,
-    ShardMaker,
-    embed_people,
-    planning,
-    report,
-)
+from lora_diffusion.factory import planning, report
+from lora_diffusion.factory.attempts import InMemoryAttempts
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.errors import BrokenDeviceError, DeviceError
+from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.jobs.causes import RunAgain, find_cause
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
@@ -154,11 +146,15 @@ class Embed:
     """Ray Data's view of `PersonEmbedder`."""
 
     def __init__(self, config: CorpusConfig, picture_size: int, ledger: Any) -> None:
+        from lora_diffusion.factory.embed import PersonEmbedder
+
         self.embed = PersonEmbedder(config, picture_size)
         self.embed.check(CorpusReader(config.output).manifest)
         self.attempts, self.max_deaths = LedgerOf(ledger), config.workers.max_deaths
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        from lora_diffusion.factory.isolate import embed_people
+
         shard, people = unpack(table)
         placed = list(zip(shard.positions, people, strict=True))
         return pack((shard, embed_people(self.embed, placed, self.attempts, self.max_deaths)))
@@ -168,6 +164,8 @@ class Make:
     """Ray Data's view of `ShardMaker`. The rows stay in the shard; Ray carries only counts on."""
 
     def __init__(self, config: CorpusConfig, ledger: Any) -> None:
+        from lora_diffusion.factory.shard import ShardMaker
+
         self.make = ShardMaker(config, LedgerOf(ledger))
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -197,7 +195,7 @@ def finish(begun: CorpusRun, progress: report.Progress) -> None:
     if pending:
         store.write(SUMMARY, (text + "\n").encode())
         if any(info.num_people for info in infos):
-            sheet = small_task(config, config.workers.finetune_gpus)(report.contact_sheet)
+            sheet = small_task(config, config.workers.finetune_gpus)(draw_contact_sheet)
             store.write(CONTACT_SHEET, ray.get(sheet.remote(config, list(begun.people.values()))))
             print(f"contact sheet: {store.uri}/{CONTACT_SHEET}")
 
@@ -207,8 +205,17 @@ def small_task(config: CorpusConfig, gpus: float = 0) -> Any:
     return ray.remote(num_cpus=config.workers.embed_cpus, num_gpus=gpus, max_calls=1)
 
 
+def draw_contact_sheet(config: CorpusConfig, people: list[PersonRef]) -> bytes:
+    """A task for the same reason."""
+    from lora_diffusion.factory.contact_sheet import contact_sheet
+
+    return contact_sheet(config, people)
+
+
 def describe(config: CorpusConfig) -> tuple[Manifest, int]:
     """Manifest and picture size. A task, because a driver may have neither the models nor the memory for them."""
+    from lora_diffusion.factory.make import LoRAMaker
+
     maker = LoRAMaker(dataclasses.replace(config, device="cpu"))
     maker.try_out()
     return maker.manifest(Manifest.find(open_store(config.output))), maker.base.image_size

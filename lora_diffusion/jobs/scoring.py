@@ -18,7 +18,7 @@ from lora_diffusion.evaluation import EvaluationConfig, PhotoEmbedder, Scorer
 from lora_diffusion.evaluation.held_out import EmbeddedPhotos, Floats, Setup
 from lora_diffusion.evaluation.scoring import PersonScores, Request
 from lora_diffusion.evaluation.wire import pack, unpack
-from lora_diffusion.factory import PersonRef
+from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.jobs.local_ray import Need, rows_of
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel

@@ -12,25 +12,21 @@ The same command goes on where a killed one stopped, to the same losses. <output
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.fs
-import ray
 import ray.train
 import ray.train.torch
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from lora_diffusion.artifacts.provenance import commit
 from lora_diffusion.config import from_dict, to_dict
-from lora_diffusion.jobs.causes import find_cause
+from lora_diffusion.jobs.board import new_board, show_while
 from lora_diffusion.jobs.local_ray import Need, connect
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
-from lora_diffusion.synthesis.training.dataset import RowCache, read_rows
+from lora_diffusion.synthesis.training.dataset import RowCache, fill_cache
 from lora_diffusion.synthesis.training.pictures.recipe import PictureTraining
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
@@ -51,7 +47,7 @@ def run(config: TrainConfig, ray_address: str) -> None:
     keys = "workers.num_workers, cpus and use_gpu"
     connect(ray_address, [Need("training", keys, need.cpus, float(need.use_gpu), need.num_workers)])
     snapshot = begin(config)
-    board: Any = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = new_board()
     between: Any = (need.num_workers, need.max_workers) if need.max_workers else need.num_workers
     settings: dict[str, Any] = {"worker_runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(need.cpus)}}}
     trainer = TorchTrainer(
@@ -73,37 +69,8 @@ def run(config: TrainConfig, ray_address: str) -> None:
             **settings,
             **storage(open_store(config.output)),
         ),
-        # Not split: each machine caches all rows, if it has not yet.
-        datasets={} if snapshot is None else {"corpus": rows_of(snapshot)},
-        dataset_config=DataConfig(datasets_to_split=[]),
     )
-    fit(trainer, board)
-    problem = ray.get(board.problem.remote())
-    if problem:
-        raise ValueError(problem)
-
-
-def fit(trainer: TorchTrainer, board: Any) -> None:
-    """`trainer.fit()`, with what the workers say. Not on the main thread: there Ray takes Ctrl-C for itself."""
-    raised: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while True:
-        thread.join(1.0)
-        over = not thread.is_alive()
-        for line in ray.get(board.take.remote()):
-            print(line, flush=True)
-        if over:
-            break
-    if raised:
-        raise raised[0]
+    show_while(trainer.fit, board)
 
 
 def storage(store: Store) -> dict[str, Any]:
@@ -112,40 +79,6 @@ def storage(store: Store) -> dict[str, Any]:
         return {"storage_path": store.root}
     filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.filesystem))
     return {"storage_path": store.root, "storage_filesystem": filesystem}
-
-
-def rows_of(snapshot: CorpusSnapshot) -> ray.data.Dataset:
-    """All rows of the corpus, a block for each row group, read when a worker asks for them."""
-    shards = [{"shard": index} for index in snapshot.shards]
-
-    def read(shards: pa.Table) -> Iterator[pa.Table]:
-        for index in shards["shard"].to_pylist():
-            yield from read_rows(snapshot, index)
-
-    # No CPU of its own: reading waits for the store, and the workers may hold all CPUs that there are.
-    blocks = ray.data.from_items(shards, override_num_blocks=len(shards))
-    return blocks.map_batches(read, batch_format="pyarrow", num_cpus=0)
-
-
-class Board:
-    """What the workers say, kept until the driver shows it. An actor."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.error = ""
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def take(self) -> list[str]:
-        lines, self.lines = self.lines, []
-        return lines
-
-    def fail(self, message: str) -> None:
-        self.error = self.error or message
-
-    def problem(self) -> str:
-        return self.error
 
 
 def worker(values: dict[str, Any]) -> None:
@@ -174,7 +107,7 @@ def worker(values: dict[str, Any]) -> None:
         if values["snapshot"] is not None:
             snapshot = CorpusSnapshot.from_dict(values["snapshot"])
             cache = RowCache(snapshot, config.data.cache)
-            fill(cache, group)
+            fill_cache(cache, group)
             rows = cache.open(config.data)
             if group.rank == 0:
                 left = ", ".join(f"{count} × {name}" for name, count in rows.left_out.items()) or "none"
@@ -186,18 +119,3 @@ def worker(values: dict[str, Any]) -> None:
             PictureTraining(config, store, group, **told).run()
     except ValueError as error:
         board.fail.remote(str(error))
-
-
-def fill(cache: RowCache, group: Group) -> None:
-    """The first worker of each machine copies the corpus to its disk, as Ray Data streams it in."""
-    error: Exception | None = None
-    if group.local_rank == 0 and not cache.complete:
-        try:
-            cache.begin()
-            dataset = ray.train.get_dataset_shard("corpus")
-            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                cache.put(table)
-            cache.finish()
-        except Exception as caught:
-            error = find_cause(caught) or caught  # type: ignore[assignment]
-    group.agree(error)

@@ -13,17 +13,19 @@ flattened, its B (O, R) peft's 1 x 1 convolution.
 Axes: K identities together, N vector length, R rank, I / O features in / out.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # a driver or a reader of shards needs no torch, which takes seconds to import
+    import numpy.typing as npt
+    from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 
@@ -49,7 +51,7 @@ class LoRAEntry:
         return (channels, *self.kernel), (self.out_features, *(1 for _ in self.kernel))
 
 
-Vector: TypeAlias = Tensor | npt.NDArray[Any]
+Vector: TypeAlias = "Tensor | npt.NDArray[Any]"
 LayerShape: TypeAlias = tuple[int, int] | tuple[int, int, tuple[int, int]]
 """(features in, features out) of a linear layer; (channels in, channels out, (height, width)) of a convolution."""
 
@@ -74,7 +76,7 @@ class LoRALayout:
         rank: int = 1,
         target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
         alpha: float = 1.0,
-    ) -> "LoRALayout":
+    ) -> LoRALayout:
         """Layout of rank-`rank` LoRAs on all linear layers and convolutions whose names end in one of `target_modules`.
 
         A target matches whole path parts, as in peft: "to_q" matches "mid_block.attn1.to_q", not "my_to_q".
@@ -106,7 +108,7 @@ class LoRALayout:
     @classmethod
     def from_shapes(
         cls, shapes: Mapping[str, LayerShape], *, rank: int, alpha: float, target_modules: Sequence[str]
-    ) -> "LoRALayout":
+    ) -> LoRALayout:
         """Layout over layers given as name -> shape, in any order."""
         if rank < 1:
             raise ValueError(f"rank is {rank}; a LoRA needs a rank of at least 1")
@@ -186,10 +188,14 @@ class LoRALayout:
                     f"the layout expects (K, R, I) = {expected[0]} and (K, O, R) = {expected[1]}"
                 )
             pieces += [A_KRI.reshape(K, -1), B_KOR.reshape(K, -1)]
+        import torch
+
         return torch.cat(pieces, dim=1)
 
     def mask_B(self) -> Tensor:
         """Boolean (N,): True where the vector holds a B matrix. With A shared and frozen these are what is learned."""
+        import torch
+
         is_B = torch.tensor([False, True]).repeat(len(self.entries))
         return is_B.repeat_interleave(torch.tensor(self.split_sizes))
 
@@ -203,6 +209,8 @@ class LoRALayout:
 
     def as_vector(self, values_N: Vector) -> Tensor:
         """One vector (N,) on the CPU, without gradient. Raises ValueError for another shape, or numbers that are no floats."""
+        import torch
+
         tensor = torch.as_tensor(values_N).detach().cpu()
         if tuple(tensor.shape) != (self.size,) or not tensor.is_floating_point():
             raise ValueError(
@@ -228,7 +236,7 @@ class LoRALayout:
         return {**self._fields(), "size": self.size, "layout_id": self.layout_id}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "LoRALayout":
+    def from_dict(cls, data: Mapping[str, Any]) -> LoRALayout:
         """Inverse of `to_dict`.
 
         Raises:
@@ -258,6 +266,8 @@ class LoRALayout:
 
 def shape_of(module: nn.Module | None) -> LayerShape | None:
     """Shape of a layer that can carry a LoRA: linear, or a convolution over zero padding without groups or dilation."""
+    from torch import nn
+
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.dilation != (1, 1):

@@ -29,7 +29,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from lora_diffusion.synthesis.linear_guess import SMALLEST_VARIANCE, LinearGuess
@@ -178,6 +177,8 @@ class Denoiser(nn.Module):
         return answer_BZ
 
     def _embed_time(self, timesteps_B: Tensor) -> Tensor:
+        from diffusers.models.embeddings import get_timestep_embedding  # here: diffusers takes seconds to import
+
         W = self.config.condition_width
         waves_BW = get_timestep_embedding(timesteps_B, W, flip_sin_to_cos=True, downscale_freq_shift=0)
         return self.embed_time(waves_BW.to(self.no_face_W.dtype))

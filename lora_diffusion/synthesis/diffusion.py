@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from lora_diffusion.lora.objective import NoiseSchedule
@@ -59,6 +58,8 @@ class Diffusion(nn.Module):
     factor_ZZ: Tensor | None
 
     def __init__(self, config: DiffusionConfig, factor_ZZ: Tensor | None = None) -> None:
+        from diffusers import DDPMScheduler  # here: diffusers takes seconds to import
+
         super().__init__()
         if (config.prior == "corpus") != (factor_ZZ is not None):
             raise ValueError(
@@ -87,6 +88,8 @@ class Diffusion(nn.Module):
 
     def sampler(self) -> Any:
         """A new scheduler for one call of `sample_codes`: DPM-Solver keeps state from step to step."""
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
         if self.config.sampler == "dpm":
             return DPMSolverMultistepScheduler(**self._schedule(), timestep_spacing="trailing", lower_order_final=True)
         return DDIMScheduler(**self._schedule(), timestep_spacing="trailing", clip_sample=False)

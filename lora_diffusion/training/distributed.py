@@ -6,6 +6,7 @@ all of it works for one worker alone.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 Parallel = Literal["ddp", "fsdp"]
 CPU = torch.device("cpu")
@@ -82,14 +82,16 @@ class Group:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of one that may be split over the workers. Then all workers must call it."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if _is_split(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Write a full tensor into one that may be split over the workers; all workers have the same `source`."""
-    if isinstance(target, DTensor):
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    if _is_split(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
     target.copy_(source)
 
 
@@ -100,6 +102,12 @@ def like_parameter(source: Tensor, parameter: Tensor) -> Tensor:
     copy = torch.empty_like(parameter)
     copy_whole(copy, source)
     return copy
+
+
+def _is_split(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. What defines these takes seconds to import, and only FSDP makes them."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
 def _shard(module: nn.Module, group: Group) -> nn.Module:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from lora_diffusion.training.distributed import Group
+    from lora_diffusion.training.distributed import Group
 
 
 class Meter:
@@ -37,6 +38,8 @@ class Meter:
 
     def means(self, group: Group) -> dict[str, float]:
         """Means over all rows of all workers since the last call."""
+        import torch
+
         names = sorted(self.sums)
         total = group.sum(torch.stack([self.sums[name].double().cpu() for name in names]))
         means = {name: float(value) / self.rows for name, value in zip(names, total, strict=True)}

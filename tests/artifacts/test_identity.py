@@ -29,7 +29,11 @@ from lora_diffusion.evaluation.held_out import PhotoEmbedder, Setup, choose
 from lora_diffusion.evaluation.methods import check_fit
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, folder_fingerprint
 from lora_diffusion.faces.photos import load_photo
-from lora_diffusion.factory import CorpusConfig, InMemoryAttempts, LoRAMaker, PersonEmbedder, ShardMaker
+from lora_diffusion.factory.attempts import InMemoryAttempts
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.embed import PersonEmbedder
+from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.factory.shard import ShardMaker
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel

@@ -12,6 +12,7 @@ import pytest
 from insightface.app import FaceAnalysis
 
 from lora_diffusion.faces.choice import FaceError
+from lora_diffusion.faces.crops import TEMPLATE
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder, mean_embedding, model_folder
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.faces.search import FaceEmbedding
@@ -175,3 +176,10 @@ def test_a_wrong_setting_is_named(config: EmbedderConfig, message: str) -> None:
 def test_a_face_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(FaceError("no_face", "none")))
     assert (error.reason, str(error)) == ("no_face", "none")
+
+
+def test_the_template_is_arcfaces() -> None:
+    from insightface.utils.face_align import arcface_dst
+
+    np.testing.assert_array_equal(TEMPLATE, arcface_dst)
+    assert TEMPLATE.dtype == arcface_dst.dtype

@@ -17,19 +17,14 @@ from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.corpus import CorpusReader, Failure, Person, ShardPlan, open_corpus
 from lora_diffusion.faces.embedder import mean_embedding
-from lora_diffusion.factory import (
-    CommonFault,
-    CorpusConfig,
-    EmbeddedPerson,
-    InMemoryAttempts,
-    LoRAMaker,
-    PersonEmbedder,
-    PersonRef,
-    ShardMaker,
-)
-from lora_diffusion.factory.config import PhotoConfig
-from lora_diffusion.factory.embed import mean_pairwise_cosine, square_picture
+from lora_diffusion.factory.attempts import InMemoryAttempts
+from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
+from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder, mean_pairwise_cosine, square_picture
+from lora_diffusion.factory.errors import CommonFault
 from lora_diffusion.factory.isolate import embed_people
+from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.factory.people import PersonRef
+from lora_diffusion.factory.shard import ShardMaker
 from lora_diffusion.storage import open_store
 
 

@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 from small_corpus import MANIFEST
 
-from lora_diffusion.factory import CorpusConfig, planning
+from lora_diffusion.factory import planning
+from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.people import Found, PersonRef, RawPhoto, open_people
 from lora_diffusion.factory.planning import find
 from lora_diffusion.storage import open_store

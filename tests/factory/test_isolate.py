@@ -10,17 +10,11 @@ import pytest
 from PIL import Image
 
 from lora_diffusion.corpus import Failure, Person
-from lora_diffusion.factory import (
-    BrokenDeviceError,
-    CommonFault,
-    DeviceError,
-    EmbeddedPerson,
-    InMemoryAttempts,
-    PersonRef,
-    embed_people,
-    make_group,
-)
-from lora_diffusion.factory.isolate import stand_in
+from lora_diffusion.factory.attempts import InMemoryAttempts
+from lora_diffusion.factory.embed import EmbeddedPerson
+from lora_diffusion.factory.errors import BrokenDeviceError, CommonFault, DeviceError
+from lora_diffusion.factory.isolate import embed_people, make_group, stand_in
+from lora_diffusion.factory.people import PersonRef
 
 PEOPLE = [EmbeddedPerson(i, f"p{i}", embedding=np.ones(512, np.float32)) for i in range(4)]
 

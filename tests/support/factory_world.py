@@ -9,15 +9,13 @@ from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, finish_corpus
-from lora_diffusion.factory import (
-    CorpusConfig,
-    InMemoryAttempts,
-    LoRAMaker,
-    PersonEmbedder,
-    ShardMaker,
-    embed_people,
-    planning,
-)
+from lora_diffusion.factory import planning
+from lora_diffusion.factory.attempts import InMemoryAttempts
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.embed import PersonEmbedder
+from lora_diffusion.factory.isolate import embed_people
+from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.factory.shard import ShardMaker
 from lora_diffusion.world.people.dataset import FacesConfig, FacesFolder, FacesWriter
 
 PEOPLE = range(20_000, 20_008)

@@ -1,8 +1,7 @@
 """A corpus as training data: read shard by shard, checked, and cached on local disk, where each row is one seek away.
 
 Training wants rows in random order, and every worker wants the same order whatever their number. Parquet in a bucket gives
-neither, so each machine copies the vectors once into a flat file that is memory-mapped. Whoever feeds `RowCache.put` is
-free in how: `fill_cache` here reads with threads; `jobs/train.py` streams the same tables through Ray Data.
+neither, so each machine copies the vectors once into a flat file that is memory-mapped.
 
 Axes: P rows (people), Q photos of all of them, F photos of one, N vector length, C embedding length (512).
 """
@@ -31,6 +30,7 @@ from lora_diffusion.corpus.plan import shard_name
 from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
 from lora_diffusion.storage import Place, Store, local_place, open_store
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, damaged, take_snapshot
+from lora_diffusion.training.distributed import Group
 
 __all__ = [
     "CorpusRows",
@@ -116,7 +116,7 @@ def _reasons(table: pa.Table) -> np.ndarray:
 class RowCache:
     """The rows of a snapshot on this machine's disk: vectors as one flat file, the rest beside it.
 
-    One process fills it (`put` in any order, then `finish`); it is worth nothing before `finish`. Any number may read.
+    One process fills it (`put` in any order, also from threads, then `finish`); it is worth nothing before `finish`. Any number may read.
     """
 
     def __init__(self, snapshot: CorpusSnapshot, folder: str = "") -> None:
@@ -196,16 +196,32 @@ class RowCache:
         return np.memmap(self.folder / f"{name}.bin", np.dtype(self.snapshot.vector_dtype), mode, shape=shape)
 
 
-def fill_cache(cache: RowCache, threads: int = 4) -> None:
-    """Fill from the corpus by threads of this process; nothing to do if it is filled already."""
-    if cache.complete:
-        return
+def fill_cache(cache: RowCache, group: Group | None = None, threads: int = 4) -> None:
+    """Fill from the corpus by threads, each with a row group in memory; nothing to do if it is filled already.
+
+    `group`: the first worker of each machine fills, the others wait. Raises ValueError on all of them if one cannot.
+    """
+    group = group or Group()
+    error: Exception | None = None
+    if group.local_rank == 0 and not cache.complete:
+        try:
+            _fill(cache, threads)
+        except Exception as caught:
+            error = caught
+    group.agree(error)
+
+
+def _fill(cache: RowCache, threads: int) -> None:
     cache.begin()
     store = open_store(cache.snapshot.uri)
+
+    def copy(index: int) -> None:
+        for table in read_rows(cache.snapshot, index, store):
+            cache.put(table)
+
     with ThreadPoolExecutor(threads) as pool:
-        for tables in pool.map(lambda index: list(read_rows(cache.snapshot, index, store)), cache.snapshot.shards):
-            for table in tables:
-                cache.put(table)
+        for _ in pool.map(copy, cache.snapshot.shards):
+            pass
     cache.finish()
 
 

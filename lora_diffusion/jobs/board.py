@@ -1,0 +1,62 @@
+"""What workers say, on its way to the driver's terminal. Light: an actor imports its module, and this one needs only Ray."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+
+class Board:
+    """Lines, kept until the driver shows them, and the first error. An actor."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.error = ""
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        lines, self.lines = self.lines, []
+        return lines
+
+    def fail(self, message: str) -> None:
+        self.error = self.error or message
+
+    def problem(self) -> str:
+        return self.error
+
+
+def new_board() -> Any:
+    return ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+
+
+def show_while(work: Callable[[], object], board: Any) -> None:
+    """`work()`, with what the workers say. Not on the main thread: there Ray takes Ctrl-C for itself.
+
+    Raises what `work` raises, and ValueError with the first error that a worker reported.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while True:
+        thread.join(1.0)
+        over = not thread.is_alive()
+        for line in ray.get(board.take.remote()):
+            print(line, flush=True)
+        if over:
+            break
+    if raised:
+        raise raised[0]
+    if problem := ray.get(board.problem.remote()):
+        raise ValueError(problem)
