@@ -23,6 +23,7 @@ from lora_diffusion.serving.config import LimitsConfig
 log = logging.getLogger("lora_diffusion.serve")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TIMEOUT = "X-Request-Timeout-Seconds"
+PROXY_SECONDS = 0.25  # for the way back through Serve's proxy, on a busy machine
 GRACE_SECONDS = 2.0  # an answer that has begun says itself that its time is up; this is for one that hangs
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 
@@ -152,7 +153,7 @@ class Deadline(Layer):
         if not 0 < seconds < math.inf:
             message = "is not a number of seconds above 0"
             raise ApiError("invalid_request", f"{TIMEOUT} {message}.", errors=[{"where": TIMEOUT, "message": message}])
-        return min(seconds - min(max(0.05 * seconds, 0.05), 0.5 * seconds), self._limits.max_seconds)
+        return min(seconds - min(max(0.05 * seconds, PROXY_SECONDS), 0.5 * seconds), self._limits.max_seconds)
 
 
 class Lenient(Layer):
