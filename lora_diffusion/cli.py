@@ -236,7 +236,7 @@ def ask_server(args: argparse.Namespace) -> Outcome:
         with Client(args.server, api_key=key, timeout=args.timeout) as client:
             if not args.num_images:
                 names = ("seed", "faces")
-                lora = client.loras(args.photos, **{n: settings[n] for n in names if n in settings})[0]  # type: ignore[misc]
+                lora = client.loras(args.photos, **{n: settings[n] for n in names if n in settings})[0]
                 return Outcome(client.download(lora, args.format).data, lora.seed, [])
             made = client.personalize(
                 args.photos, args.prompt, format=args.format, num_images=args.num_images, **settings

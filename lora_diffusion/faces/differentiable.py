@@ -117,13 +117,13 @@ def _slice(inputs: list[Any], a: dict[str, Any]) -> Tensor:
 def _split(inputs: list[Any], a: dict[str, Any]) -> tuple[Tensor, ...]:
     x, axis = inputs[0], a.get("axis", 0)
     if len(inputs) > 1 and inputs[1] is not None:
-        return x.split(inputs[1].tolist(), axis)  # type: ignore[no-any-return]
-    return x.chunk(a.get("num_outputs", 2), axis)  # type: ignore[no-any-return]
+        return x.split(inputs[1].tolist(), axis)
+    return x.chunk(a.get("num_outputs", 2), axis)
 
 
 def _reshape(inputs: list[Any], a: dict[str, Any]) -> Tensor:
     x, shape = inputs[0], inputs[1].tolist()
-    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])  # type: ignore[no-any-return]
+    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
 
 
 def _average_pool(inputs: list[Any], a: dict[str, Any]) -> Tensor:

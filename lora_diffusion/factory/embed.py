@@ -122,7 +122,7 @@ class PersonEmbedder:
             position,
             person.identity,
             pictures=pictures,
-            captions=tuple(captions) if all(captions) else None,  # type: ignore[arg-type]
+            captions=tuple(captions) if all(captions) else None,
             face_boxes=np.stack(boxes),
             embedding=mean_embedding(vectors_PE),
             photo_embeddings=vectors_PE,

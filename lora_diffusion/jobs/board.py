@@ -31,7 +31,7 @@ class Board:
 
 
 def new_board() -> Any:
-    return ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    return ray.remote(Board).options(num_cpus=0).remote()
 
 
 def show_while(work: Callable[[], object], board: Any) -> None:
