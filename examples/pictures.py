@@ -1,9 +1,12 @@
-"""For the notebooks: pictures of 64 pixels, enlarged and labelled. Importing it also turns off progress bars and notices."""
+"""For the notebooks: pictures, enlarged and labelled, and commands. Importing it also turns off progress bars and notices."""
 
 from __future__ import annotations
 
 import io
 import os
+import shlex
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 
@@ -53,3 +56,21 @@ def show(
     file = io.BytesIO()
     grid(rows, left, labels, side).save(file, "JPEG", quality=88)
     return Shown(file.getvalue(), format="jpeg")
+
+
+def sheet(path: str, width: int = 900) -> Shown:
+    """A picture of a file, as a small JPEG."""
+    picture = Image.open(path).convert("RGB")
+    file = io.BytesIO()
+    picture.resize((width, picture.height * width // picture.width)).save(file, "JPEG", quality=88)
+    return Shown(file.getvalue(), format="jpeg")
+
+
+def shell(command: str) -> None:
+    """Run a command, print it and what it says, with paths as seen from here. Raises CalledProcessError."""
+    print(f"$ {command}")
+    words = [sys.executable, "-W", "ignore", "-m", "lora_diffusion.cli", *shlex.split(command)[1:]]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = done.stdout.replace(f"{os.getcwd()}/", "")
+    print("\n".join(line for line in said.splitlines() if "core_worker.cc" not in line))
+    done.check_returncode()

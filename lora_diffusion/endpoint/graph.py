@@ -1,8 +1,12 @@
-"""The graph on Ray Serve: a gateway, four stages that scale each by its own load, and the library.
+"""The graph on Ray Serve. `graph: stages`: a gateway, four stages that scale each by its own load, and the library.
 
 photo ─► Gateway ─► Embedder ─► Denoiser ─► Decoder ─► Library (codes)
                         ▲                      ▲
                         └────── scores ──── Renderer ─► pictures
+
+`graph: fused`: two processes, for models so small that a call from process to process costs more than the work.
+
+photo ─► Gateway with embedder, denoiser, decoder and library ─► vector ─► Renderer with an embedder ─► pictures
 
 serve run serve/app.py                                   # configs/serve_tiny.yaml
 serve run lora_diffusion.endpoint.graph:build config=configs/serve_sd15.yaml limits.max_images=4
@@ -12,6 +16,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +29,18 @@ from ray.serve.handle import DeploymentHandle
 from lora_diffusion.config import load_config, placed
 from lora_diffusion.endpoint.access import read_keys
 from lora_diffusion.endpoint.api import build_api
+from lora_diffusion.endpoint.local import local_stages
 from lora_diffusion.endpoint.logs import set_up_logs
 from lora_diffusion.endpoint.metrics import Metrics
 from lora_diffusion.endpoint.remote import remote
 from lora_diffusion.endpoint.studio import Studio
+from lora_diffusion.serving.batcher import Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.faces import Embedder
 from lora_diffusion.serving.library import Library
+from lora_diffusion.serving.messages import DrawnImage, DrawTask, LoRARecord, Progress
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
+from lora_diffusion.serving.stages import DecoderStage, RendererStage
 
 DEFAULT_CONFIG = "configs/serve_tiny.yaml"
 ENVIRONMENT = "LORA_DIFFUSION_SERVE"
@@ -54,6 +64,49 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._studio, echo_request_id=False)
+
+
+@serve.ingress()
+class FusedGateway:
+    """HTTP in, HTTP out, and all that leads to a LoRA: each stage in a thread of its own. One replica: it holds the library."""
+
+    def __init__(self, config: ServeConfig, renderer: DeploymentHandle[Any]) -> None:
+        set_up_logs()
+        self._stages = local_stages(config)
+        drawing = WithVectors(remote(Renderer, renderer), self._stages["decoder"])
+        self._studio = Studio(config, Metrics(), renderer=drawing, **self._stages)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._studio, echo_request_id=False)
+
+    async def reconfigure(self, options: Mapping[str, Any]) -> None:
+        """Serve calls this with `user_config`, as the stages'."""
+        for name in ("decoder", "denoiser"):  # in this order: then no code comes before who decodes it
+            await self._stages[name].reconfigure(options)
+
+
+class WithVectors:
+    """A renderer that gets each LoRA as its vector (4 N bytes) and needs no decoder."""
+
+    def __init__(self, renderer: RendererStage, decoder: DecoderStage) -> None:
+        self._renderer, self._decoder = renderer, decoder
+
+    async def draw(self, task: DrawTask, deadline: float) -> AsyncGenerator[Progress | DrawnImage | Timing, None]:
+        record = LoRARecord(vector_N=await self._decoder.vector(task.lora_id, task.record, deadline))
+        async with aclosing(self._renderer.draw(replace(task, record=record), deadline)) as events:
+            async for event in events:
+                yield event
+
+    async def describe(self) -> dict[str, Any]:
+        return await self._renderer.describe()
+
+    async def ready(self) -> bool:
+        return await self._renderer.ready()
+
+
+class FusedRenderer(Renderer):
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(config, None, Embedder(config))
 
 
 class DecoderReplica(Decoder):
@@ -91,6 +144,12 @@ def build(arguments: dict[str, Any]) -> Application:
     read_keys(config.access)  # refused here, and not in a replica that is started again and again
     if unknown := sorted(set(options) - DEPLOYMENTS):
         raise ValueError(f"deployments: there is no {unknown[0]!r}; there are {', '.join(sorted(DEPLOYMENTS))}")
+    if config.graph == "fused":
+        if options.get("Gateway", {}).get("num_replicas") != 1:
+            raise ValueError(
+                "graph=fused keeps the library in the gateway: set deployments.Gateway.num_replicas=1, or graph=stages"
+            )
+        return bind("Gateway", FusedGateway, renderer=bind("Renderer", FusedRenderer))
     library = bind("Library", Library)
     embedder = bind("Embedder", Embedder)
     decoder = bind("Decoder", DecoderReplica, library=library)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 
 from lora_diffusion.endpoint.api import build_api
@@ -13,19 +15,22 @@ from lora_diffusion.serving.library import Library
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
 
 
+def local_stages(config: ServeConfig) -> dict[str, Any]:
+    """All that leads to a LoRA, by name: embedder, denoiser, decoder, library. Each works in a thread of its own."""
+    library = Library(config)
+    return {
+        "embedder": Embedder(config),
+        "denoiser": Denoiser(config),
+        "decoder": Decoder(config, library),
+        "library": library,
+    }
+
+
 def local_studio(config: ServeConfig) -> Studio:
-    """A studio whose stages are objects here. Work runs in one thread for each stage."""
-    library, embedder = Library(config), Embedder(config)
-    decoder = Decoder(config, library)
-    return Studio(
-        config,
-        Metrics(),
-        embedder=embedder,
-        denoiser=Denoiser(config),
-        decoder=decoder,
-        renderer=Renderer(config, decoder, embedder),
-        library=library,
-    )
+    """A studio whose stages are objects here."""
+    stages = local_stages(config)
+    renderer = Renderer(config, stages["decoder"], stages["embedder"])
+    return Studio(config, Metrics(), renderer=renderer, **stages)
 
 
 def local_api(config: ServeConfig) -> FastAPI:

@@ -85,7 +85,9 @@ class BatchConfig:
 class ServeConfig:
     """synthesizer: a shipped name, a folder or s3://bucket/prefix. rank, alpha and modules of the LoRAs are its.
 
-    base: where the base model lies, as `synthesizer` or a hub id; None: where the synthesiser's training found it.  # base model: a shipped name, folder, single file, s3:// or hub id
+    base: where the base model lies, as `synthesizer` or a hub id; None: where the synthesiser's training found it.
+    graph: "stages", a deployment for each; "fused": embedder, denoiser, decoder and library in the gateway's process, where
+        models are small. Then `deployments` of these four are not used.
     embedder: keys of `EmbedderConfig`; without `model`, the recogniser that the synthesiser was trained with. Another base
         model or recogniser than the synthesiser's is refused.
     deployments: Ray Serve options by deployment (Gateway, Embedder, Denoiser, Decoder, Renderer, Library).
@@ -93,6 +95,9 @@ class ServeConfig:
 
     base: PlaceOrName | None = None  # base model: a shipped name, folder, single file, s3:// or hub id
     synthesizer: PlaceOrName = "tiny"  # a shipped name, folder or s3://
+    graph: Literal["stages", "fused"] = (
+        "stages"  # of Ray Serve's deployments: one for each stage, or all but the drawing in the gateway
+    )
     licence: str = ""  # shown by /v1/model
     device: str = "cpu"  # of all stages
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base model

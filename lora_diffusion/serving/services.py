@@ -168,9 +168,9 @@ class Decoder:
 
 
 class Renderer:
-    """LoRAs + prompts -> encoded pictures, many people in one running batch."""
+    """LoRAs + prompts -> encoded pictures, many people in one running batch. decoder: for tasks without a vector."""
 
-    def __init__(self, config: ServeConfig, decoder: DecoderStage, embedder: EmbedderStage) -> None:
+    def __init__(self, config: ServeConfig, decoder: DecoderStage | None, embedder: EmbedderStage) -> None:
         import torch
 
         from lora_diffusion.models.stable_diffusion import BaseModel
@@ -195,7 +195,10 @@ class Renderer:
         """Pictures as they are ready, with progress between. Raises ServingError."""
         from lora_diffusion.serving.engine import Picture
 
-        vector_N = await self._decoder.vector(task.lora_id, task.record, deadline)
+        vector_N = None if task.record is None else task.record.vector_N
+        if vector_N is None:
+            assert self._decoder is not None, "no decoder: every task must bring its vector"
+            vector_N = await self._decoder.vector(task.lora_id, task.record, deadline)
         pictures = [
             Picture(vector_N, task.prompt, task.negative_prompt, seed, task.guidance_scale, task.num_inference_steps)
             for seed in task.seeds

@@ -52,7 +52,7 @@ def test_entry_point_is_a_serve_config_and_python_at_once(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_deployment_scales_by_itself_and_has_bounded_queues(path: str) -> None:
-    deployments = options_of(build({"config": path}))
+    deployments = options_of(build({"config": path, "graph": "stages"}))
     assert set(deployments) == DEPLOYMENTS == set(load_config(ServeConfig, ROOT / path).deployments)
     for name in ("Embedder", "Denoiser", "Decoder", "Renderer"):
         config = deployments[name]._deployment_config
@@ -63,7 +63,7 @@ def test_every_deployment_scales_by_itself_and_has_bounded_queues(path: str) -> 
 
 def test_a_replica_that_stops_may_finish_what_it_has() -> None:
     """A request in hand may have to wait for new replicas of the other stages: as long as a request may take."""
-    deployments = options_of(build({"limits.max_seconds": 77, "deployments.Library.graceful_shutdown_timeout_s": 5}))
+    deployments = options_of(build({"graph": "stages", "limits.max_seconds": 77, "deployments.Library.graceful_shutdown_timeout_s": 5}))
     patience = {
         name: deployment._deployment_config.graceful_shutdown_timeout_s for name, deployment in deployments.items()
     }
@@ -71,8 +71,16 @@ def test_a_replica_that_stops_may_finish_what_it_has() -> None:
     assert set(patience.values()) == {77}
 
 
-def test_two_cores_hold_the_tiny_world() -> None:
-    actors = [deployment.ray_actor_options for deployment in options_of(build({})).values()]
+def test_small_models_are_fused_into_the_gateway_and_large_ones_scale_alone() -> None:
+    assert set(options_of(build({"config": CONFIGS[0]}))) == {"Gateway", "Renderer"}
+    assert set(options_of(build({"config": CONFIGS[1]}))) == DEPLOYMENTS
+    with pytest.raises(ValueError, match="num_replicas=1, or graph=stages"):
+        build({"config": CONFIGS[0], "deployments.Gateway": "{num_replicas: 2}"})
+
+
+@pytest.mark.parametrize("graph", ["fused", "stages"])
+def test_two_cores_hold_the_tiny_world(graph: str) -> None:
+    actors = [deployment.ray_actor_options for deployment in options_of(build({"graph": graph})).values()]
     assert sum(options["num_cpus"] for options in actors) <= 2
     assert not any(options.get("num_gpus") for options in actors)
 

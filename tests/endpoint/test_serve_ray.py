@@ -35,11 +35,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.arguments: dict[str, Any] = {
             "synthesizer": str(synthesizer),
+            "graph": "stages",
             "limits.default_seconds": PATIENCE,
             "limits.max_in_flight": 12,
             "deployments.Renderer.autoscaling_config.max_replicas": 1,
         }
         self.user_config: dict[str, Any] = {}
+        self.reloaded = ("Denoiser", "Decoder")
 
     def deploy(self) -> None:
         from ray.serve._private.api import serve_start
@@ -51,7 +53,7 @@ class Server:
         application["args"] |= self.arguments
         if self.user_config:
             application["deployments"] = [
-                {"name": name, "user_config": self.user_config} for name in ("Denoiser", "Decoder")
+                {"name": name, "user_config": self.user_config} for name in self.reloaded
             ]
         config = ServeDeploySchema.model_validate(values)
         client = serve_start(http_options=config.http_options.model_dump(), proxy_location=config.proxy_location)
@@ -291,3 +293,26 @@ def test_new_version_takes_over_without_a_lost_request(server: Server) -> None:
     assert not load.lost
     refused = httpx.post(f"{server.url}/v1/personalize", timeout=PATIENCE, **form(num_images=4))
     assert refused.status_code == 422
+
+
+def test_the_fused_graph_takes_over_draws_and_reloads(server: Server, tmp_path: Path) -> None:
+    """Comes last: from now on two processes do what six did."""
+    old = [replica(name).pid for name in ("Embedder", "Denoiser", "Decoder", "Library")]
+    server.arguments["graph"], server.reloaded = "fused", ("Gateway",)
+    with Load(server) as load:
+        server.deploy()
+        server.wait_until(lambda: not any(psutil.pid_exists(pid) for pid in old))
+        server.wait_until(server.ready)
+    assert not load.lost
+    before = server.model_id()
+    made = httpx.post(f"{server.url}/v1/loras", timeout=PATIENCE, files={"photo": ("p", PHOTO)}).json()["loras"][0]
+    wanted = {"lora": made["id"], "prompt": PROMPT, "num_inference_steps": 3}
+    drawn = httpx.post(f"{server.url}/v1/images", timeout=PATIENCE, json=wanted)
+    assert drawn.status_code == 200, drawn.text
+    server.user_config = {"synthesizer": str(save_synthesizer(tmp_path / "other", seed=2))}
+    process = replica("Gateway").pid
+    server.deploy()
+    server.wait_until(lambda: server.model_id() != before)
+    assert replica("Gateway").pid == process
+    again = httpx.post(f"{server.url}/v1/images", timeout=PATIENCE, json=wanted)
+    assert again.status_code == 200, again.text  # made by the synthesiser before, which is still there
