@@ -39,7 +39,7 @@ demo: $(READY)
 
 # http://127.0.0.1:8000 until Ctrl-C
 serve: $(READY)
-	RAY_ADDRESS=local $(BIN)/serve run serve/app.py
+	$(BIN)/lora-diffusion serve
 
 # Two processes, as many as cores: a third is no faster. A file stays in one, as its tests share a Ray and what was trained.
 test: $(READY)

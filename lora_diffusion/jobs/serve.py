@@ -18,6 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -33,6 +34,9 @@ class Config(ServeConfig):
 
     host: str = "127.0.0.1"  # 0.0.0.0: everybody who can reach this machine; give keys (access.api_keys_env)
     port: int = 8000
+    proxy: Literal["haproxy", "ray"] = (
+        "haproxy"  # before the gateway; Ray's own is slower, and does not bound what waits
+    )
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,15 +50,23 @@ def dry_run(config: Config) -> str:
 def run(config: Config, ray_address: str) -> None:
     """Raises ValueError if it ends by itself, MissingExtra for what is not installed."""
     check("serve", "ray", "fastapi", "fastapi_offline", "prometheus_client", "python_multipart")
+    from lora_diffusion.endpoint.haproxy import end_haproxy, haproxy_environment
+
     values, application = to_dict(config), yaml.safe_load(APP.read_text(encoding="utf-8"))
     application["http_options"] = {name: values.pop(name) for name in ("host", "port")}
+    proxy = values.pop("proxy")
     with tempfile.TemporaryDirectory() as folder:
         settings, app = Path(folder) / "settings.yaml", Path(folder) / "app.yaml"
         settings.write_text(to_yaml(from_dict(ServeConfig, values)), encoding="utf-8")
         app.write_text(yaml.safe_dump(application), encoding="utf-8")
         env = {**os.environ, "RAY_ADDRESS": ray_address, HANDED_ON: f"config={shlex.quote(str(settings))}"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)
+        if proxy == "haproxy":
+            env = haproxy_environment(Path(folder)) | env
+        try:
+            code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)
+        finally:
+            end_haproxy(Path(folder))
     if code:
         raise ValueError(f"`serve run` ended with {code}: its last lines say why")
 

@@ -63,7 +63,9 @@ def test_every_deployment_scales_by_itself_and_has_bounded_queues(path: str) -> 
 
 def test_a_replica_that_stops_may_finish_what_it_has() -> None:
     """A request in hand may have to wait for new replicas of the other stages: as long as a request may take."""
-    deployments = options_of(build({"graph": "stages", "limits.max_seconds": 77, "deployments.Library.graceful_shutdown_timeout_s": 5}))
+    deployments = options_of(
+        build({"graph": "stages", "limits.max_seconds": 77, "deployments.Library.graceful_shutdown_timeout_s": 5})
+    )
     patience = {
         name: deployment._deployment_config.graceful_shutdown_timeout_s for name, deployment in deployments.items()
     }

@@ -52,9 +52,7 @@ class Server:
         application = values["applications"][0]
         application["args"] |= self.arguments
         if self.user_config:
-            application["deployments"] = [
-                {"name": name, "user_config": self.user_config} for name in self.reloaded
-            ]
+            application["deployments"] = [{"name": name, "user_config": self.user_config} for name in self.reloaded]
         config = ServeDeploySchema.model_validate(values)
         client = serve_start(http_options=config.http_options.model_dump(), proxy_location=config.proxy_location)
         client.deploy_apps(config, _blocking=False)

@@ -1,6 +1,6 @@
-"""The service as docs/guides/serve.md starts it for load, behind HAProxy: by HTTP, and its page in a real Chromium.
+"""`lora-diffusion serve`, behind HAProxy: by HTTP, and its page in a real Chromium.
 
-One `serve run` for both. The page's tests are skipped where there is no Chromium, HAProxy's where there is none (it comes with
+One endpoint for both. The page's tests are skipped where there is no Chromium, HAProxy's where there is none (it comes with
 Ray on Linux): the page then stands behind Ray's own proxy.
 """
 
@@ -22,9 +22,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from http_endpoint import serve_run
+from http_endpoint import lora_diffusion_serve
 from PIL import Image
-from s3_server import free_port
 from safetensors.torch import load
 from serve_world import base_model, save_synthesizer
 
@@ -53,12 +52,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "limits.default_seconds": PATIENCE,
         "limits.max_in_flight": 12,
     }
-    environment = {
-        "RAY_SERVE_ENABLE_HA_PROXY": str(int(HAPROXY)),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-    }
-    with serve_run(tmp_path_factory.mktemp("serve"), settings, environment) as address:
+    with lora_diffusion_serve(tmp_path_factory.mktemp("serve"), settings) as address:
         yield address
 
 
@@ -69,6 +63,13 @@ def proxies() -> list[psutil.Process]:
 async def ask(client: httpx.AsyncClient, address: str) -> httpx.Response:
     data = {"prompt": "a photo of sks person", "num_inference_steps": "3"}
     return await client.post(f"{address}/v1/personalize", files={"photo": ("p", PHOTO.read_bytes())}, data=data)
+
+
+@behind_haproxy
+def test_nothing_of_it_listens_beyond_this_machine(address: str) -> None:
+    assert {one.laddr.ip for proxy in proxies() for one in proxy.net_connections("tcp") if one.status == "LISTEN"} == {
+        "127.0.0.1"
+    }
 
 
 @behind_haproxy

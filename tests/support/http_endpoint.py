@@ -1,4 +1,4 @@
-"""The endpoint behind real HTTP on loopback: in one process (`in_process`), or as users start it (`serve_run`)."""
+"""The endpoint behind real HTTP on loopback: in one process (`in_process`), or as users start it (`lora_diffusion_serve`)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import uvicorn
-import yaml
 from s3_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -39,21 +38,15 @@ def in_process(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve_run(folder: Path, overrides: dict[str, Any], environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The address of what `serve run` makes of serve/app.py, at a free port, with a Ray of its own.
-
-    overrides: keys of ServeConfig, such as {"limits.max_images": 4}. environment: more variables of the command.
-    """
-    config = yaml.safe_load((ROOT / "serve/app.py").read_text())
-    port = config["http_options"]["port"] = free_port()
-    config["applications"][0]["args"] |= overrides
-    path = folder / "app.yaml"
-    path.write_text(yaml.safe_dump(config))
+def lora_diffusion_serve(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """The address of `lora-diffusion serve`, at a free port, with a Ray of its own. settings: keys of its configuration."""
+    port = free_port()
+    words = [f"{key}={value}" for key, value in {**settings, "port": port}.items()]
     log = folder / "serve.log"
-    env = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    env = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "serve"), "run", str(path)],
+            [str(Path(sys.executable).parent / "lora-diffusion"), "serve", *words],
             cwd=ROOT,
             env=env,
             stdout=output,
@@ -72,9 +65,9 @@ def serve_run(folder: Path, overrides: dict[str, Any], environment: Mapping[str,
     finally:
         with contextlib.suppress(psutil.Error):
             family += family[0].children(recursive=True)
-        process.terminate()  # its Ray goes with it
+        process.terminate()  # its Ray goes with it, and HAProxy
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(60)
         for member in set(family):
             with contextlib.suppress(psutil.Error):
                 member.kill()

