@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py                                    # all, about six minutes on two quiet cores
     python benchmarks/serve.py --only start latency --seconds 20 --set synthesizer=runs/tiny/synthesizer
-    RAY_SERVE_ENABLE_HA_PROXY=1 python benchmarks/serve.py        # behind HAProxy instead of Ray's own proxy
+    python benchmarks/serve.py --set proxy=ray                    # behind Ray's own proxy instead of HAProxy, as `serve run` is
+    python benchmarks/serve.py --set graph=stages                 # a process for each stage
 
-Starts `serve run serve/app.py` on a Ray of its own (port 8000 must be free); the load comes from another process
+Starts `lora-diffusion serve` on a Ray of its own (port 8000 must be free); the load comes from another process
 (benchmarks/load.py). benchmarks/serve_render.py has the figures of the bank. Writes benchmarks/results/serve.json.
 """
 
@@ -40,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 
 class Server:
-    """`serve run serve/app.py`, and everything that it started."""
+    """`lora-diffusion serve`, and everything that it started."""
 
     def __init__(self, settings: list[str]) -> None:
         self.started = time.perf_counter()
@@ -51,10 +52,9 @@ class Server:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TMPDIR": self.folder.name,
             "OMP_NUM_THREADS": "1",
-            "LORA_DIFFUSION_SERVE": " ".join(settings),
         }
         self.log = open(Path(self.folder.name) / "serve.log", "wb")  # noqa: SIM115
-        command = [str(Path(sys.executable).with_name("serve")), "run", "serve/app.py"]
+        command = [str(Path(sys.executable).with_name("lora-diffusion")), "serve", *settings]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **environment}, stdout=self.log, stderr=self.log
         )
@@ -146,7 +146,8 @@ def bare(settings: list[str], rate: float, repeats: int = 120) -> dict[str, floa
     from lora_diffusion.serving.messages import DecodeTask, LatentTask
 
     torch.set_num_threads(1)
-    config = load_config(ServeConfig, ROOT / "configs/serve_tiny.yaml", settings)
+    ours = [word for word in settings if not word.startswith("proxy=")]  # a key of the command
+    config = load_config(ServeConfig, ROOT / "configs/serve_tiny.yaml", ours)
     faces, latents, vectors = FaceStage(config), LatentStage(config), VectorStage(config)
     photos = [path.read_bytes() for path in sorted((ROOT / "tests/data/faces").glob("*.png"))]
     sampling, times = config.sampling, []
@@ -220,7 +221,7 @@ def main() -> None:
         if "crash" in args.only:
             result["crash"] = {
                 "renderer": crash(server, "Renderer", "personalize"),
-                "decoder": crash(server, "Decoder", "loras"),
+                "gateway": crash(server, "Gateway", "loras"),
             }
     finally:
         server.stop()
