@@ -12,13 +12,14 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.jobs.serve import Config as CommandConfig
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.synthesis.training.train_config import TrainConfig
 
@@ -100,14 +101,23 @@ def repr_of(value: Any) -> str:
     return '""' if value == "" else str(value)
 
 
+def table(found: Iterable[tuple[str, str, str, str]]) -> Iterator[str]:
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    for row in found:
+        cells = [f"`{cell}`" if i < 3 else cell for i, cell in enumerate(row)]
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
 def page() -> str:
     parts = [HEAD]
     for job, cls in JOBS.items():
         parts.append(f"\n## {job}\n\n{inspect.cleandoc(cls.__doc__ or '').splitlines()[0]}\n")
-        parts.append("| key | type | default | meaning |\n|---|---|---|---|")
-        for row in rows(cls):
-            cells = [f"`{cell}`" if i < 3 else cell for i, cell in enumerate(row)]
-            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts += table(rows(cls))
+    parts.append("\n## lora-diffusion serve\n\nTakes the keys of serve/app.py, and where it listens.\n")
+    own = {field.name for field in dataclasses.fields(CommandConfig)} - {
+        f.name for f in dataclasses.fields(ServeConfig)
+    }
+    parts += table(row for row in rows(CommandConfig) if row[0] in own)
     return "\n".join(parts) + "\n"
 
 

@@ -30,13 +30,14 @@ from lora_diffusion.serving.config import ServeConfig
 
 @dataclass(frozen=True)
 class Config(ServeConfig):
-    """Settings of the endpoint, and where it listens."""
+    """Settings of the endpoint, and where it listens.
+
+    proxy: before the gateway; Ray's own is slower, and does not bound what waits. Where there is no HAProxy it is Ray's.
+    """
 
     host: str = "127.0.0.1"  # 0.0.0.0: everybody who can reach this machine; give keys (access.api_keys_env)
-    port: int = 8000
-    proxy: Literal["haproxy", "ray"] = (
-        "haproxy"  # before the gateway; Ray's own is slower, and does not bound what waits
-    )
+    port: int = 8000  # of HTTP
+    proxy: Literal["haproxy", "ray"] = "haproxy"
 
 
 ROOT = Path(__file__).resolve().parents[2]
