@@ -58,7 +58,7 @@ def show(
     return Shown(file.getvalue(), format="jpeg")
 
 
-def sheet(path: str, width: int = 900) -> Shown:
+def sheet(path: str, width: int = 720) -> Shown:
     """A picture of a file, as a small JPEG."""
     picture = Image.open(path).convert("RGB")
     file = io.BytesIO()

@@ -10,18 +10,9 @@ import numpy as np
 
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.factory.config import CorpusConfig
-from lora_diffusion.training.meter import duration
+from lora_diffusion.training.meter import duration, in_bytes
 
 _BYTES_BESIDE_VECTOR = 512 * 4 + 1000  # embedding, and the other columns, roughly
-
-
-def size(number: float) -> str:
-    """Bytes in units of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
 
 
 def estimate(config: CorpusConfig, people: int, vector_size: int | None, workers: int, measured: float | None) -> str:
@@ -34,7 +25,7 @@ def estimate(config: CorpusConfig, people: int, vector_size: int | None, workers
     )
     if vector_size is None:
         return text
-    return f"{text}, {size(people * (vector_size * np.dtype(config.vector_dtype).itemsize + _BYTES_BESIDE_VECTOR))}"
+    return f"{text}, {in_bytes(people * (vector_size * np.dtype(config.vector_dtype).itemsize + _BYTES_BESIDE_VECTOR))}"
 
 
 def measured_seconds(reader: CorpusReader, shards: int = 8) -> float | None:

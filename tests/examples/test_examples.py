@@ -29,7 +29,7 @@ def pictures(path: Path) -> list[str]:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert NOTEBOOKS == ["01_photo_to_lora.ipynb", "02_edit_blend_sample.ipynb"]
+    assert NOTEBOOKS == ["01_photo_to_lora.ipynb", "02_edit_blend_sample.ipynb", "03_your_corpus.ipynb"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

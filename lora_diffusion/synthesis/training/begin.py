@@ -18,6 +18,7 @@ from lora_diffusion.synthesis.training.dataset import RowCache
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, take_snapshot
 from lora_diffusion.synthesis.training.train_config import CONDITION_SIZE, SYNTHESIZER, TrainConfig
 from lora_diffusion.synthesis.vae import LoRAVAE
+from lora_diffusion.training.meter import in_bytes
 
 DATA = "data.json"
 # float32: weights, gradients, AdamW's two moments, moving average
@@ -126,14 +127,14 @@ def _corpus_lines(config: TrainConfig, snapshot: CorpusSnapshot) -> list[str]:
         f"base model: {snapshot.identity.base}, recogniser: {snapshot.identity.recogniser}",
         f"layout: {snapshot.layout_id}, N = {snapshot.vector_size:,} parameters, {varying:,} of them vary",
         f"rows: about {rows - held:,} for training, {held:,} for validation",
-        f"cache: {cache.num_bytes / 1e9:.2f} GB in {cache.folder} on each machine"
+        f"cache: {in_bytes(cache.num_bytes)} in {cache.folder} on each machine"
         + (" (filled already)" if cache.complete else ""),
     ]
     if "pca" in c.stages:
         exact = rows - held <= c.pca.exact_rows
         floats = (rows - held) * varying if exact else 3 * varying * (c.pca.num_components + 32)
         kind = "exact" if exact else f"randomised, {c.pca.iterations} passes"
-        lines.append(f"pca: {kind}, up to {c.pca.num_components} components, about {floats * 4 / 1e9:.2f} GB")
+        lines.append(f"pca: {kind}, up to {c.pca.num_components} components, about {in_bytes(floats * 4)}")
     sizes = {"latent": c.vae.latent_size, "pca": min(c.pca.num_components, rows - held), "vector": varying}
     counts = {"vae": _vae_parameters(config, snapshot.vector_size, varying)} if "vae" in c.stages else {}
     if "denoiser" in c.stages:

@@ -31,6 +31,7 @@ from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
 from lora_diffusion.storage import Place, Store, local_place, open_store
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, damaged, take_snapshot
 from lora_diffusion.training.distributed import Group
+from lora_diffusion.training.meter import in_bytes
 
 __all__ = [
     "CorpusRows",
@@ -142,8 +143,8 @@ class RowCache:
         free = shutil.disk_usage(self.folder).free
         if free < self.num_bytes * 1.02:
             raise ValueError(
-                f"the corpus needs {self.num_bytes / 1e9:.2f} GB on the disk of {self.folder}, which has {free / 1e9:.2f} "
-                "GB free: set data.cache to a folder on a larger disk, or data.max_people"
+                f"the corpus needs {in_bytes(self.num_bytes)} on the disk of {self.folder}, which has {in_bytes(free)} "
+                "free: set data.cache to a folder on a larger disk, or data.max_people"
             )
         rows = self.snapshot.num_rows
         self._vectors = self._map("vectors", "w+")

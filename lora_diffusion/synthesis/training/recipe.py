@@ -131,7 +131,9 @@ class SynthesizerTraining(TrainingRun):
         self.store.write("explained_variance.png", explained_variance_png({"corpus": curve["cumulative"]}))
         self.store.write(name, pack(dict(pca.state_dict()), meta))
         reached = ", ".join(f"{share} by {count}" for share, count in curve["components_for_share"].items() if count)
-        self.say(f"pca: {len(pca)} components explain {curve['cumulative'][-1]:.1%} of the variance ({reached})")
+        self.say(
+            f"pca: {len(pca)} components explain {curve['cumulative'][-1]:.1%} of the variance{f' ({reached})' if reached else ''}"
+        )
 
     def _normalised(self, slots: Slots) -> NDArray[Any]:
         return self.normaliser.normalise(self.rows.vectors(slots)).numpy()
