@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
 from lora_diffusion.extras import needs
+from lora_diffusion.jobs.noise import without_noise
 
 STOPPED = "Stopped. The same command goes on."
 PATIENCE = 10.0  # seconds without a word
@@ -90,6 +91,9 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
             if options.dry_run:
                 print(to_yaml(given))
                 print(module.dry_run(config))
+            elif job.extra == "ray":
+                with without_noise():
+                    module.run(config, options.ray_address)
             else:
                 module.run(config, options.ray_address)
         return 0
