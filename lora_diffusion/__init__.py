@@ -12,6 +12,7 @@ The names below are the public API; whatever else this package holds may change.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from lora_diffusion.synthesis.synthesizer import Synthesizer as Synthesizer
 
 __version__ = "0.1.0"
+
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # onnxruntime would note this machine in the home directory, and report
 
 _PUBLIC = {
     "BaseModel": ("models.stable_diffusion", "BaseModel"),

