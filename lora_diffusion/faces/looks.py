@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.crops import TEMPLATE, alignment, placed
+from lora_diffusion.faces.crops import CROP_SIZE, TEMPLATE, alignment, placed
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -82,6 +82,17 @@ def is_cut_off(points: Floats, shape: Sequence[int], quarters: int) -> bool:
     (left, top), (right, bottom) = points.min(0), [width, height] - points.max(0)
     sides = np.roll([top, right, bottom, left], -quarters)  # as the face has them
     return bool((sides * scale < BORDER).any())
+
+
+def share_outside(points: Floats, shape: Sequence[int]) -> float:
+    """Of the aligned crop of a face with these five points: how much of it lies beyond the photo's border, 0..1."""
+    grid = (np.arange(16) + 0.5) * CROP_SIZE / 16
+    transform = alignment(points[None])[0]
+    x, y = np.stack(np.meshgrid(grid, grid)).reshape(2, -1) - transform[:, 2:]
+    a, b = transform[0, 0], transform[1, 0]  # of a similarity [[a, -b], [b, a]], turned back
+    photo_x, photo_y = (a * x + b * y) / (a * a + b * b), (a * y - b * x) / (a * a + b * b)
+    inside = (photo_x >= 0) & (photo_x < shape[1]) & (photo_y >= 0) & (photo_y < shape[0])
+    return 1 - float(inside.mean())
 
 
 class Detector:

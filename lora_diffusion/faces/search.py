@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_diffusion.faces.choice import Doubt
 from lora_diffusion.faces.crops import aligned_crop, placed
 from lora_diffusion.faces.known import Recogniser
-from lora_diffusion.faces.looks import Detector, Sighting, is_cut_off, overlap, squares, with_margin
+from lora_diffusion.faces.looks import Detector, Sighting, is_cut_off, overlap, share_outside, squares, with_margin
 from lora_diffusion.faces.unit import unit
 
 Pixels = NDArray[np.uint8]
@@ -24,6 +24,8 @@ ROOM = 0.3
 """A face below this share of the photo leaves room for other people: its parts are looked at, too."""
 TURNS = (90, 270, 180, 30, -30)
 """Degrees: how photos lie whose orientation got lost, and heads that are tilted."""
+AT_BORDER, FAMILIAR = 0.05, 0.7
+"""A face of which more than this share of the crop is beyond the border must be more familiar: half of it may be guessed."""
 LONG = 1.3
 PART = 0.6
 
@@ -87,12 +89,16 @@ class FaceSearch:
                 if self._sure(photo_HW3, found, 0):
                     break
         known = sorted((face for face in found if face.distance <= 1), key=lambda face: -face.area)
-        whole = [face for face in known if not is_cut_off(face.kps, photo_HW3.shape, face.quarters)]
+        whole = [face for face in known if not self._cut(face, photo_HW3.shape)]
         if known and not whole:
             return Faces(
                 (), Doubt("face_cut_off", "shows a face that its border cuts off. Take one with the whole head.")
             )
         return Faces(tuple(whole[:most]), None if whole else self._doubt(seen, found))
+
+    def _cut(self, face: FaceEmbedding, shape: Sequence[int]) -> bool:
+        doubtful = face.distance > FAMILIAR and share_outside(face.kps, shape) > AT_BORDER
+        return doubtful or is_cut_off(face.kps, shape, face.quarters)
 
     def first(self, photo_HW3: Pixels, most: int) -> list[FaceEmbedding]:
         """What one look shows, largest first, without any check."""

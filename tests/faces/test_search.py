@@ -10,8 +10,11 @@ import pytest
 from insightface.data import get_image
 from numpy.typing import NDArray
 
+from lora_diffusion.faces import search
 from lora_diffusion.faces.choice import FaceError
+from lora_diffusion.faces.crops import alignment
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.faces.looks import share_outside
 from lora_diffusion.faces.photos import load_photo
 
 Pixels = NDArray[np.uint8]
@@ -115,3 +118,20 @@ def test_a_recogniser_of_drawn_heads_refuses_photographs(embedder: FaceEmbedder)
 def test_a_face_that_is_accepted_is_within_what_the_recogniser_knows(embedder: FaceEmbedder) -> None:
     for path in sorted(DATA.glob("*.png")):
         assert 0 < embedder.embed(np.asarray(load_photo(path))).distance <= 1
+
+
+def test_what_lies_beyond_the_border_is_measured_and_then_a_face_must_be_familiar(
+    embedder: FaceEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = photo(PEOPLE[0])
+    face = embedder.embed(image)
+    shifted = np.ascontiguousarray(image[:, int(face.box[0] + 0.1 * (face.box[2] - face.box[0])) :])
+    points = embedder.find_drawn(shifted, 1)[0].kps
+    inside = cv2.warpAffine(np.ones(shifted.shape[:2], np.uint8), alignment(points[None])[0], (112, 112))
+    assert share_outside(points, shifted.shape) == pytest.approx(1 - float(inside.mean()), abs=0.03)
+    assert share_outside(points, shifted.shape) > search.AT_BORDER
+    monkeypatch.setattr(search, "FAMILIAR", 0.0)
+    assert embedder.embed(image).vector @ face.vector > 0.99  # the border is far
+    with pytest.raises(FaceError) as refused:
+        embedder.embed(shifted)
+    assert refused.value.reason == "face_cut_off"
