@@ -31,7 +31,7 @@ PROBLEMS = {
     "no_face": (422, "ada.jpg shows no face that can be used. Take one where it is larger, frontal and lit."),
     "several_faces": (422, "ada.jpg shows 2 faces. Crop it to one person, or ask for the largest: faces=largest."),
     "bad_lora": (422, "The file is no LoRA for this base model: it is empty."),
-    "unknown_attribute": (422, "No attribute 'hat'; there are: smile, age."),
+    "unknown_attribute": (422, "No attribute 'hat'; there are: glasses, long hair, older."),
     "diverged": (422, "The synthesiser gave no finite LoRA. Try another seed, or less guidance."),
     "rate_limited": (429, "More than 60 requests a minute. Try again in 2 s."),
     "internal_error": (500, "An error of ours, noted under this request id. Try again."),
