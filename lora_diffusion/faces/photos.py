@@ -35,6 +35,10 @@ PhotoReason = Literal[
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 500_000_000  # of a file: 50 megapixels without compression, 16 bits a channel and transparency, are 400 MB
 MIN_SIDE = 16
+MAX_SCANS, MAX_SCANNED_PIXELS = (
+    100,
+    600_000_000,
+)  # of a progressive JPEG, which is decoded anew for each scan; usual are 10
 # The JPEG reader also opens MPO, the JPEG with a second picture that phones and stereo cameras write. HEIF needs the
 # package pillow-heif. Formats without a signature (TGA) or that run other programs (EPS, WMF) are left out.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "QOI", "PSD", "SGI")
@@ -51,7 +55,7 @@ _SIGNATURE = re.compile(
 )
 _HEIF = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-_JPEG_END = b"\xff\xd9"
+_JPEG_END, _JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 
 
 class PhotoError(ValueError):
@@ -123,6 +127,7 @@ def _decode(data: bytes, max_pixels: int) -> Pixels:
         try:
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_header(image, max_pixels)
+                _check_scans(image, data)
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
         except PhotoError:
@@ -150,12 +155,22 @@ def _heif_reader() -> bool:
     return True
 
 
+def _check_scans(image: Image.Image, data: bytes) -> None:
+    """Half a megabyte can hold thousands of scans, minutes of work. In compressed data the marker does not occur."""
+    scans = data.count(_JPEG_SCAN) if image.format in ("JPEG", "MPO") else 0
+    if scans > MAX_SCANS or scans * image.size[0] * image.size[1] > MAX_SCANNED_PIXELS:
+        raise PhotoError(
+            "unreadable",
+            f"The JPEG is built up in {scans} scans; photos have about 10, and at most {MAX_SCANS} are decoded. Save it anew.",
+        )
+
+
 def _jpeg_without_end(data: bytes, max_pixels: int) -> Pixels | None:
     """The picture of a JPEG that lacks its end marker and perhaps a few bytes before it; None if more is missing.
 
     It is decoded twice, with nothing and with other bytes in the place of what is missing: what both show is in the file.
     """
-    scan = data.rfind(b"\xff\xda")  # the last scan; in the compressed data this pair of bytes does not occur
+    scan = data.rfind(_JPEG_SCAN)  # the last scan; in the compressed data this pair of bytes does not occur
     if not data.startswith(b"\xff\xd8\xff") or scan < 0:
         return None
     data = data.removesuffix(b"\xff")

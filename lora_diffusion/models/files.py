@@ -56,6 +56,8 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
         if not paths:
             raise ValueError("there are no files")
         paths = {name: path for name, path in paths.items() if wanted(name)}
+        for name in paths:
+            check_name(name)
         tags = sorted((name, found[path]["size"], found[path]["ETag"]) for name, path in paths.items())
         key = hashlib.sha256(json.dumps([store.uri, tags]).encode()).hexdigest()[:16]
         cache = local_place(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE, CACHE_VARIABLE)
@@ -83,6 +85,13 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
         raise
     except Exception as error:
         raise ValueError(f"cannot fetch {uri}: {error}") from error
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name from outside that is no path inside of the folder that it is put in."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0") or Path(name).is_absolute():
+        raise ValueError(f"the name {name!r} leads out of its folder: rename or remove it")
 
 
 def _move(partial: Path, target: Path) -> None:

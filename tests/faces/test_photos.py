@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -309,3 +310,18 @@ def test_prepare_leaves_a_fitting_photo_alone() -> None:
 def test_prepare_says_what_it_expects(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="RGB uint8"):
         prepare_photo(bad, 64)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once_and_a_progressive_one_read() -> None:
+    """Each scan is a pass over the whole picture: half a megabyte could hold a decoder for minutes."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).resize((2000, 2000)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert load_photo(data).shape == (2000, 2000, 3)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    start = time.monotonic()
+    with pytest.raises(PhotoError, match="scans; photos have about 10") as refused:
+        load_photo(data[:-2] + last * 3000 + data[-2:])
+    assert refused.value.reason == "unreadable"
+    assert time.monotonic() - start < 2
