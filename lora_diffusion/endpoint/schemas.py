@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 MAX_SEED = 2**53 - 1  # what JavaScript holds exactly
 LORA_ID = r"^[0-9a-f]{32}$"
@@ -67,9 +75,12 @@ File = Annotated[
     BeforeValidator(from_base64),
     WithJsonSchema({"type": "string", "contentEncoding": "base64", "minLength": 4}),
 ]
+Files = Annotated[
+    list[File], Field(fail_fast=True, min_length=1, max_length=256)
+]  # how many of them is the server's limit
 Text = Annotated[str, AfterValidator(_unicode)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Floats = Annotated[list[Number], Field(min_length=1, max_length=65_536)]
+Floats = Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=65_536)]
 LoRAId = Annotated[Text, Field(pattern=LORA_ID, description="id of a LoRA that this server made or was given")]
 
 
@@ -108,7 +119,7 @@ class Sampling(Request):
     Left out: the server's defaults, else what its synthesiser recommends.
     """
 
-    photos: list[File] | None = Field(None, min_length=1, description="photos of one person, base64")
+    photos: Files | None = Field(None, description="photos of one person, base64")
     faces: Literal["one", "largest"] = Field(
         "one", description="a photo with several faces is an error (one), or its largest face is taken"
     )
@@ -149,7 +160,7 @@ class ImageOptions(Request):
 
 
 class EmbeddingsRequest(Request):
-    photos: list[File] = Field(min_length=1, description="photos, base64; of anybody, each answered for itself")
+    photos: Files = Field(description="photos, base64; of anybody, each answered for itself")
 
 
 class LatentsRequest(FaceSource):
@@ -176,7 +187,7 @@ class ImagesRequest(AnySource, ImageOptions):
 
 
 class PersonalizeRequest(Sampling, ImageOptions):
-    photos: list[File] = Field(min_length=1, description="photos of one person, base64")
+    photos: Files = Field(description="photos of one person, base64")
     format: FileFormat | None = Field(None, description="put the LoRA file into the answer, too")
 
 
@@ -196,7 +207,7 @@ class InterpolationsRequest(Request):
     a: LatentOrLoRA
     b: LatentOrLoRA
     num: int | None = Field(None, ge=2)
-    positions: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
+    positions: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(fail_fast=True)] | None = Field(
         None, min_length=1, description="0 is a, 1 is b"
     )
     deviation_scale: Number | None = Field(None, ge=0, le=4)

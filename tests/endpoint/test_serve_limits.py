@@ -273,3 +273,40 @@ def test_a_text_that_got_past_the_checks_spoils_one_picture_only(api: Client, st
     outcomes = api.loop.run_until_complete(at_once())
     assert [isinstance(outcome, Exception) for outcome in outcomes] == [False, True, False, True]
     assert all(any(isinstance(event, DrawnImage) for event in outcomes[i]) for i in (0, 2))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"photos":[' + b"{}," * 6_000_000 + b"{}]}",
+        b"{" + b",".join(b'"%x":1' % i for i in range(1_300_000)) + b"}",
+        b'{"photos":[' + b"{}," * 99_000 + b"{}]}",
+        b"{" + b",".join(b'"%x":1' % i for i in range(90_000)) + b"}",
+        b'{"photos":["AAAA"],"edits":{' + b",".join(b'"%x":1' % i for i in range(90_000)) + b"}}",
+        b'{"embedding":[' + b'"x",' * 90_000 + b"1]}",
+    ],
+    ids=["many photos", "many names", "photos", "names", "edits", "embedding"],
+)
+def test_a_body_of_very_many_values_holds_up_nobody(studio: Studio, body: bytes) -> None:
+    """Parsing and checking happen where all others are answered: 40 s for the first of these, once."""
+    api = variant(studio, limits=LimitsConfig(max_body_bytes=20_000_000))
+    gaps: list[float] = []
+
+    async def heartbeat() -> None:
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(0.002)
+            gaps.append(time.perf_counter() - start)
+
+    async def ask() -> httpx.Response:
+        beat = asyncio.ensure_future(heartbeat())
+        headers = {"content-type": "application/json"}
+        answer = await api.client.post("/v1/edits", content=body, headers=headers)
+        await asyncio.sleep(0.01)  # the beat before ends now
+        beat.cancel()
+        return answer
+
+    answer = api.loop.run_until_complete(ask())
+    assert answer.status_code in (413, 422), answer.text[:300]
+    assert len(answer.content) < 10_000
+    assert max(gaps) < 2
