@@ -64,7 +64,9 @@ def test_deadline_is_kept_for_a_stage_that_hangs(studio: Studio) -> None:
     assert answer.elapsed.total_seconds() < 30
 
 
-@pytest.mark.parametrize(("asked", "given"), [("0.01", 0.005), ("0.2", 0.1), ("2", 1.75), ("10", 9.5), ("1e9", 300), (None, 60)])
+@pytest.mark.parametrize(
+    ("asked", "given"), [("0.01", 0.005), ("0.2", 0.1), ("2", 1.75), ("10", 9.5), ("1e9", 300), (None, 60)]
+)
 def test_the_answer_comes_before_a_proxy_that_knows_the_header_gives_up(asked: str | None, given: float) -> None:
     async def nothing(*_: Any) -> None: ...
 
