@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-os.environ.setdefault(
-    "ORT_DISABLE_TELEMETRY", "1"
-)  # onnxruntime would note this machine in the home directory, and report
+# Nothing here reports to others: onnxruntime would note this machine in the home directory, and Ray what runs on it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 _PUBLIC = {
     "BaseModel": ("models.stable_diffusion", "BaseModel"),

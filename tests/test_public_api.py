@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -18,6 +19,16 @@ def test_import_is_quick_and_brings_neither_torch_nor_ray() -> None:
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert float(answer[0]) < 0.3, "seconds"
     assert answer[1:] == []
+
+
+def test_nothing_is_reported_to_others_unless_a_user_wants_it() -> None:
+    code = (
+        "import os, lora_diffusion; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['RAY_USAGE_STATS_ENABLED'])"
+    )
+    for given, expected in (({}, "1 0"), ({"ORT_DISABLE_TELEMETRY": "0", "RAY_USAGE_STATS_ENABLED": "1"}, "0 1")):
+        kept = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "RAY_USAGE_STATS_ENABLED")}
+        done = subprocess.run([sys.executable, "-c", code], env={**kept, **given}, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 @pytest.mark.parametrize(

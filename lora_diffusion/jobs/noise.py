@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 NOISE = (
     b"has constructor arguments in the object store and max_restarts > 0",  # of every Ray Data pool, whose arguments stay
@@ -47,4 +47,5 @@ def _copy(reader: int, terminal: int) -> None:
         rest = b"" if over or not lines or lines[-1].endswith((b"\n", b"\r")) else lines.pop()
         for line in lines:
             if not any(noise in line for noise in NOISE):
-                os.write(terminal, line)
+                with suppress(OSError):  # nobody reads any more: go on, or the pipe fills and the job stands still
+                    os.write(terminal, line)

@@ -32,7 +32,8 @@ from lora_diffusion.serving.config import ServeConfig
 class Config(ServeConfig):
     """Settings of the endpoint, and where it listens.
 
-    proxy: before the gateway; Ray's own is slower, and does not bound what waits. Where there is no HAProxy it is Ray's.
+    proxy: before the gateway; Ray's own is slower, and does not bound what waits. Where there is no HAProxy it is Ray's; of a Ray that
+        runs already, what that was started with.
     """
 
     host: str = "127.0.0.1"  # 0.0.0.0: everybody who can reach this machine; give keys (access.api_keys_env)
@@ -62,7 +63,7 @@ def run(config: Config, ray_address: str) -> None:
         app.write_text(yaml.safe_dump(application), encoding="utf-8")
         env = {**os.environ, "RAY_ADDRESS": ray_address, HANDED_ON: f"config={shlex.quote(str(settings))}"}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        if proxy == "haproxy":
+        if proxy == "haproxy" and ray_address == "local":  # another Ray was told when it was started
             env = haproxy_environment(Path(folder)) | env
         try:
             code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -40,3 +41,17 @@ def test_what_a_child_says_comes_too_and_one_that_stays_holds_nobody_up(capfd: p
     child.wait()
     assert capfd.readouterr().err == "hello\n"
     assert len(_END) == 32
+
+
+def test_a_job_goes_on_when_nobody_reads_its_errors_any_more() -> None:
+    code = (
+        "import os; from lora_diffusion.jobs.noise import without_noise\n"
+        "with without_noise():\n"
+        "    for _ in range(4000): os.write(2, b'x' * 99 + b'\\n')\n"
+        "print('done')"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writer, text=True, timeout=60)
+    os.close(writer)
+    assert done.stdout == "done\n"
