@@ -12,19 +12,21 @@ broken connections are tried again, with growing pauses, before they become an e
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Annotated, Any
 from urllib.parse import unquote
 
 from lora_diffusion.extras import needs
 
-_TEMPORARY = ".tmp"
+_HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # what `_write_local` writes under, and nobody else
 _UPLOAD_BYTES = 2**26  # of one part of a large upload; S3 takes 10,000 parts
 Buffer = bytes | memoryview
 _ATTEMPTS = 8  # pauses double from 1 s to at most 20 s, times a random factor: about 40 s in all
@@ -160,8 +162,9 @@ class Store:
         files = {
             entry["name"].rpartition("/")[2]: int(entry["size"] or 0)
             for entry in entries
-            if entry["type"] not in ("directory", "other") and not entry["name"].endswith((_TEMPORARY, "/"))
+            if entry["type"] not in ("directory", "other") and not entry["name"].endswith("/")
         }
+        files = {name: size for name, size in files.items() if not _HALF_WRITTEN.fullmatch(name)}
         return files, sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
 
     def check(self) -> None:
@@ -196,10 +199,13 @@ class Store:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def sweep(self, folder: str) -> None:
-        """Remove what a killed local writer left half-written in `folder`. Call only when no writer runs."""
-        if self.local:
-            for path in Path(self.path(folder)).glob(f"*{_TEMPORARY}"):
-                path.unlink(missing_ok=True)
+        """Remove what killed local writers left half-written in `folder`; writers that run hold a lock on their file."""
+        for path in Path(self.path(folder)).glob(".*.tmp") if self.local else ():
+            with suppress(OSError):
+                if _HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+                    with path.open("rb") as file:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        path.unlink()
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         try:
@@ -312,9 +318,11 @@ def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seco
 
 def _write_local(path: Path, parts: Iterable[Buffer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("wb") as file:
+            with suppress(OSError):  # some network disks have no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for `sweep`; gone with the process
             for part in parts:
                 file.write(part)
             file.flush()

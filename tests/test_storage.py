@@ -69,10 +69,30 @@ def test_a_killed_local_writer_leaves_the_old_content_or_the_new(tmp_path: Path)
     assert len(seen) > 1, "the writer did not write while it was watched"
     assert len(set((tmp_path / "x").read_bytes())) == 1
     store = open_store(tmp_path)
-    (tmp_path / ".x.123.tmp").write_bytes(b"left behind")
+    (tmp_path / ".x.0123456789ab.tmp").write_bytes(b"left behind")
     assert set(store.files()) == {"x"}
     store.sweep("")
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_sweep_removes_what_killed_writers_left_and_nothing_of_others(tmp_path: Path) -> None:
+    others = ["notes.tmp", ".x.tmp", ".x.123.tmp", ".x.0123456789AB.tmp", "x.0123456789ab.tmp", ".x.0123456789ab.tmp~"]
+    for name in [*others, ".x.0123456789ab.tmp"]:
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".folder.0123456789ab.tmp").mkdir()
+    store, running = open_store(tmp_path), []
+
+    def parts() -> Iterator[bytes]:
+        yield b"one"
+        open_store(tmp_path).sweep("")  # another process' sweep, while this writer runs
+        running.extend(tmp_path.glob(".y.*.tmp"))
+        yield b"two"
+
+    store.write_parts("y", parts())
+    assert len(running) == 1
+    assert store.read("y") == b"onetwo"
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, ".folder.0123456789ab.tmp", "y"])
+    assert set(store.files()) == {*others, "y"}
 
 
 def test_wrong_addresses_are_user_errors() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store, StoreError, open_store
 
 _COUNTS = ("num_people", "num_failure_rows")
+NO_STATISTICS = "has no whole statistics"
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,16 @@ class CorpusReader:
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """One table for each shard, in order: constant memory whatever the size of the corpus."""
-        wanted = list(columns) if columns is not None else None
         for index in self.shards:
-            yield self._parquet(f"shards/{shard_name(index)}.parquet", lambda file: _read(file, wanted))
+            yield self._table(index, columns)
+
+    def _table(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        def read(file: IO[bytes]) -> pa.Table:
+            table = _read(file, columns)
+            self._check_shard(index, parquet_metadata(table.schema))
+            return table
+
+        return self._parquet(f"shards/{shard_name(index)}.parquet", read)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All people, in the order of their positions. Leave out `vector` where it is not needed: it is the bulk."""
@@ -156,8 +165,7 @@ class CorpusReader:
             rows = sorted(row - start for row in wanted if start <= row < start + size)
             start += size
             if rows:
-                table = self._parquet(f"shards/{shard_name(index)}.parquet", lambda file: _read(file, list(columns)))
-                tables.append(table.take(rows).replace_schema_metadata(None))
+                tables.append(self._table(index, columns).take(rows).replace_schema_metadata(None))
         return pa.concat_tables(tables) if tables else self.table(columns)
 
     @property
@@ -169,6 +177,10 @@ class CorpusReader:
     def vectors(self) -> np.ndarray:
         """(P, N) in the stored dtype: all LoRAs, 4 bytes × N × P of memory for float32."""
         return matrix(self.table(["vector"])["vector"])
+
+    def shard_vectors(self, index: int) -> np.ndarray:
+        """(people of this shard, N) in the stored dtype."""
+        return matrix(self._table(index, ["vector"])["vector"])
 
     def embeddings(self) -> np.ndarray:
         """(P, 512) float32, unit norm."""
@@ -214,22 +226,50 @@ class CorpusReader:
         except (ValueError, FileNotFoundError) as error:
             return {shard.index: f"cannot be read: {error}"}
         failed = [failure.identity for failure in failures if failure.photo is None]
-        if metadata.get("recipe_id") != self.manifest.recipe_id:
-            return {shard.index: f"was made with recipe {metadata.get('recipe_id')}, not {self.manifest.recipe_id}"}
         if sorted(done + failed) != sorted(shard.identities):
             return {shard.index: f"holds {len(done)} people and {len(failed)} failed, not the planned ones"}
-        if f"{shard.name}.safetensors" not in statistics:
-            return {shard.index: "has no statistics"}
+        name = f"{shard.name}.safetensors"
+        if not self._is_whole(f"statistics/{name}", statistics.get(name, 0)):
+            return {shard.index: NO_STATISTICS}
         return ShardInfo(shard.index, len(done), tuple(failures))
+
+    def has_whole_statistics(self) -> bool:
+        """Whether `statistics.safetensors` is there and was not cut."""
+        return self._is_whole("statistics.safetensors", self.store.files().get("statistics.safetensors", 0))
+
+    def _is_whole(self, statistics: str, size: int) -> bool:
+        """Whether the file is as long as its header's length says: a request of 8 bytes, where the whole may be megabytes."""
+        if size < 8:
+            return False
+        header = int.from_bytes(self.store.read_part(statistics, 0, 8), "little")
+        return size == 8 + header + 8 * (1 + 3 * self.layout.size)  # count; mean, M2 and std
 
     def _metadata(self, index: int) -> dict[str, Any]:
         def read(file: IO[bytes]) -> dict[str, Any]:
             metadata = parquet_metadata(pq.read_schema(file))
-            if metadata.get("shard") != index or not all(type(metadata.get(key)) is int for key in _COUNTS):
-                raise CorpusError(f"it is shard {metadata.get('shard')} of another place, or was edited")
+            self._check_shard(index, metadata)
             return metadata
 
         return dict(self._parquet(f"shards/{shard_name(index)}.parquet", read))
+
+    def _check_shard(self, index: int, metadata: dict[str, Any]) -> None:
+        """Raises CorpusError for a file of another place or recipe: its vectors mean something else."""
+        if metadata.get("shard") != index or not all(type(metadata.get(key)) is int for key in _COUNTS):
+            raise CorpusError(f"it is shard {metadata.get('shard')} of another place, or was edited")
+        if metadata.get("recipe_id") != self.manifest.recipe_id:
+            raise CorpusError(
+                f"it was made with recipe {metadata.get('recipe_id')}, the corpus has {self.manifest.recipe_id}. "
+                "Run its jobs/build_corpus.py command again: it makes such shards anew"
+            )
+
+    def beyond_plan(self) -> list[int]:
+        """Committed shards that say they are of this corpus, but that no part of the plan names: a part was lost."""
+        planned, found = len(self.plan.shards), []
+        for index in (index for name in self.store.files("shards") if (index := file_index(name)) is not None):
+            with suppress(CorpusError):
+                if index >= planned and self._metadata(index):
+                    found.append(index)
+        return sorted(found)
 
     def _failures(self, index: int, metadata: dict[str, Any]) -> list[Failure]:
         if not metadata["num_failure_rows"]:

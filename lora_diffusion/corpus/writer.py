@@ -16,6 +16,7 @@ two bytes loses only the work of that shard. Readers look at `failures/` only wh
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from lora_diffusion.corpus import manifest as manifests
 from lora_diffusion.corpus.card import write_card
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.plan import CorpusError, Plan, ShardPlan, shard_name
-from lora_diffusion.corpus.reader import ShardInfo, read_statistics
+from lora_diffusion.corpus.reader import CorpusReader, ShardInfo
 from lora_diffusion.corpus.schema import (
     KEPT,
     Failure,
@@ -66,10 +67,18 @@ def open_corpus(store: Store, manifest: Manifest) -> Manifest:
 
 
 def extend_plan(store: Store, plan: Plan, identities: Collection[str]) -> Plan:
-    """Give positions to the identities that have none, and write them down before anything is made for them."""
+    """Give positions to the identities that have none, and write them down before anything is made for them.
+
+    Raises CorpusError where a part of the plan was lost: planned anew, its people would be made anew.
+    """
     part = plan.new_part(identities)
     if not part:
         return plan
+    if lost := CorpusReader(store).beyond_plan():
+        raise CorpusError(
+            f"{store.uri}/plan names {len(plan.shards)} shards, but {', '.join(map(shard_name, lost[:5]))} of this corpus "
+            f"{'is' if len(lost) == 1 else 'are'} there as well: a part of the plan was lost. Restore it from a copy"
+        )
     table = pa.table({"identity": pa.array(part, pa.string())})
     metadata = {"part": len(plan.parts), "start": len(plan.identities), "people_per_shard": plan.people_per_shard}
     store.write(f"plan/{shard_name(len(plan.parts))}.parquet", parquet_bytes(table, metadata))
@@ -116,16 +125,32 @@ def finish_corpus(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) 
     indices = [info.index for info in infos]
     if indices != list(range(len(indices))):
         raise CorpusError(f"the corpus at {store.uri} is not complete: it has shards {indices}, in this order")
-    names = [f"statistics/{shard_name(index)}.safetensors" for index in indices]
-    total = read_statistics(store, names, manifest.vector_size)
-    counts = count(infos)
-    if total.count != counts["num_people"]:
-        raise CorpusError(f"{store.uri}: {total.count} people in the statistics, {counts['num_people']} in the shards")
+    with ThreadPoolExecutor(16) as pool:
+        total = Statistics.merged(
+            pool.map(lambda info: _statistics(store, info, manifest), infos), manifest.vector_size
+        )
     store.write("statistics.safetensors", total.to_bytes())
-    manifest = replace(manifest, state="complete", counts=counts)
+    manifest = replace(manifest, state="complete", counts=count(infos))
     write_card(store, manifest, infos)
     store.write_json(manifests.FILE, manifest.to_dict())
     return manifest
+
+
+def _statistics(store: Store, info: ShardInfo, manifest: Manifest) -> Statistics:
+    """Of one shard: as they were written, or from its vectors if the file is damaged or gone."""
+    try:
+        part = Statistics.from_bytes(store.read(f"statistics/{shard_name(info.index)}.safetensors"))
+    except (ValueError, FileNotFoundError):
+        return restore_statistics(store, info.index)
+    fits = part.count == info.num_people and len(part.mean) == manifest.vector_size
+    return part if fits else restore_statistics(store, info.index)
+
+
+def restore_statistics(store: Store, index: int) -> Statistics:
+    """Write the statistics of a committed shard anew, from its vectors: the same bytes, and nobody is fine-tuned again."""
+    statistics = Statistics.of(CorpusReader(store).shard_vectors(index))
+    store.write(f"statistics/{shard_name(index)}.safetensors", statistics.to_bytes())
+    return statistics
 
 
 def count(infos: Sequence[ShardInfo]) -> dict[str, object]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diffusion.corpus import CorpusReader, Manifest, Plan, ShardInfo, ShardPlan, extend_plan, open_corpus
+from lora_diffusion.corpus.reader import NO_STATISTICS
+from lora_diffusion.corpus.writer import restore_statistics
 from lora_diffusion.factory import report
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.people import Found, PersonRef, open_people
@@ -87,6 +89,10 @@ def begin(config: CorpusConfig, wanted: Manifest, people: Listed) -> CorpusRun:
     reader = CorpusReader(store)
     plan = extend_plan(store, reader.plan, list(people))
     done, damaged = reader.verify(plan.shards)
+    if without := [index for index, problem in damaged.items() if problem == NO_STATISTICS]:
+        for index in without:
+            restore_statistics(store, index)
+        done, damaged = reader.verify(plan.shards)
     return CorpusRun(config, store, manifest, plan, people, done, damaged)
 
 

@@ -180,13 +180,15 @@ class Make:
 def finish(begun: CorpusRun, progress: report.Progress) -> None:
     """Check that nobody is missing, merge statistics, report. Raises RunAgain if somebody is in no shard."""
     config, store, shards = begun.config, begun.store, begun.plan.shards
-    infos, damaged = CorpusReader(store).verify(shards)
+    reader = CorpusReader(store)
+    infos, damaged = reader.verify(shards)
     if len(infos) < len(shards):
         good = {info.index for info in infos}
         missing = sum(len(shard.identities) for shard in shards if shard.index not in good)
         raise RunAgain(f"{missing} people are in no shard: run the same command again {damaged or ''}")
-    before = CorpusReader(store).manifest
+    before = reader.manifest
     pending = bool(begun.todo) or before.state != "complete" or before.counts["num_shards"] != len(infos)
+    pending = pending or not reader.has_whole_statistics()
     if pending:
         finish_corpus(store, before, infos)
     text = report.summary(CorpusReader(store), progress.done, progress.seconds)

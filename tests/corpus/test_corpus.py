@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpus import LAYOUT, MANIFEST, NAMES, RECIPE, build, make
+from small_corpus import LAYOUT, MANIFEST, NAMES, OTHER, RECIPE, build, make
 
 from lora_diffusion.corpus import (
     CorpusConflict,
     CorpusReader,
     Plan,
     Statistics,
+    finish_corpus,
     open_corpus,
 )
 from lora_diffusion.storage import Store, open_store
@@ -145,7 +147,10 @@ def test_what_does_not_decide_bits_may_change(tmp_path: Path) -> None:
     assert open_corpus(store, replace(MANIFEST, config={"workers": 3}, versions={})).config == {}
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "statistics gone", "failures gone", "swapped"])
+DAMAGES = ["cut", "emptied", "statistics gone", "statistics cut", "failures gone", "swapped", "another recipe"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, damage: str) -> None:
     store = open_store(tmp_path)
     build(store, NAMES)
@@ -157,6 +162,14 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, damage: str) ->
         shard.write_bytes(b"")
     elif damage == "statistics gone":
         (tmp_path / "statistics/00001.safetensors").unlink()
+    elif damage == "statistics cut":
+        (tmp_path / "statistics/00001.safetensors").write_bytes(calm["statistics/00001.safetensors"][:-1])
+    elif damage == "another recipe":
+        build(open_store(tmp_path / "other"), NAMES, manifest=OTHER)
+        shutil.move(tmp_path / "other/shards/00001.parquet", shard)
+        shutil.rmtree(tmp_path / "other")
+        with pytest.raises(ValueError, match=r"shards/00001.parquet .*was made with recipe .* Run its .* again"):
+            CorpusReader(store).vectors()
     elif damage == "failures gone":
         (tmp_path / "failures/00001.parquet").unlink()
     else:
@@ -166,6 +179,33 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, damage: str) ->
     assert list(problems) == [1]
     build(store, NAMES)
     assert contents(tmp_path) == calm
+
+
+def test_statistics_are_restored_from_the_vectors_and_nobody_is_made_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    manifest = build(store, NAMES).manifest
+    calm = contents(tmp_path)
+    infos, _ = CorpusReader(store).verify()
+    (tmp_path / "statistics/00000.safetensors").unlink()
+    (tmp_path / "statistics/00001.safetensors").write_bytes(calm["statistics/00001.safetensors"][:-1])
+    (tmp_path / "statistics/00002.safetensors").write_bytes(calm["statistics/00001.safetensors"])  # of another shard
+    (tmp_path / "statistics.safetensors").write_bytes(calm["statistics.safetensors"][:-1])
+    assert not CorpusReader(store).has_whole_statistics()
+    finish_corpus(store, manifest, infos)
+    assert contents(tmp_path) == calm
+    assert CorpusReader(store).has_whole_statistics()
+
+
+@pytest.mark.parametrize("lost", ["plan/00000.parquet", "plan/00001.parquet"])
+def test_a_lost_part_of_the_plan_is_named_and_nothing_is_planned_or_made_anew(tmp_path: Path, lost: str) -> None:
+    store = open_store(tmp_path)
+    for names in ([*NAMES, "zed"], [*NAMES, "zed", "aaa"]):
+        build(store, names)
+    (tmp_path / lost).unlink()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"/plan .* Restore it from a copy"):
+        build(store, [*NAMES, "aaa", "new"])
+    assert contents(tmp_path) == before
 
 
 def test_no_corpus_and_a_foreign_version_are_user_errors(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lora_diffusion.corpus import (
@@ -23,6 +25,7 @@ LAYOUT = LoRALayout.from_shapes(
 )
 RECIPE = {"groups": {"people_per_group": 2, "groups_per_shard": 2}, "finetune": {"steps": 80, "seed": 0}}
 MANIFEST = Manifest(LAYOUT.to_dict(), {"name": "tiny-sd", "fingerprint": "0123456789abcdef"}, RECIPE)
+OTHER = replace(MANIFEST, recipe={**RECIPE, "finetune": {"steps": 90, "seed": 0}})  # of the same layout
 NAMES = ["ana", "../x", "a/b", "Zoë 😀", "bo", "cy", "dee", "ed", "flo"]
 
 
@@ -60,9 +63,11 @@ def make(shard: ShardPlan) -> tuple[list[Person], list[Failure]]:
     return people, failures
 
 
-def build(store: Store, names: list[str], dtype: str = "float32", order: int = 1) -> CorpusReader:
+def build(
+    store: Store, names: list[str], dtype: str = "float32", order: int = 1, manifest: Manifest = MANIFEST
+) -> CorpusReader:
     """The whole job, without the work: begin or continue, commit what is missing, finish."""
-    manifest = open_corpus(store, MANIFEST)
+    manifest = open_corpus(store, manifest)
     reader = CorpusReader(store)
     plan = extend_plan(store, reader.plan, names)
     infos, _ = reader.verify(plan.shards)

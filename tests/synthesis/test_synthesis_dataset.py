@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from low_rank_corpus import LAYOUT, write_corpus
+from low_rank_corpus import LAYOUT, RECIPE, write_corpus
 
 from lora_diffusion.corpus import CorpusConflict, CorpusReader
 from lora_diffusion.storage import Store, open_store
@@ -154,6 +154,13 @@ def test_what_is_wrong_with_a_corpus_is_named(tmp_path: Path) -> None:
     shard.write_bytes((tmp_path / "other" / "shards" / "00001.parquet").read_bytes())
     with pytest.raises(ValueError, match="two corpora were mixed"):
         take_snapshot(store.uri)
+    write_corpus(open_store(tmp_path / "recipe"), 24, recipe={**RECIPE, "finetune": {"steps": 90, "seed": 0}})
+    for foreign in (tmp_path / "recipe" / "shards" / "00001.parquet", shard.with_name("00000.parquet")):
+        shard.write_bytes(foreign.read_bytes())
+        with pytest.raises(
+            ValueError, match=r"shard 00001 of .* is shard \d made with recipe .*: it makes such shards anew"
+        ):
+            take_snapshot(store.uri)
     rows = write_corpus(open_store(tmp_path / "bad"), 4, bad={0: "nan", 1: "nan", 2: "nan"})
     with pytest.raises(ValueError, match="1 of 4 rows can be used"):
         rows_of(rows.store.uri, tmp_path / "cache")

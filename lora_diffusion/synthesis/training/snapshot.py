@@ -16,7 +16,6 @@ from lora_diffusion.artifacts.identity import Identity, ModelId
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.corpus.plan import shard_name
 from lora_diffusion.corpus.schema import parquet_metadata
-from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store, open_store
 
 
@@ -96,7 +95,7 @@ def take_snapshot(uri: str) -> CorpusSnapshot:
             f"(missing: {', '.join(map(shard_name, lost))}). Run its jobs/build_corpus.py command again: it makes them anew"
         )
     with ThreadPoolExecutor(16) as pool:
-        rows = list(pool.map(lambda index: _footer(reader.store, index, reader.layout), reader.shards))
+        rows = list(pool.map(lambda index: _footer(reader, index), reader.shards))
     shards = {
         index: (count, sizes[f"{shard_name(index)}.parquet"]) for index, count in zip(reader.shards, rows, strict=True)
     }
@@ -141,8 +140,9 @@ def _vector_dtype(reader: CorpusReader) -> str:
     return {pa.float16(): "float16", pa.float32(): "float32"}[value]
 
 
-def _footer(store: Store, index: int, layout: LoRALayout) -> int:
-    """Rows of a shard. Raises ValueError if it is damaged or of another layout."""
+def _footer(reader: CorpusReader, index: int) -> int:
+    """Rows of a shard. Raises ValueError if it is damaged, or of another place, layout or recipe."""
+    store, layout, recipe_id = reader.store, reader.layout, reader.manifest.recipe_id
     try:
         with store.open(f"shards/{shard_name(index)}.parquet") as file:
             parquet = pq.ParquetFile(file)
@@ -150,10 +150,16 @@ def _footer(store: Store, index: int, layout: LoRALayout) -> int:
             rows = parquet.metadata.num_rows
     except (pa.ArrowInvalid, ValueError) as error:
         raise ValueError(damaged(store, index, error)) from error
-    if metadata["layout_id"] != layout.layout_id:
+    if metadata.get("layout_id") != layout.layout_id:
         raise ValueError(
-            f"shard {shard_name(index)} of {store.uri} has layout_id {metadata['layout_id']}, the corpus has "
+            f"shard {shard_name(index)} of {store.uri} has layout_id {metadata.get('layout_id')}, the corpus has "
             f"{layout.layout_id}: two corpora were mixed in one folder. Keep each in a folder of its own"
+        )
+    if (metadata.get("recipe_id"), metadata.get("shard")) != (recipe_id, index):
+        raise ValueError(
+            f"shard {shard_name(index)} of {store.uri} is shard {metadata.get('shard')} made with recipe "
+            f"{metadata.get('recipe_id')}, the corpus has {recipe_id}: two corpora were mixed in one folder. Run its "
+            "jobs/build_corpus.py command again: it makes such shards anew"
         )
     return int(rows)
 

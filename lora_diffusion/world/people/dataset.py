@@ -12,8 +12,10 @@ table. Photos and table depend on the numbers alone: not on tasks, interruptions
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +105,7 @@ class FacesFolder:
 
     def finish(self) -> pa.Table:
         """Merges the parts into the table, which it returns. To be repeated after a kill: nothing is lost."""
-        parts = sorted(self.store.files(PARTS))
+        parts = self._parts()
         if not parts and self.store.exists(TABLE):
             return _read(self.store, TABLE)
         tables = [_read(self.store, TABLE)] if self.store.exists(TABLE) else []
@@ -113,8 +115,13 @@ class FacesFolder:
         for part in parts:  # only now: the table holds their rows
             self.store.delete(f"{PARTS}/{part}")
         if self.store.local and self.store.filesystem.exists(self.store.path(PARTS)):
-            self.store.filesystem.rmdir(self.store.path(PARTS))
+            with suppress(OSError):  # something of the user's lies there
+                self.store.filesystem.rmdir(self.store.path(PARTS))
         return table
+
+    def _parts(self) -> list[str]:
+        """Names as `FacesWriter` gives them: what else lies there is not ours."""
+        return sorted(name for name in self.store.files(PARTS) if re.fullmatch(r"[0-9]{6,}-[0-9]{6,}\.parquet", name))
 
     def _claim(self) -> None:
         wanted = self.config.manifest()
@@ -132,7 +139,7 @@ class FacesFolder:
     def _done(self) -> set[int]:
         """Numbers of the people with a row for each of the views that are wanted."""
         self.store.sweep(PARTS)
-        names = [f"{PARTS}/{part}" for part in sorted(self.store.files(PARTS))]
+        names = [f"{PARTS}/{part}" for part in self._parts()]
         names += [TABLE] if self.store.exists(TABLE) else []
         views: dict[int, set[int]] = {}
         for name in names:
