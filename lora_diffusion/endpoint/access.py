@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import math
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from starlette.datastructures import Headers
 
@@ -19,58 +22,121 @@ from lora_diffusion.serving.config import AccessConfig, LimitsConfig
 
 MAX_CALLERS = 10_000
 UPLOADS_FOR_EACH = 4  # bodies that may arrive, for each request that may be worked on
+WRONG_KEYS = 10  # of an address: at once, and a minute
 
 
 def read_keys(config: AccessConfig) -> list[bytes]:
-    """Hashes of the keys; none if the variable is not set. Raises ValueError for one that is set and holds no usable key."""
-    text = os.environ.get(config.api_keys_env)
-    if text is None:
-        return []
-    keys = [key.strip() for key in text.split(",") if key.strip()]
-    if not keys:
+    """Hashes of the keys; none if neither the variable is set nor a file named. Raises ValueError if those hold no usable key."""
+    keys: list[bytes] = []
+    for source, text in _texts_of_keys(config):
+        found = [key.strip() for key in re.split("[,\n]", text) if key.strip()]
+        if not found:
+            raise ValueError(
+                f"{source} is set, but holds no key: give keys with commas between them, or unset it to let everybody in"
+            )
+        if not all(key.isascii() and key.isprintable() and " " not in key for key in found):
+            raise ValueError(f"{source} holds a key that no header can carry: use ASCII without spaces")
+        keys += map(_hash, found)
+    return keys
+
+
+def _texts_of_keys(config: AccessConfig) -> Iterator[tuple[str, str]]:
+    """Where keys stand, and what stands there."""
+    if config.api_keys_env in os.environ:
+        yield config.api_keys_env, os.environ[config.api_keys_env]
+    if config.api_keys_file is not None:
+        try:
+            yield "access.api_keys_file", Path(config.api_keys_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"access.api_keys_file {config.api_keys_file} cannot be read: {error}") from None
+
+
+def refuse_open_door(config: AccessConfig, host: str) -> None:
+    """Raises ValueError where everybody in the network could ask, and nobody has said that they may."""
+    if not (config.open or is_loopback(host) or read_keys(config)):
         raise ValueError(
-            f"{config.api_keys_env} is set, but holds no key: set it to keys with commas between them, or unset it to let "
-            "everybody in"
+            f"it would listen on {host} and let everybody in: give keys ({config.api_keys_env}, or access.api_keys_file), "
+            "listen on 127.0.0.1, or say access.open=true if everybody in this network may use it"
         )
-    if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
-        raise ValueError(f"{config.api_keys_env} holds a key that no header can carry: use ASCII without spaces")
-    return [_hash(key) for key in keys]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, an address or a name, is this machine to itself alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+class Buckets:
+    """A token bucket for each caller: `burst` at once, then `per_minute`."""
+
+    def __init__(self, per_minute: float, burst: float) -> None:
+        self._rate, self._burst = per_minute / 60, burst
+        self._tokens: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # caller -> tokens, since when
+
+    def wait(self, caller: bytes) -> int:
+        """Seconds until it may take one, 0 for now."""
+        tokens = self._now(caller)[0]
+        return 0 if tokens >= 1 else math.ceil((1 - tokens) / self._rate)
+
+    def take(self, caller: bytes) -> None:
+        tokens, now = self._now(caller)
+        self._tokens[caller] = (max(0.0, tokens - 1), now)
+        self._tokens.move_to_end(caller)
+        while len(self._tokens) > MAX_CALLERS:
+            self._tokens.popitem(last=False)
+
+    def _now(self, caller: bytes) -> tuple[float, float]:
+        now = time.monotonic()
+        tokens, since = self._tokens.get(caller, (self._burst, now))
+        return min(self._burst, tokens + (now - since) * self._rate), now
 
 
 class Access:
-    """Keys (compared by their hash, in constant time), and a token bucket for each caller."""
+    """Keys, compared by their hash in constant time; how often each caller may ask, and each address be wrong."""
 
-    def __init__(self, config: AccessConfig) -> None:
+    def __init__(self, config: AccessConfig, metrics: Metrics) -> None:
         self._keys = read_keys(config)
-        self._rate = config.requests_per_minute / 60
-        self._burst = float(config.burst)
-        self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()  # caller -> tokens, since when
+        self._metrics = metrics
+        self._per_minute = config.requests_per_minute
+        self._requests = Buckets(config.requests_per_minute, config.burst)
+        self._wrong = Buckets(WRONG_KEYS, WRONG_KEYS)
+        self._right: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()  # address and key
 
     def check(self, headers: Headers, address: str) -> None:
         """Raises ApiError for a wrong key, and for a caller that asks too often."""
         caller = _hash(address)
         if self._keys:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            caller = _hash(key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
-            if not any(hmac.compare_digest(caller, known) for known in self._keys):
-                raise ApiError("unauthorized", headers={"WWW-Authenticate": "Bearer"})
-        if self._rate:
-            self._take(caller)
+            caller = self._with_key(headers, caller)
+        if self._per_minute:
+            if wait := self._requests.wait(caller):
+                raise _too_often(f"More than {self._per_minute:g} requests a minute", wait)
+            self._requests.take(caller)
 
-    def _take(self, caller: bytes) -> None:
-        now = time.monotonic()
-        tokens, since = self._buckets.pop(caller, (self._burst, now))
-        tokens = min(self._burst, tokens + (now - since) * self._rate)
-        self._buckets[caller] = (max(0.0, tokens - 1) if tokens >= 1 else tokens, now)
-        while len(self._buckets) > MAX_CALLERS:
-            self._buckets.popitem(last=False)
-        if tokens < 1:
-            wait = math.ceil((1 - tokens) / self._rate)
-            raise ApiError(
-                "rate_limited",
-                f"More than {self._rate * 60:g} requests a minute. Try again in {wait} s.",
-                headers={"Retry-After": str(wait)},
-            )
+    def _with_key(self, headers: Headers, address: bytes) -> bytes:
+        """The key's hash. Who was let in before is let in again, however many wrong ones come from the same address."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        caller = _hash(key)
+        if (address, caller) in self._right:
+            self._right.move_to_end((address, caller))
+            return caller
+        if wait := self._wrong.wait(address):
+            raise _too_often("Too many wrong keys came from this address", wait)
+        if not any(hmac.compare_digest(caller, known) for known in self._keys):
+            if key:
+                self._wrong.take(address)
+                self._metrics.wrong_keys.inc()
+            raise ApiError("unauthorized", headers={"WWW-Authenticate": "Bearer"})
+        self._right[address, caller] = None
+        while len(self._right) > MAX_CALLERS:
+            self._right.popitem(last=False)
+        return caller
+
+
+def _too_often(what: str, wait: int) -> ApiError:
+    return ApiError("rate_limited", f"{what}. Try again in {wait} s.", headers={"Retry-After": str(wait)})
 
 
 class AdmissionControl:

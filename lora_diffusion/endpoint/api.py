@@ -76,7 +76,7 @@ def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
         redirect_slashes=False,
         middleware=layers,
     )
-    app.state.gate = Gate(Access(access), AdmissionControl(limits, studio.metrics), limits)
+    app.state.gate = Gate(Access(access, studio.metrics), AdmissionControl(limits, studio.metrics), limits)
     app.router.route_class = Route
     Routes(studio).add_to(app)
     _add_operations(app, studio)

@@ -21,13 +21,15 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.handle import DeploymentHandle
 
 from lora_diffusion.config import load_config, placed
-from lora_diffusion.endpoint.access import read_keys
+from lora_diffusion.endpoint.access import read_keys, refuse_open_door
 from lora_diffusion.endpoint.api import build_api
 from lora_diffusion.endpoint.local import local_stages
 from lora_diffusion.endpoint.logs import set_up_logs
@@ -51,6 +53,7 @@ class Gateway:
     """HTTP in, HTTP out; all work is done behind the handles."""
 
     def __init__(self, config: ServeConfig, **stages: DeploymentHandle[Any]) -> None:
+        refuse_to_listen(config)
         set_up_logs()
         self._studio = Studio(
             config,
@@ -71,6 +74,7 @@ class FusedGateway:
     """HTTP in, HTTP out, and all that leads to a LoRA: each stage in a thread of its own. One replica: it holds the library."""
 
     def __init__(self, config: ServeConfig, renderer: DeploymentHandle[Any]) -> None:
+        refuse_to_listen(config)
         set_up_logs()
         self._stages = local_stages(config)
         drawing = WithVectors(remote(Renderer, renderer), self._stages["decoder"])
@@ -119,6 +123,18 @@ class RendererReplica(Renderer):
         super().__init__(config, remote(Decoder, decoder), remote(Embedder, embedder))
 
 
+def refuse_to_listen(config: ServeConfig) -> None:
+    """Raises ValueError where the Serve of this process, if there is one yet, listens to strangers, and there are no keys."""
+    if not ray.is_initialized():
+        return
+    try:
+        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return
+    options: Any = ray.get(controller.get_http_config.remote())
+    refuse_open_door(config.access, options.host or "127.0.0.1")
+
+
 def build(arguments: dict[str, Any]) -> Application:
     """The application. `config`: a YAML file; any other argument overrides a key of it, as in `limits.max_images: 4`.
 
@@ -142,6 +158,7 @@ def build(arguments: dict[str, Any]) -> Application:
         return bound
 
     read_keys(config.access)  # refused here, and not in a replica that is started again and again
+    refuse_to_listen(config)
     if unknown := sorted(set(options) - DEPLOYMENTS):
         raise ValueError(f"deployments: there is no {unknown[0]!r}; there are {', '.join(sorted(DEPLOYMENTS))}")
     if config.graph == "fused":

@@ -35,6 +35,7 @@ class Metrics:
             f"{PREFIX}_stage_batch_size", "Requests in the batch", ["stage"], buckets=BATCHES, registry=registry
         )
         self.in_flight = Gauge(f"{PREFIX}_requests_in_flight", "Requests being worked on", registry=registry)
+        self.wrong_keys = Counter(f"{PREFIX}_wrong_keys", "Requests with a wrong API key", registry=registry)
         self._loras = Gauge(f"{PREFIX}_library_loras", "LoRAs in memory", registry=registry)
         self._bytes = Gauge(f"{PREFIX}_library_bytes", "Bytes of the LoRAs in memory", registry=registry)
 

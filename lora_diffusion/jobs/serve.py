@@ -36,7 +36,7 @@ class Config(ServeConfig):
         runs already, what that was started with.
     """
 
-    host: str = "127.0.0.1"  # 0.0.0.0: everybody who can reach this machine; give keys (access.api_keys_env)
+    host: str = "127.0.0.1"  # 0.0.0.0: all who can reach this machine; only with keys, or access.open=true
     port: int = 8000  # of HTTP
     proxy: Literal["haproxy", "ray"] = "haproxy"
 
@@ -52,8 +52,10 @@ def dry_run(config: Config) -> str:
 def run(config: Config, ray_address: str) -> None:
     """Raises ValueError if it ends by itself, MissingExtra for what is not installed."""
     check("serve", "ray", "fastapi", "fastapi_offline", "prometheus_client", "python_multipart")
+    from lora_diffusion.endpoint.access import refuse_open_door
     from lora_diffusion.endpoint.haproxy import end_haproxy, haproxy_environment
 
+    refuse_open_door(config.access, config.host)
     values, application = to_dict(config), yaml.safe_load(APP.read_text(encoding="utf-8"))
     application["http_options"] = {name: values.pop(name) for name in ("host", "port")}
     proxy = values.pop("proxy")

@@ -59,12 +59,16 @@ class SamplingConfig:
 class AccessConfig:
     """Who may ask, and how often.
 
-    api_keys_env: environment variable with comma-separated keys; unset: everybody may ask; set without a key: an error.
+    api_keys_env: environment variable with comma-separated keys; set without a key: an error.
+    api_keys_file: a file with keys, one a line, as a mounted secret; those of the variable count, too. Neither: everybody may ask.
+    open: listen beyond this machine although there are no keys; otherwise that is refused at the start.
     requests_per_minute: for each key (or each address, without keys), at one gateway; 0: as many as they like.
     cors_origins: pages of other sites that a browser may let in; empty: none.
     """
 
     api_keys_env: str = "LORA_DIFFUSION_API_KEYS"
+    api_keys_file: str | None = None
+    open: bool = False
     requests_per_minute: int = 0
     burst: int = 20  # requests that may come at once
     cors_origins: tuple[str, ...] = ()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 from serve_client import Client, problem, variant
 
-from lora_diffusion.endpoint.access import read_keys
+from lora_diffusion.endpoint.access import WRONG_KEYS, is_loopback, read_keys, refuse_open_door
 from lora_diffusion.endpoint.graph import build
 from lora_diffusion.endpoint.routing import Route
 from lora_diffusion.endpoint.studio import Studio
+from lora_diffusion.jobs import serve
 from lora_diffusion.serving.config import AccessConfig
 
 KEYS = "LORA_DIFFUSION_API_KEYS"
@@ -112,3 +117,98 @@ def test_only_without_the_variable_everybody_may_ask(api: Client, monkeypatch: p
     monkeypatch.delenv(KEYS, raising=False)
     assert read_keys(AccessConfig()) == []
     assert api("GET", "/v1/model").status_code == 200
+
+
+def test_keys_may_stand_in_a_file(studio: Studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(KEYS, raising=False)
+    file = tmp_path / "keys"
+    access = AccessConfig(api_keys_file=str(file))
+    with pytest.raises(ValueError, match="cannot be read"):
+        variant(studio, access=access)
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="api_keys_file is set, but holds no key"):
+        variant(studio, access=access)
+    file.write_text("first\nsecond\n")
+    client = variant(studio, access=access)
+    problem(client("GET", "/v1/model"), 401, "unauthorized")
+    assert client("GET", "/v1/model", headers={"X-API-Key": "second"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "cluster.example", ""])
+def test_without_keys_it_listens_to_this_machine_alone(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS, raising=False)
+    with pytest.raises(ValueError, match="let everybody in"):
+        refuse_open_door(AccessConfig(), host)
+    refuse_open_door(AccessConfig(open=True), host)
+    with pytest.raises(ValueError, match="let everybody in"):
+        serve.run(serve.Config(host=host), "local")
+    monkeypatch.setenv(KEYS, "first")
+    refuse_open_door(AccessConfig(), host)
+
+
+def test_loopback_has_many_names() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost", "a.localhost")))
+    assert not any(map(is_loopback, ("127.0.0.1.example", "localhost.example", "10.0.0.1", "::", "*")))
+
+
+def test_wrong_keys_are_slowed_and_counted_and_shut_nobody_out_who_was_in(studio: Studio, keys: None) -> None:
+    client = variant(studio)
+    before = _wrong_keys(client)
+    right = {"X-API-Key": "first"}
+    assert client("GET", "/v1/model", headers=right).status_code == 200
+    for i in range(WRONG_KEYS):
+        problem(client("GET", "/v1/model", headers={"X-API-Key": f"guess {i}"}), 401, "unauthorized")
+    told = client("GET", "/v1/model", headers={"X-API-Key": "guess"})
+    problem(told, 429, "rate_limited")
+    assert 1 <= int(told.headers["retry-after"]) <= 60
+    problem(
+        client("GET", "/v1/model", headers={"X-API-Key": "second"}), 429, "rate_limited"
+    )  # a guess, for all we know
+    assert client("GET", "/v1/model", headers=right).status_code == 200
+    assert _wrong_keys(client) == before + WRONG_KEYS
+
+
+def _wrong_keys(client: Client) -> float:
+    lines = client("GET", "/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("lora_diffusion_wrong_keys_total"))
+
+
+def test_asking_without_a_key_is_no_guess(studio: Studio, keys: None) -> None:
+    client = variant(studio)
+    for _ in range(WRONG_KEYS + 1):
+        problem(client("GET", "/v1/model"), 401, "unauthorized")
+
+
+def closed_routes(client: Client) -> list[tuple[str, str]]:
+    """Method and path of every route that is work, from the application itself."""
+    routes = [route for route in client.app.routes if isinstance(route, Route) and not route.public]
+    return [
+        (method, route.path.replace("{lora_id}", "0" * 32))
+        for route in routes
+        for method in sorted(route.methods or ())
+    ]
+
+
+@pytest.mark.parametrize("root", ["", "/lora"])
+@pytest.mark.parametrize("way", ["{}", "{}/", "/{}", "{}//", "{}%2f", "{}?format=peft", "{}#a", "HEAD {}"])
+@pytest.mark.parametrize(
+    ("bound", "reason", "changes"),
+    [
+        ("room", "overloaded", {"max_in_flight": 0}),
+        ("rate", "rate_limited", {"requests_per_minute": 1, "burst": 0}),
+    ],
+)
+def test_room_and_rates_hold_under_every_path_that_a_route_answers(
+    studio: Studio, root: str, way: str, bound: str, reason: str, changes: dict[str, Any]
+) -> None:
+    """A path that is not refused for its bound must be one that nothing answers."""
+    part = "limits" if bound == "room" else "access"
+    full = variant(studio, root_path=root, **{part: replace(getattr(studio.config, part), **changes)})
+    assert len(closed_routes(full)) >= 10
+    for method, path in closed_routes(full):
+        method = "HEAD" if way.startswith("HEAD") and method == "GET" else method
+        answer = full(method, root + way.removeprefix("HEAD ").format(path), json={} if method == "POST" else None)
+        if way in ("{}", "{}/", "{}?format=peft", "{}#a", "HEAD {}"):
+            assert answer.status_code in (429, 503), (method, path)
+        if method != "HEAD":
+            assert answer.json()["reason"] in (reason, "not_found"), (method, path)

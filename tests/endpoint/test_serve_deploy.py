@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from ray import serve
 from ray.serve.schema import ServeDeploySchema
+from s3_server import free_port
 
 from lora_diffusion.config import load_config
 from lora_diffusion.endpoint import APP
+from lora_diffusion.endpoint.access import refuse_open_door
 from lora_diffusion.endpoint.graph import DEPLOYMENTS, build
 from lora_diffusion.serving.config import ServeConfig
 
@@ -123,6 +126,31 @@ def test_production_files_fit_serves_schema_and_our_graph(name: str) -> None:
     assert values["http_options"]["request_timeout_s"] > config.limits.max_seconds
     reloaded = [deployment.user_config["synthesizer"] for deployment in application.deployments]
     assert reloaded == [config.synthesizer] * 2  # a fresh start and a reload serve the same
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
+def test_production_files_start_only_with_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = serve_configs()[name]
+    config = build(values["applications"][0]["args"])._bound_deployment.init_args[0]
+    monkeypatch.delenv(config.access.api_keys_env, raising=False)
+    with pytest.raises(ValueError, match="let everybody in"):
+        refuse_open_door(config.access, values["http_options"]["host"])
+    monkeypatch.setenv(config.access.api_keys_env, "first")
+    refuse_open_door(config.access, values["http_options"]["host"])
+
+
+@pytest.mark.ray
+def test_a_serve_that_listens_to_strangers_gets_no_application_without_keys(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORA_DIFFUSION_API_KEYS", raising=False)
+    serve.start(proxy_location="Disabled", http_options={"host": "0.0.0.0", "port": free_port()})
+    try:
+        with pytest.raises(ValueError, match=r"listen on 0\.0\.0\.0"):
+            build({})
+        build({"access.open": True})
+    finally:
+        serve.shutdown()
 
 
 def test_gateway_embedder_and_library_start_without_torch() -> None:
