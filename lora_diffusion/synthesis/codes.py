@@ -29,6 +29,7 @@ KINDS: tuple[Kind, ...] = ("latent", "pca", "vector")
 class CodeSpace(nn.Module):
     """`encode`: vectors (B, N) -> codes (B, Z); `decode`: back, as well as the space can. `size`: Z.
 
+    `raw_encode`: vectors (B, N) -> raw codes (B, Z); `raw_decode`: raw codes -> normalised parameters (B, M).
     Codes are `(raw - shift) / scale`; shift 0 and scale 1 until `standardise` was called.
     """
 
@@ -46,12 +47,13 @@ class CodeSpace(nn.Module):
     def encode(self, vectors_BN: Tensor) -> Tensor:
         return (self.raw_encode(vectors_BN) - self.shift_Z) / self.scale_Z
 
-    def decode(self, codes_BZ: Tensor) -> Tensor:
+    def decode(self, codes_BZ: Tensor, deviation_scale: float = 1.0) -> Tensor:
+        """Vectors (B, N); their deviation from the corpus' mean is multiplied by `deviation_scale`."""
         if codes_BZ.ndim != 2 or codes_BZ.shape[1] != self.size:
             raise ValueError(
                 f"codes have shape {tuple(codes_BZ.shape)}; this {self.kind} space expects (B, {self.size})"
             )
-        return self.raw_decode(codes_BZ * self.scale_Z + self.shift_Z)
+        return self.normaliser.restore(self.raw_decode(codes_BZ * self.scale_Z + self.shift_Z), deviation_scale)
 
     def raw_encode(self, vectors_BN: Tensor) -> Tensor:
         raise NotImplementedError
@@ -99,7 +101,7 @@ class VectorCodes(CodeSpace):
         return self.normaliser.normalise(vectors_BN)
 
     def raw_decode(self, raw_BZ: Tensor) -> Tensor:
-        return self.normaliser.restore(raw_BZ)
+        return raw_BZ
 
 
 class PCACodes(CodeSpace):
@@ -115,7 +117,7 @@ class PCACodes(CodeSpace):
         return self.pca.encode(self.normaliser.normalise(vectors_BN))
 
     def raw_decode(self, raw_BZ: Tensor) -> Tensor:
-        return self.normaliser.restore(self.pca.decode(raw_BZ))
+        return self.pca.decode(raw_BZ)
 
 
 class LearnedCodes(CodeSpace):
@@ -177,7 +179,7 @@ class LearnedCodes(CodeSpace):
 
     def raw_decode(self, raw_BZ: Tensor) -> Tensor:
         mixed = raw_BZ if self.mixing_KR is None else raw_BZ @ self.mixing_KR
-        return self.normaliser.restore(mixed @ self.components_KM)
+        return mixed @ self.components_KM
 
 
 class LatentCodes(CodeSpace):
@@ -199,7 +201,7 @@ class LatentCodes(CodeSpace):
         return self.vae.encode(vectors_BN)[0]
 
     def raw_decode(self, raw_BZ: Tensor) -> Tensor:
-        return self.vae.decode(raw_BZ)
+        return self.vae.decode_normalised(raw_BZ)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "vae": to_dict(self.vae.config)}

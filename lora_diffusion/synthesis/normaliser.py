@@ -80,9 +80,13 @@ class Normaliser(nn.Module):
             )
         return (vectors_BN[:, self.varying].float() - self.get_buffer("_mean_M")) / self.get_buffer("_std_M")
 
-    def restore(self, x_BM: Tensor) -> Tensor:
-        """(B, N): inverse of `normalise`; constant parameters get the corpus' value, bit for bit. Gradients flow."""
-        values_BM = torch.addcmul(self.get_buffer("_mean_M"), x_BM.float(), self.get_buffer("_std_M"))
+    def restore(self, x_BM: Tensor, deviation_scale: float = 1.0) -> Tensor:
+        """(B, N): inverse of `normalise`; constant parameters get the corpus' value, bit for bit. Gradients flow.
+
+        `deviation_scale` multiplies the deviation from the mean.
+        """
+        mean_M, std_M = self.get_buffer("_mean_M"), self.get_buffer("_std_M")
+        values_BM = torch.addcmul(mean_M, x_BM.float(), std_M, value=deviation_scale)
         if self.size == self.vector_size:
             return values_BM
         return self.mean_N.expand(len(x_BM), -1).index_copy(1, self.varying, values_BM)

@@ -181,11 +181,8 @@ class Synthesizer:
 
         1 is the inverse of `encode`; None is what the synthesiser's folder recommends to draw with.
         """
-        vectors_BN = self.codes.decode(self._tensor(codes_BZ))
         deviation_scale = self.latent_sampling.deviation_scale if deviation_scale is None else deviation_scale
-        if deviation_scale != 1:
-            vectors_BN.lerp_(self.codes.normaliser.mean_N, 1 - deviation_scale)
-        return _numpy(vectors_BN)
+        return _numpy(self.codes.decode(self._tensor(codes_BZ), deviation_scale))
 
     def check_embeddings(self, embeddings: Array) -> Floats:
         """(B, C) float32 unit vectors. Raises ValueError for another length, zeros, NaN or infinity."""

@@ -105,9 +105,6 @@ class LoRAVAE(nn.Module):
     def encode(self, vectors_BN: Tensor) -> tuple[Tensor, Tensor]:
         return self.encode_normalised(self.normaliser.normalise(vectors_BN))
 
-    def decode(self, latents_BZ: Tensor) -> Tensor:
-        return self.normaliser.restore(self.decode_normalised(latents_BZ))
-
     def encode_normalised(self, x_BM: Tensor) -> tuple[Tensor, Tensor]:
         mean_BZ: Tensor | int = 0
         logvar_BZ = self.logvar_Z.expand(len(x_BM), -1)

@@ -132,7 +132,7 @@ def test_vectors_come_out_as_long_as_they_went_in() -> None:
     vae = LoRAVAE(VAEConfig(latent_size=5, hidden=(16, 8)), data.normaliser)
     mean_BZ, logvar_BZ = vae.encode(data.vectors_PN[:3])
     assert mean_BZ.shape == logvar_BZ.shape == (3, 5)
-    assert vae.decode(mean_BZ).shape == (3, LAYOUT.size)
+    assert vae.normaliser.restore(vae.decode_normalised(mean_BZ)).shape == (3, LAYOUT.size)
 
 
 def test_widths_fall_in_the_encoder_and_rise_in_the_decoder() -> None:

@@ -174,8 +174,7 @@ class PictureStage(Stage):
         )
 
     def _vectors(self, codes_BZ: Tensor) -> Tensor:
-        vectors_BN, scale = self.codes.decode(codes_BZ), self.how.deviation_scale
-        return vectors_BN if scale == 1 else torch.lerp(self.codes.normaliser.mean_N, vectors_BN, scale)
+        return self.codes.decode(codes_BZ, self.how.deviation_scale)
 
     def _prompts(self, draws_BG: Tensor) -> NDArray[np.int64]:
         """Prompts of anybody's photos, as often as they come."""
