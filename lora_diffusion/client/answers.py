@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ class LoRA:
 
     similarity: cosine of drawn faces with the photo's, if they were compared. nearest: of the photo's embedding with the
     nearest person that the synthesiser was trained on. position: on the way from one person (0) to another (1).
+    deletion_token: deletes it, on a server without keys.
     """
 
     id: str
@@ -25,6 +26,7 @@ class LoRA:
     similarity: float | None
     nearest: float | None
     expires_in: float
+    deletion_token: str | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, data: Json) -> LoRA:
@@ -36,6 +38,7 @@ class LoRA:
             data.get("similarity"),
             nearest["similarity"] if nearest else None,
             data["expires_in"],
+            data.get("deletion_token"),
         )
 
 

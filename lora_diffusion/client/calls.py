@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
@@ -19,6 +19,7 @@ Photo = str | Path | bytes
 Format = Literal["diffusers", "peft", "kohya", "vector", "latent"]
 Person = answers.LoRA | answers.Latent | str
 """A LoRA, its id, or a latent."""
+DELETION_TOKEN = "X-Deletion-Token"
 T = TypeVar("T")
 
 
@@ -59,6 +60,7 @@ class Call(Generic[T]):
     photos: Sequence[tuple[str, bytes]] = ()
     lora_file: bytes | None = None
     accept: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
     forgiven: str = ""
 
     def body(self) -> dict[str, Any]:
@@ -140,8 +142,10 @@ def download(lora: answers.LoRA | str, format: Format = "kohya") -> Call[answers
 
 
 def delete(lora: answers.LoRA | str) -> Call[None]:
-    """Have it forgotten now; also if the server has forgotten it already."""
-    return Call("DELETE", _url(lora), lambda response: None, forgiven="unknown_lora")
+    """Have it forgotten now; also if the server has forgotten it already. An id alone: of one that this client made."""
+    token = None if isinstance(lora, str) else lora.deletion_token
+    headers = {DELETION_TOKEN: token} if token else {}
+    return Call("DELETE", _url(lora), lambda response: None, headers=headers, forgiven="unknown_lora")
 
 
 def images(person: Person, prompt: str, **options: Unpack[ImageOptions]) -> Call[answers.Pictures]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from functools import wraps
@@ -31,7 +32,10 @@ class _Shared:
     ) -> None:
         self._settings: dict[str, Any] = {
             "base_url": url.rstrip("/") + "/",
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "headers": {
+                calls.DELETION_TOKEN: secrets.token_hex(16),  # what this client makes, it may delete
+                **({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            },
             "follow_redirects": False,
         }
         self._timeout = timeout
@@ -39,7 +43,7 @@ class _Shared:
 
     def _request(self, http: httpx.Client | httpx.AsyncClient, call: Call[Any], deadline: float) -> httpx.Request:
         left = max(0.001, deadline - time.monotonic())
-        headers = {"Accept": call.accept, "X-Request-Timeout-Seconds": f"{left:.3f}"}
+        headers = {"Accept": call.accept, "X-Request-Timeout-Seconds": f"{left:.3f}", **call.headers}
         return http.build_request(call.method, call.path, headers=headers, timeout=left + GRACE_SECONDS, **call.body())
 
     def _next_wait(self, attempt: int, outcome: httpx.Response | httpx.TransportError, deadline: float) -> float:

@@ -8,6 +8,7 @@ import ipaddress
 import math
 import os
 import re
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ from starlette.datastructures import Headers
 from lora_diffusion.endpoint.metrics import Metrics
 from lora_diffusion.endpoint.problems import ApiError
 from lora_diffusion.serving.config import AccessConfig, LimitsConfig
+from lora_diffusion.serving.messages import Owner
 
 MAX_CALLERS = 10_000
 UPLOADS_FOR_EACH = 4  # bodies that may arrive, for each request that may be worked on
+DELETION_TOKEN, TOKEN = "X-Deletion-Token", re.compile("[0-9a-f]{32,64}")
 WRONG_KEYS = 10  # of an address: at once, and a minute
 
 
@@ -104,8 +107,8 @@ class Access:
         self._wrong = Buckets(WRONG_KEYS, WRONG_KEYS)
         self._right: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()  # address and key
 
-    def check(self, headers: Headers, address: str) -> None:
-        """Raises ApiError for a wrong key, and for a caller that asks too often."""
+    def check(self, headers: Headers, address: str) -> Owner:
+        """Whose the LoRAs of this request are. Raises ApiError for a wrong key, and for a caller that asks too often."""
         caller = _hash(address)
         if self._keys:
             caller = self._with_key(headers, caller)
@@ -113,6 +116,7 @@ class Access:
             if wait := self._requests.wait(caller):
                 raise _too_often(f"More than {self._per_minute:g} requests a minute", wait)
             self._requests.take(caller)
+        return Owner(key=caller.hex()[:32]) if self._keys else Owner(token=_deletion_token(headers))
 
     def _with_key(self, headers: Headers, address: bytes) -> bytes:
         """The key's hash. Who was let in before is let in again, however many wrong ones come from the same address."""
@@ -133,6 +137,16 @@ class Access:
         while len(self._right) > MAX_CALLERS:
             self._right.popitem(last=False)
         return caller
+
+
+def _deletion_token(headers: Headers) -> str:
+    """The caller's own, so that what it makes twice it deletes once; else a new one. Raises ApiError for one that is too weak."""
+    given = headers.get(DELETION_TOKEN)
+    if given is None:
+        return secrets.token_hex(16)
+    if not TOKEN.fullmatch(given):
+        raise ApiError("invalid_request", f"{DELETION_TOKEN} is 32 to 64 hexadecimal digits, drawn at random.")
+    return given
 
 
 def _too_often(what: str, wait: int) -> ApiError:

@@ -21,6 +21,7 @@ from lora_diffusion.serving.messages import FILE_NAMES, DrawnImage, DrawTask, Pr
 
 IMAGE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 QUALITY = re.compile(r"\bq\s*=\s*(0(?:\.\d*)?|1)")
+TOKEN_HEADER = "X-LoRA-Deletion-Token"
 Wanted = Literal["json", "image", "events"]
 
 
@@ -68,6 +69,7 @@ def lora(
         similarity=similarity,
         nearest=nearest(made),
         expires_in=config.library.ttl_seconds,
+        deletion_token=made.token or None,
         url=url,
         files={name: f"{url}?format={name}" for name in FILE_NAMES},
     )
@@ -78,6 +80,8 @@ def file(made: Made, format: str, similarity: float | None = None) -> Response:
     assert made.decoded.file is not None
     name, media_type = FILE_NAMES[format]
     headers = {"Content-Disposition": f'attachment; filename="{name}"', "X-LoRA-Id": made.decoded.lora_id}
+    if made.token:
+        headers[TOKEN_HEADER] = made.token
     if similarity is not None:
         headers["X-LoRA-Similarity"] = f"{similarity:.4f}"
     if made.sampled is not None and made.sampled.seed is not None:
@@ -105,6 +109,8 @@ class Pictures:
         if how == "json":
             return self._whole(sorted(images, key=lambda image: image.index))
         headers = {"X-Image-Seed": str(images[0].seed), "X-LoRA-Id": self._made.decoded.lora_id}
+        if self._made.token:
+            headers[TOKEN_HEADER] = self._made.token
         if images[0].similarity is not None:
             headers["X-LoRA-Similarity"] = f"{images[0].similarity:.4f}"
         return Response(base64.b64decode(images[0].data), 200, headers, images[0].media_type)

@@ -18,7 +18,7 @@ from starlette.routing import Match
 
 from lora_diffusion import __version__
 from lora_diffusion.endpoint import schemas
-from lora_diffusion.endpoint.access import Access, AdmissionControl
+from lora_diffusion.endpoint.access import DELETION_TOKEN, Access, AdmissionControl
 from lora_diffusion.endpoint.docs import describe, operation
 from lora_diffusion.endpoint.middleware import TIMEOUT, Deadline, Errors, FixedHeaders, Lenient, Log, RequestId
 from lora_diffusion.endpoint.problems import ApiError, invalid
@@ -32,6 +32,7 @@ METHODS = ("GET", "HEAD", "POST", "DELETE")
 EXPOSED = [
     "X-Request-Id",
     "X-LoRA-Id",
+    "X-LoRA-Deletion-Token",
     "X-LoRA-Seed",
     "X-LoRA-Similarity",
     "X-Image-Seed",
@@ -64,7 +65,7 @@ def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
                 CORSMiddleware,
                 allow_origins=list(access.cors_origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", TIMEOUT],
+                allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id", DELETION_TOKEN, TIMEOUT],
                 expose_headers=EXPOSED,
             ),
         )

@@ -11,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from lora_diffusion.endpoint import schemas
+from lora_diffusion.endpoint.access import DELETION_TOKEN, TOKEN
 from lora_diffusion.endpoint.body import JSON_FIELDS
 from lora_diffusion.endpoint.examples import EVENTS, EXAMPLES
 from lora_diffusion.endpoint.middleware import TIMEOUT
@@ -128,4 +129,7 @@ def _describe(operation: dict[str, Any], public: bool) -> None:
         ]
     )
     if not public:
+        token = {"type": "string", "pattern": TOKEN.pattern}
+        told = "yours, for what you make and DELETE; left out: a new one, told in the answer. Not needed with keys"
+        operation["parameters"].append({"in": "header", "name": DELETION_TOKEN, "schema": token, "description": told})
         operation["security"] = [{"bearer": []}, {"header": []}, {}]

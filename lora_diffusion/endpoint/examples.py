@@ -15,6 +15,7 @@ LORA: dict[str, Any] = {
     "similarity": 0.61,
     "nearest": {"similarity": 0.42},
     "expires_in": 3600.0,
+    "deletion_token": "9f1c0d7b2e4a48536a7b8c9d0e1f2a3b",
     "url": f"/v1/loras/{ID}",
     "files": {name: f"/v1/loras/{ID}?format={name}" for name in ("diffusers", "peft", "kohya", "vector", "latent")},
 }

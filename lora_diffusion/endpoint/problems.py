@@ -18,6 +18,10 @@ MEDIA_TYPE = "application/problem+json"
 PROBLEMS = {
     "malformed_body": (400, "The body is no valid JSON: Expecting value, at line 1, column 1."),
     "unauthorized": (401, "This server wants an API key: send it as `Authorization: Bearer KEY`."),
+    "not_yours": (
+        403,
+        "This LoRA is deleted with the deletion_token that came when it was made: send X-Deletion-Token.",
+    ),
     "not_found": (404, "There is nothing at this path; GET /docs lists what there is."),
     "unknown_lora": (404, "This LoRA has expired. Make it again."),
     "method_not_allowed": (405, "This path takes GET, HEAD, DELETE; PUT is none of them."),

@@ -16,7 +16,7 @@ from lora_diffusion.endpoint.docs import LORA_FILES, PICTURES, WITH_PHOTOS, oper
 from lora_diffusion.endpoint.problems import PHOTO_REASONS, ApiError
 from lora_diffusion.endpoint.routing import Endpoint
 from lora_diffusion.endpoint.studio import Made, Sampled, Studio, new_seed, together
-from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask
+from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask, Owner
 
 # the API says it of latents where pictures have the same setting
 T = TypeVar("T")
@@ -139,17 +139,18 @@ class Routes:
     @route("POST", "/v1/edits", "LoRAs", "The LoRA of a changed person", schemas.LorasResponse, CHANGED, status=201)
     async def edits(self, asked: schemas.EditsRequest, request: Request) -> schemas.LorasResponse:
         """The LoRA of a changed person."""
-        code = await self.studio.denoiser.edit(await self._code(asked), asked.edits)
-        made = await self.studio.decode([Sampled(code)], self._deviation(asked), deadline(request))
+        code = await self.studio.denoiser.edit(await self._code(asked, request), asked.edits)
+        made = await self.studio.decode([Sampled(code)], self._deviation(asked), deadline(request), owner(request))
         return schemas.LorasResponse(loras=[answers.lora(made[0], self.config, root_of(request))])
 
     @route("POST", "/v1/interpolations", "LoRAs", "LoRAs between two people", schemas.LorasResponse, CODED, status=201)
     async def interpolations(self, asked: schemas.InterpolationsRequest, request: Request) -> schemas.LorasResponse:
         """LoRAs on the way from one person to another."""
         positions = asked.positions or np.linspace(0, 1, asked.num or 2).tolist()
-        a, b = await together([self._code(asked.a), self._code(asked.b)])
+        a, b = await together([self._code(asked.a, request), self._code(asked.b, request)])
         codes = await self.studio.denoiser.interpolate(a, b, positions)
-        made = await self.studio.decode([Sampled(code) for code in codes], self._deviation(asked), deadline(request))
+        samples = [Sampled(code) for code in codes]
+        made = await self.studio.decode(samples, self._deviation(asked), deadline(request), owner(request))
         return schemas.LorasResponse(
             loras=[
                 answers.lora(m, self.config, root_of(request), position=at)
@@ -164,17 +165,18 @@ class Routes:
         self, request: Request, lora_id: str = Path(pattern=schemas.LORA_ID), format: schemas.FileFormat | None = None
     ) -> Any:
         """What is known of a LoRA, or with `format` its file."""
+        place = owner(request).place(lora_id)
         if format is None:
-            await self.studio.library.get(lora_id)
+            await self.studio.library.get(place)
             return answers.lora(Made(Decoded(lora_id)), self.config, root_of(request))
         return answers.file(
-            Made(Decoded(lora_id, await self.studio.decoder.file(lora_id, format, deadline(request)))), format
+            Made(Decoded(lora_id, await self.studio.decoder.file(place, format, deadline(request)))), format
         )
 
-    @route("DELETE", "/v1/loras/{lora_id}", "LoRAs", "Forget a LoRA", None, ["unknown_lora"], status=204)
-    async def delete_lora(self, lora_id: str = Path(pattern=schemas.LORA_ID)) -> Response:
+    @route("DELETE", "/v1/loras/{lora_id}", "LoRAs", "Forget a LoRA", None, ["unknown_lora", "not_yours"], status=204)
+    async def delete_lora(self, request: Request, lora_id: str = Path(pattern=schemas.LORA_ID)) -> Response:
         """Forget a LoRA now."""
-        if not await self.studio.library.delete(lora_id):
+        if not await self.studio.library.delete(owner(request).place(lora_id), owner(request).token):
             raise ApiError("unknown_lora", "There is no LoRA of this id here (any more): nothing is left to delete.")
         return Response(status_code=204)
 
@@ -233,15 +235,16 @@ class Routes:
                 "invalid_request", "num_samples draws from photos or an embedding; a latent or a file is one LoRA."
             )
         if isinstance(asked, schemas.AnySource) and asked.lora_file is not None:
-            return [Made(await self.studio.decoder.accept(asked.lora_file.data, format))]
+            decoded = await self.studio.decoder.accept(asked.lora_file.data, format, owner(request))
+            return [Made(decoded, token=owner(request).token)]
         samples = await self._samples(asked, request, count)
-        return await self.studio.decode(samples, self._deviation(asked), deadline(request), format)
+        return await self.studio.decode(samples, self._deviation(asked), deadline(request), owner(request), format)
 
-    async def _code(self, asked: schemas.LatentOrLoRA) -> Code:
+    async def _code(self, asked: schemas.LatentOrLoRA, request: Request) -> Code:
         if asked.latent is not None:
             return _code(asked.latent)
         assert asked.lora is not None
-        record = await self.studio.library.get(asked.lora)
+        record = await self.studio.library.get(owner(request).place(asked.lora))
         if record.code is None:
             raise ApiError("stale_latent", "This LoRA was uploaded: it has no latent to change. Make one from a photo.")
         return record.code
@@ -259,7 +262,7 @@ class Routes:
         first = new_seed() if asked.image_seed is None else asked.image_seed
         sampling = self.config.sampling
         task = DrawTask(
-            lora_id=made.decoded.lora_id,
+            lora_id=owner(request).place(made.decoded.lora_id),
             prompt=asked.prompt,
             negative_prompt=_given(asked.negative_prompt, sampling.negative_prompt),
             seeds=tuple((first + i) % (schemas.MAX_SEED + 1) for i in range(asked.num_images)),
@@ -299,6 +302,12 @@ class Routes:
 def deadline(request: Request) -> float:
     """Unix time at which the caller stops waiting."""
     return float(request.state.deadline)
+
+
+def owner(request: Request) -> Owner:
+    """Whose the LoRAs of this request are."""
+    known: Owner = request.state.owner
+    return known
 
 
 def root_of(request: Request) -> str:

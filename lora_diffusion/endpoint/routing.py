@@ -47,7 +47,8 @@ class Route(APIRoute):
             await super().handle(scope, receive, send)
             return
         gate: Gate = scope["app"].state.gate
-        gate.access.check(Headers(scope=scope), (scope.get("client") or ("?", 0))[0])
+        headers = Headers(scope=scope)
+        scope["state"]["owner"] = gate.access.check(headers, (scope.get("client") or ("?", 0))[0])
         with gate.admission.admitted() as begin:
             scope["state"]["begin_work"] = begin
             await super().handle(scope, receive, send)

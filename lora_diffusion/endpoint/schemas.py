@@ -255,6 +255,9 @@ class LoRA(BaseModel):
     )
     nearest: Nearest | None = None
     expires_in: float = Field(description="seconds until the server forgets it; DELETE its url to have it gone now")
+    deletion_token: str | None = Field(
+        None, description="to be sent as X-Deletion-Token with DELETE; only of one made now, and without keys"
+    )
     url: str
     files: dict[str, str] = Field(description="format -> url")
 

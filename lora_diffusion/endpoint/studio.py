@@ -35,6 +35,7 @@ from lora_diffusion.serving.messages import (
     FoundFaces,
     LatentTask,
     LoRARecord,
+    Owner,
     Progress,
 )
 from lora_diffusion.serving.stages import DecoderStage, DenoiserStage, EmbedderStage, LibraryStage, RendererStage
@@ -53,11 +54,12 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Made:
-    """A LoRA that lies in the library."""
+    """A LoRA that lies in the library. token: deletes it, of one that was made now."""
 
     decoded: Decoded
     sampled: Sampled | None = None
     record: LoRARecord | None = None
+    token: str = ""
 
 
 class Studio:
@@ -109,15 +111,20 @@ class Studio:
         return [Sampled(code, task.seed, task.embedding_C) for (code, _), task in zip(answers, tasks, strict=True)]
 
     async def decode(
-        self, samples: Sequence[Sampled], deviation_scale: float | None, deadline: float, format: str | None = None
+        self,
+        samples: Sequence[Sampled],
+        deviation_scale: float | None,
+        deadline: float,
+        owner: Owner,
+        format: str | None = None,
     ) -> list[Made]:
         """Codes -> LoRAs in the library. Waits a moment for a decoder that is still loading the code's synthesiser."""
-        tasks = [DecodeTask(sampled.code, deviation_scale, format) for sampled in samples]
+        tasks = [DecodeTask(sampled.code, deviation_scale, format, owner) for sampled in samples]
         answers = await together(self._decode(task, deadline) for task in tasks)
         for _, timing in answers:
             self.metrics.stage(timing)
         return [
-            Made(decoded, sampled, LoRARecord(sampled.code, deviation_scale))
+            Made(decoded, sampled, LoRARecord(sampled.code, deviation_scale), owner.token)
             for (decoded, _), sampled in zip(answers, samples, strict=True)
         ]
 

@@ -8,6 +8,7 @@ Reason = Literal[
     "overloaded",  # the queue is full: try again later
     "deadline_exceeded",  # the caller's time was up before the work was done
     "unknown_lora",  # no LoRA of this id: never made, expired, deleted
+    "not_yours",  # to be deleted with the token that came when it was made
     "stale_latent",  # a latent of a synthesiser that is not loaded (any more)
     "unknown_attribute",  # an edit that the synthesiser does not know
     "bad_lora",  # an uploaded file that is no LoRA, or one of another layout

@@ -70,17 +70,30 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Owner:
+    """Whose a LoRA is: of the API key with this hash, or without keys of whoever has the token that came when it was made."""
+
+    key: str = ""
+    token: str = ""
+
+    def place(self, lora_id: str) -> str:
+        """The name of a LoRA in the library: with keys, each has LoRAs of its own."""
+        return f"{lora_id}.{self.key}" if self.key else lora_id
+
+
+@dataclass(frozen=True)
 class DecodeTask:
     code: Code
     deviation_scale: float | None
     """None: what the synthesiser's folder recommends."""
     format: str | None = None
     """Also give the LoRA file in this format."""
+    owner: Owner = Owner()
 
 
 @dataclass(frozen=True)
 class LoRARecord:
-    """What a LoRA is made from: its code, and how it is decoded. Of an upload: the vector itself, float32."""
+    """What a LoRA is made from: its code, and how it is decoded. Of an upload: the vector itself, float32. Or both."""
 
     code: Code | None = None
     deviation_scale: float | None = None
@@ -90,6 +103,12 @@ class LoRARecord:
     def nbytes(self) -> int:
         code = 0 if self.code is None else self.code.values_Z.nbytes
         return code + (0 if self.vector_N is None else self.vector_N.nbytes)
+
+    def completed(self, other: LoRARecord) -> LoRARecord:
+        """With what `other` has of the same LoRA, and this one has not."""
+        source = other if self.code is None else self
+        vector_N = other.vector_N if self.vector_N is None else self.vector_N
+        return LoRARecord(source.code, source.deviation_scale, vector_N)
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,7 @@ class Decoded:
 class DrawTask:
     """Pictures of one person. Picture i has the seed `seeds[i]`.
 
-    record: of a LoRA that was made for this task, so that the library need not be asked.
+    lora_id: its name in the library. record: of a LoRA that was made for this task, so that the library need not be asked.
     reference_C: the person's embedding, to score the pictures with; None: no scores.
     image_format: "png", "jpeg" or "webp".
     """

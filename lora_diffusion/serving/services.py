@@ -30,6 +30,7 @@ from lora_diffusion.serving.messages import (
     Floats,
     LatentTask,
     LoRARecord,
+    Owner,
     Pixels,
     Progress,
 )
@@ -37,6 +38,8 @@ from lora_diffusion.serving.stages import DecoderStage, EmbedderStage, LibrarySt
 
 if TYPE_CHECKING:
     from lora_diffusion.serving.renderer import Drawn
+
+NOBODY = Owner()  # everybody's
 
 
 class Denoiser:
@@ -118,16 +121,17 @@ class Decoder:
         vector_N, timing = await self._batcher(task, deadline)
         record = LoRARecord(task.code, task.deviation_scale)
         lora_id = content_id(vector_N, self._stage.layout.layout_id)
-        _, file = await asyncio.gather(self._library.put(lora_id, record), self._file(vector_N, record, task.format))
+        putting = self._library.put(task.owner.place(lora_id), record, task.owner.token)
+        _, file = await asyncio.gather(putting, self._file(vector_N, record, task.format))
         return Decoded(lora_id, file), timing
 
-    async def accept(self, data: bytes, format: str | None = None) -> Decoded:
+    async def accept(self, data: bytes, format: str | None = None, owner: Owner = NOBODY) -> Decoded:
         """An uploaded LoRA file, checked against the layout. Raises ServingError "bad_lora"."""
         from lora_diffusion.serving.files import decode_file
 
         vector_N = await asyncio.to_thread(decode_file, data, self._stage.layout)
         lora_id, record = content_id(vector_N, self._stage.layout.layout_id), LoRARecord(vector_N=vector_N)
-        await self._library.put(lora_id, record)
+        await self._library.put(owner.place(lora_id), record, owner.token)
         return Decoded(lora_id, await self._file(vector_N, record, format))
 
     async def vector(self, lora_id: str, record: LoRARecord | None, deadline: float) -> Floats:

@@ -181,8 +181,11 @@ def test_interpolation_begins_and_ends_with_the_two_people(api: Client) -> None:
 
 
 def test_deleted_lora_is_gone_at_once(api: Client) -> None:
-    lora_id = api.form("/v1/loras", seed=99, latent_inference_steps=3).json()["loras"][0]["id"]
-    assert api("DELETE", f"/v1/loras/{lora_id}").status_code == 204
+    lora = api.form("/v1/loras", seed=99, latent_inference_steps=3).json()["loras"][0]
+    lora_id, token = lora["id"], {"X-Deletion-Token": lora["deletion_token"]}
+    problem(api("DELETE", f"/v1/loras/{lora_id}"), 403, "not_yours")
+    problem(api("DELETE", f"/v1/loras/{lora_id}", headers={"X-Deletion-Token": "0" * 32}), 403, "not_yours")
+    assert api("DELETE", f"/v1/loras/{lora_id}", headers=token).status_code == 204
     problem(api("GET", f"/v1/loras/{lora_id}"), 404, "unknown_lora")
     problem(api("GET", f"/v1/loras/{lora_id}?format=kohya"), 404, "unknown_lora")
     problem(api.json("/v1/images", lora=lora_id, prompt=PROMPT), 404, "unknown_lora")
@@ -192,7 +195,7 @@ def test_deleted_lora_is_gone_at_once(api: Client) -> None:
 def test_lora_that_was_just_made_is_drawn_although_the_library_lost_it(
     api: Client, studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def lose(lora_id: str, record: LoRARecord) -> None:
+    async def lose(lora_id: str, record: LoRARecord, token: str) -> None:
         pass
 
     monkeypatch.setattr(studio.library, "put", lose)

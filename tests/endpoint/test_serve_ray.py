@@ -124,7 +124,8 @@ def test_photo_goes_in_and_picture_and_lora_come_out(server: Server) -> None:
     assert file.content[:2] == b"PK"
     again = httpx.post(f"{server.url}/v1/images", timeout=PATIENCE, **form(seed=1, image_seed=2)).json()
     assert again["images"][0]["data"] == whole["images"][0]["data"]
-    assert httpx.delete(f"{server.url}{whole['lora']['url']}", timeout=PATIENCE).status_code == 204
+    url, token = whole["lora"]["url"], {"X-Deletion-Token": whole["lora"]["deletion_token"]}
+    assert httpx.delete(f"{server.url}{url}", headers=token, timeout=PATIENCE).status_code == 204
     assert httpx.get(f"{server.url}{whole['lora']['url']}", timeout=PATIENCE).json()["reason"] == "unknown_lora"
 
 

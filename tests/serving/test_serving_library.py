@@ -78,6 +78,38 @@ def test_putting_again_renews_and_does_not_count_twice() -> None:
     assert library.get("a").nbytes == library.stats()["bytes"] == 40
 
 
+def test_a_lora_stays_until_all_who_made_it_have_deleted_it() -> None:
+    library = LoRALibrary(max_bytes=1000, ttl_seconds=10)
+    for token in ("ada", "bob", "ada"):
+        library.put("a", record(1), token)
+    with pytest.raises(ServingError) as caught:
+        library.delete("a", "eve")
+    assert caught.value.reason == "not_yours"
+    with pytest.raises(ServingError):
+        library.delete("a")
+    assert library.delete("a", "bob")
+    with pytest.raises(ServingError):
+        library.delete("a", "bob")
+    assert library.get("a").nbytes == 40
+    assert library.delete("a", "ada")
+    assert library.stats()["bytes"] == 0
+    with pytest.raises(ServingError, match="was deleted"):
+        library.get("a")
+
+
+def test_a_record_is_never_replaced_by_less() -> None:
+    code = Code(np.ones(4, np.float32), "0" * 16)
+    made, uploaded = LoRARecord(code, 0.5), record(1)
+    for first, second in ((made, uploaded), (uploaded, made)):
+        library = LoRALibrary(max_bytes=1000, ttl_seconds=10)
+        library.put("a", first)
+        library.put("a", second)
+        kept = library.get("a")
+        assert (kept.code, kept.deviation_scale) == (code, 0.5)
+        assert np.array_equal(kept.vector_N, uploaded.vector_N)
+        assert library.stats()["bytes"] == made.nbytes + uploaded.nbytes
+
+
 def test_who_asks_for_one_that_is_gone_is_told_why() -> None:
     clock = Clock()
     library = LoRALibrary(max_bytes=40, ttl_seconds=10, clock=clock)

@@ -2,6 +2,7 @@
 
 const RETRIES = 4;
 let key = sessionStorage.getItem("api-key") ?? "";
+const deletionToken = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 let askForKey = async () => "";
 
 export class Problem extends Error {
@@ -72,7 +73,7 @@ export async function listen(path, { onEvent, ...options }) {
 async function send(path, { body, method, accept, signal, onWait }) {
   const json = body && !(body instanceof FormData);
   for (let attempt = 0; ; attempt++) {
-    const headers = { Accept: accept };
+    const headers = { Accept: accept, "X-Deletion-Token": deletionToken }; // what this page makes, it may delete
     if (json) headers["Content-Type"] = "application/json";
     if (key) headers.Authorization = `Bearer ${key}`;
     let response;

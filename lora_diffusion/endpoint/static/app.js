@@ -344,6 +344,7 @@ async function learnModel() {
 }
 
 $("count").replaceChildren(new Option(4, 4, true, true)); // until the model is known
+$("variant").value = crypto.getRandomValues(new Uint16Array(1))[0]; // so that strangers with the same photo share no LoRA
 setUp({ ask: askForKey });
 const blend = startBlend({ $, person: () => person, base: async (signal) => (person.base ??= (await ask("v1/loras", { body: form(photoSource()), signal })).loras[0]), imageOptions, download, guard, tell });
 listenToEverything();
