@@ -109,6 +109,31 @@ class Store:
         except Exception as error:
             raise self._error("write", name, error) from error
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file if nothing has this name; False, and nothing is done, if something has. Raises StoreError.
+
+        Of several who try at once one succeeds, but in a store that knows no conditional writes.
+        """
+        path = self.path(name)
+        try:
+            if self.local:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(data)
+            else:
+                bucket, _, key = path.partition("/")
+                self.filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except FileExistsError:
+            return False
+        except Exception as error:
+            answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if answer in (409, 412):
+                return False
+            if answer != 501 or self.exists(name):
+                raise self._error("write", name, error) from error
+            self.write(name, data)
+        return True
+
     def write_parts(self, name: str, parts: Iterable[Buffer]) -> None:
         """As `write`, for content that is not to lie in memory whole: one part after the other."""
         try:

@@ -23,7 +23,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
@@ -38,12 +38,13 @@ PATIENCE = 10.0  # seconds without a word
 @dataclass(frozen=True)
 class Job:
     """module: a `JobModule`, whose docstring is the help. config: the YAML file of configs/ if none is named. extra: of this
-    package, which brings what the job imports."""
+    package, which brings what the job imports. claims: the setting of what it writes to, for which it must be the only driver."""
 
     name: str
     module: str
     config: str | None = None
     extra: str = "ray"
+    claims: str = "output"
 
 
 class JobModule(Protocol):
@@ -65,7 +66,7 @@ JOBS = {
         Job("corpus", "lora_diffusion.jobs.corpus", "tiny.yaml"),
         Job("train", "lora_diffusion.jobs.train", "train_tiny.yaml"),
         Job("evaluate", "lora_diffusion.jobs.evaluate", "evaluate.yaml"),
-        Job("ablate", "lora_diffusion.jobs.ablate", "ablate.yaml"),
+        Job("ablate", "lora_diffusion.jobs.ablate", "ablate.yaml", claims="evaluation.output"),
         Job("publish", "lora_diffusion.jobs.publish"),
         Job("serve", "lora_diffusion.jobs.serve", "serve_tiny.yaml", "serve"),
     )
@@ -92,7 +93,7 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
                 print(to_yaml(given))
                 print(module.dry_run(config))
             elif job.extra == "ray":
-                with without_noise():
+                with without_noise(), claims(job, config):
                     module.run(config, options.ray_address)
             else:
                 module.run(config, options.ray_address)
@@ -125,6 +126,19 @@ def check_places(config: Any) -> None:
         endpoint = os.environ.get("AWS_ENDPOINT_URL")
         with said_after(PATIENCE, f"waiting for {store.uri}{f' at {endpoint}' if endpoint else ''}: no answer yet"):
             store.check()
+
+
+@contextmanager
+def claims(job: Job, config: Any) -> Iterator[None]:
+    """Be the only driver of the job's output inside of the block."""
+    from lora_diffusion.config import places
+    from lora_diffusion.jobs.claim import claimed
+
+    with ExitStack() as stack:
+        for key, address, _ in places(config):
+            if key == job.claims:
+                stack.enter_context(claimed(address, job.name))
+        yield
 
 
 @contextmanager

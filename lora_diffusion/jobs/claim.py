@@ -1,0 +1,172 @@
+"""One driver at a time for an output: two that plan for different people would undo each other's work.
+
+A driver makes `claim.json` in its output, only if nothing has that name, and counts up in it every BEAT seconds until it ends.
+Who finds a claim takes it over at once if its process is known to be dead (on the same machine), or when it did not change for
+STALE seconds; clocks are never compared. A driver that was away for so long that another took over notices and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.storage import Store, StoreError, open_store
+
+FILE = "claim.json"
+BEAT, STALE = 5.0, 60.0  # seconds
+GRACE = 20.0  # seconds for a job to end
+SETTLE = 1.0  # seconds after which the last of several who take over at once is the only one
+
+
+@contextmanager
+def claimed(uri: str, job: str) -> Iterator[None]:
+    """The output at `uri` is this process' alone inside of the block.
+
+    Raises ValueError if another driver works on it, or took it over meanwhile; StoreError if it cannot be written.
+    """
+    claim = Claim(open_store(uri, attempts=3, read_seconds=10), job)
+    claim.take()
+    try:
+        yield
+    finally:
+        claim.release()
+        if claim.lost:
+            raise ValueError(claim.lost) from None  # instead of the interruption that it began with
+
+
+class Claim:
+    """lost: the sentence about who took it over; empty while it is ours."""
+
+    def __init__(self, store: Store, job: str) -> None:
+        self.store, self.lost = store, ""
+        self._mine: dict[str, Any] = {
+            "job": job,
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "pid": os.getpid(),
+            "token": secrets.token_hex(8),
+            "beat": 0,
+        }
+        self._made = [
+            path for path in (Path(store.root), *Path(store.root).parents) if store.local and not path.exists()
+        ]
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def take(self) -> None:
+        while not self.store.create(FILE, self._content()):
+            there = self._read()
+            if there == self._mine or (there is not None and self._take_over(there)):
+                break
+        self._thread.start()
+
+    def release(self) -> None:
+        """Leave nothing behind, also no folder that was made for the claim alone."""
+        self._over.set()
+        self._thread.join(10)
+        with suppress(StoreError):
+            if self._is_mine(self._read()):
+                self.store.delete(FILE)
+        with suppress(OSError):
+            for path in self._made:
+                path.rmdir()
+
+    def _take_over(self, there: dict[str, Any]) -> bool:
+        """False if the claim went meanwhile. Raises ValueError if its owner lives."""
+        who = owner(there)
+        if not is_dead(there):
+            print(
+                f"{self.store.uri} is claimed by {who}: waiting for a sign of life, and taking over after {STALE:g} s without",
+                flush=True,
+            )
+            end = time.monotonic() + STALE
+            while time.monotonic() < end and not is_dead(there):
+                time.sleep(min(1.0, BEAT))
+                if (now := self._read()) != there:
+                    self._refuse(now)
+                    return False
+        if (now := self._read()) == there:
+            self.store.write(FILE, self._content())
+            time.sleep(SETTLE)
+            now = self._read()
+            if self._is_mine(now):
+                print(f"{self.store.uri}: taken over from {who}, which ended", flush=True)
+                return True
+        self._refuse(now)
+        return False
+
+    def _refuse(self, there: dict[str, Any] | None) -> None:
+        if there is not None:
+            raise ValueError(
+                f"{owner(there)} works on {self.store.uri}. Wait until it is done, stop it, or choose another output"
+            )
+
+    def _keep(self) -> None:
+        while not self._over.wait(BEAT):
+            with suppress(StoreError):  # a store that is away for a while
+                there = self._read()
+                if there is not None and not self._is_mine(there):
+                    self._stop(there)
+                    return
+                self._mine["beat"] += 1
+                self.store.write(FILE, self._content())
+
+    def _stop(self, there: dict[str, Any]) -> None:
+        """End the job as Ctrl-C would; where that is ignored, or does not end it, the process."""
+        self.lost = f"{owner(there)} took over {self.store.uri}, as nothing was heard of this one for {STALE:g} s"
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if not self._over.wait(GRACE):
+            print(self.lost, file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _content(self) -> bytes:
+        return json.dumps(self._mine).encode()
+
+    def _is_mine(self, there: dict[str, Any] | None) -> bool:
+        return there is not None and there.get("token") == self._mine["token"]
+
+    def _read(self) -> dict[str, Any] | None:
+        """None if there is no claim; an empty one for what is none, or is being written."""
+        try:
+            found = json.loads(self.store.read(FILE))
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def owner(claim: dict[str, Any]) -> str:
+    return f"the {claim.get('job', '?')} job of process {claim.get('pid', '?')} on {claim.get('host', '?')}"
+
+
+def is_dead(claim: dict[str, Any]) -> bool:
+    """Whether its process is known to have ended. False: it lives, or is one that cannot be seen from here."""
+    if claim.get("machine") != machine() or type(claim.get("pid")) is not int:
+        return False
+    try:
+        os.kill(claim["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def machine() -> str:
+    """Whose process numbers mean the same: host, its start, and the container's own numbering."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)

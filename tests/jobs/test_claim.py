@@ -1,0 +1,150 @@
+"""One driver at a time for an output: the second is refused, a dead one's place is taken, one that was away stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_diffusion.jobs import claim
+from lora_diffusion.jobs.claim import Claim, claimed
+from lora_diffusion.storage import Store, open_store
+
+DRIVER = """
+import sys, time
+from lora_diffusion.jobs.claim import claimed
+with claimed(sys.argv[1], "corpus"):
+    print("claimed", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"BEAT": 0.2, "STALE": 1.5, "SETTLE": 0.3}.items():
+        monkeypatch.setattr(claim, name, seconds)
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return open_store(tmp_path / "some" / "corpus")
+    return open_store(f"s3://{request.getfixturevalue('bucket')}/corpus")
+
+
+@pytest.fixture
+def driver(store: Store) -> Callable[[], subprocess.Popen[bytes]]:
+    def start() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, "-c", DRIVER, store.uri], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"claimed\n"
+        return process
+
+    return start
+
+
+def test_nothing_is_written_where_something_is(store: Store) -> None:
+    assert store.create("x", b"one")
+    assert not store.create("x", b"two")
+    assert store.read("x") == b"one"
+
+
+def test_of_many_at_once_one_gets_it(store: Store) -> None:
+    """Whether the place is new or a dead driver's claim is in it."""
+    dead = json.dumps({"job": "corpus", "host": "here", "machine": claim.machine(), "pid": 2**22 + 1}).encode()
+    for before in (None, dead):
+        outcomes: list[object] = []
+
+        def take(outcomes: list[object] = outcomes) -> None:
+            mine = Claim(open_store(store.uri), "corpus")
+            try:
+                mine.take()
+                outcomes.append(mine)
+            except ValueError as error:
+                outcomes.append(str(error))
+
+        if before:
+            store.write(claim.FILE, before)
+        threads = [threading.Thread(target=take) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [found for found in outcomes if isinstance(found, Claim)]
+        assert len(winners) == 1, outcomes
+        assert all("works on" in str(found) for found in outcomes if found is not winners[0])
+        winners[0].release()
+        assert store.files() == {}
+
+
+def test_a_second_driver_is_refused_and_a_killed_ones_place_is_taken_at_once(
+    store: Store, driver: Callable[[], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "STALE", 60.0)
+    with driver() as first:
+        found = store.read(claim.FILE)
+        with (
+            pytest.raises(ValueError, match=rf"the corpus job of process {first.pid} on .* works on .* choose another"),
+            claimed(store.uri, "corpus"),
+        ):
+            pass
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert json.loads(store.read(claim.FILE))["token"] == json.loads(found)["token"]
+    begin = time.monotonic()
+    with claimed(store.uri, "corpus"):
+        assert json.loads(store.read(claim.FILE))["pid"] == os.getpid()
+    assert time.monotonic() - begin < 20
+    assert not store.exists(claim.FILE)
+
+
+def test_a_driver_of_another_machine_is_waited_for_and_its_place_taken_when_it_is_silent(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.write_json(claim.FILE, {"job": "corpus", "host": "gpu-7", "machine": "elsewhere", "pid": 17, "beat": 3})
+    begin = time.monotonic()
+    with claimed(store.uri, "corpus"):
+        assert time.monotonic() - begin >= 1.5
+    said = capsys.readouterr().out
+    assert (
+        "is claimed by the corpus job of process 17 on gpu-7: waiting for a sign of life, and taking over after 1.5 s"
+        in said
+    )
+    assert "taken over from the corpus job of process 17 on gpu-7, which ended" in said
+    for nothing in (b"", b'[{"pid": 1}]'):
+        store.write(claim.FILE, nothing)
+        with claimed(store.uri, "corpus"):
+            pass
+
+
+def test_a_driver_that_was_taken_over_while_it_was_away_stops(store: Store) -> None:
+    def other() -> None:
+        time.sleep(0.5)
+        store.write_json(
+            claim.FILE, {"job": "corpus", "host": "gpu-7", "machine": "elsewhere", "pid": 17, "token": "x"}
+        )
+
+    threading.Thread(target=other).start()
+    begin = time.monotonic()
+    took_over = "the corpus job of process 17 on gpu-7 took over"
+    with pytest.raises(ValueError, match=took_over), claimed(store.uri, "corpus"):
+        time.sleep(60)
+    assert time.monotonic() - begin < 30
+    assert json.loads(store.read(claim.FILE))["pid"] == 17, "the other's claim stays"
+
+
+def test_nothing_is_left_but_what_the_job_wrote(tmp_path: Path) -> None:
+    with claimed(str(tmp_path / "a" / "b"), "corpus"):
+        assert os.listdir(tmp_path / "a" / "b") == [claim.FILE]
+    assert os.listdir(tmp_path) == []
+    with claimed(str(tmp_path / "a" / "b"), "corpus"):
+        open_store(tmp_path / "a" / "b").write("x", b"")
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "x"]
