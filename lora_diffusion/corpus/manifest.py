@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lora_diffusion
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.artifacts.identity import Identity, ModelId
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store
@@ -66,7 +67,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         ids = {"format": FORMAT, "format_version": self.format_version, "layout_id": self.layout_id}
-        return {**ids, "recipe_id": self.recipe_id, **asdict(self)}
+        return checksum.seal_json({**ids, "recipe_id": self.recipe_id, **asdict(self)})
 
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.corpus.plan import CorpusError
 
 EMBEDDING_SIZE = 512
@@ -151,7 +152,7 @@ def parquet_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
     No dictionaries: floats do not repeat, and a dictionary of vectors would be tried and thrown away.
     """
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    table = table.replace_schema_metadata({METADATA_KEY: text.encode()})
+    table = table.replace_schema_metadata({METADATA_KEY: text.encode(), b"checksum": checksum.PARQUET_MARK})
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
@@ -162,7 +163,7 @@ def parquet_bytes(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
         write_statistics=False,
         write_page_checksum=True,  # a reader that checks them sees every flipped bit
     )
-    return sink.getvalue().to_pybytes()
+    return checksum.seal_parquet(sink.getvalue().to_pybytes())
 
 
 def parquet_metadata(schema: pa.Schema) -> dict[str, Any]:

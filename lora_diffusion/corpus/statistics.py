@@ -16,6 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from lora_diffusion.artifacts import checksum
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -65,12 +67,13 @@ class Statistics:
     def to_bytes(self) -> bytes:
         """A safetensors file: `mean`, `M2`, `std` (for readers that do not compute), all float64, and `count`."""
         tensors = {"count": np.array([self.count], np.int64), "mean": self.mean, "M2": self.M2, "std": self.std}
-        return bytes(save(tensors))
+        return checksum.seal(save(tensors))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Statistics:
         """Inverse of `to_bytes`. Raises ValueError for anything else."""
         try:
+            checksum.check(data)
             tensors = load(data)
             count, mean, M2 = tensors["count"], tensors["mean"], tensors["M2"]
         except (SafetensorError, KeyError, ValueError, TypeError) as error:

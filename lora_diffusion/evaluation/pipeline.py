@@ -104,6 +104,13 @@ class Evaluation:
         fill_cache(cache)
         return cache.open(self.config.data)
 
+    def _kept(self, name: str) -> Scores:
+        try:
+            return Scores.from_bytes(self.store.read(name))
+        except ValueError as error:
+            way_out = "Delete it: the same command draws these pictures again"
+            raise ValueError(f"{self.store.uri}/{name} cannot be read: {error}. {way_out}") from error
+
     def score(self, methods: Sequence[Method]) -> dict[str, Scores]:
         """Scores by `Method.id`; what is in the store is read, the rest is drawn in large batches and written there."""
         keys = {method.id: self._key(method) for method in methods}
@@ -111,7 +118,7 @@ class Evaluation:
             raise ValueError(f"two methods of one name: {sorted(method.id for method in methods)}")
         there = self.store.files(FOLDER)
         scores = {
-            name: Scores.from_bytes(self.store.read(f"{FOLDER}/{key}.safetensors"))
+            name: self._kept(f"{FOLDER}/{key}.safetensors")
             for name, key in keys.items()
             if f"{key}.safetensors" in there
         }

@@ -21,6 +21,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.config import to_dict
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import Floats, Pixels, Setup, recognisers
@@ -168,11 +169,16 @@ class Scores:
     def to_bytes(self) -> bytes:
         """safetensors."""
         tensors = {name: np.ascontiguousarray(value) for name, value in vars(self).items()}
-        return bytes(safetensors.numpy.save(tensors))
+        return checksum.seal(safetensors.numpy.save(tensors))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Scores:
-        return cls(**safetensors.numpy.load(data))
+        """Inverse of `to_bytes`. Raises ValueError for anything else."""
+        try:
+            checksum.check(data)
+            return cls(**safetensors.numpy.load(data))
+        except Exception as error:  # each damage has its own class there
+            raise ValueError(f"no scores of an evaluation: {error or type(error).__name__}") from error
 
     def similarity_K(self, recogniser: int = 0) -> Floats:
         """(K,) mean cosine of a person's renders with their own gallery."""

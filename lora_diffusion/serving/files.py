@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.foreign import PEFT_CONFIG
 from lora_diffusion.lora.layout import LoRALayout
@@ -31,7 +32,9 @@ def encode_file(vector_N: Floats, layout: LoRALayout, format: str, metadata: dic
 def encode_latent(code: Code, metadata: dict[str, str]) -> bytes:
     """The code as a file of its own: small, and enough to make the LoRA again with the synthesiser that made it."""
     header = {"format": "lora-diffusion-latent", "format_version": "1", "model": code.model_id}
-    return formats.serialise({"latent": torch.from_numpy(np.array(code.values_Z))}, {**header, **metadata})
+    return checksum.seal(
+        formats.serialise({"latent": torch.from_numpy(np.array(code.values_Z))}, {**header, **metadata})
+    )
 
 
 def decode_file(data: bytes, layout: LoRALayout) -> Floats:

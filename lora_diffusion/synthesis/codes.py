@@ -220,13 +220,27 @@ def build_codes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         elif kind == "learned":
             space = LearnedCodes(normaliser, tensors["components_KM"], tensors.get("mixing_KR"))
         elif kind == "latent":
-            space = LatentCodes(LoRAVAE(from_dict(VAEConfig, description["vae"]), normaliser))
+            config = from_dict(VAEConfig, description["vae"])
+            _check_sizes(config, normaliser, tensors)
+            space = LatentCodes(LoRAVAE(config, normaliser))
         else:
             raise ValueError(f"unknown code space {kind!r}; this release knows {', '.join(KINDS)}, learned")
         space.load_state_dict(dict(tensors))
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"the tensors do not make a {kind} code space: {error}") from error
     return space
+
+
+def _check_sizes(config: VAEConfig, normaliser: Normaliser, tensors: Mapping[str, Tensor]) -> None:
+    """Before room is made for a VAE: whether its sizes are those of the tensors."""
+    most = sum(tensor.numel() for tensor in tensors.values())
+    if max(config.latent_size, *config.hidden, len(config.hidden)) > most:
+        raise ValueError(f"the tensors do not make a latent code space of {config}: they hold {most:,} numbers in all")
+    with torch.device("meta"):
+        expected = LoRAVAE(config, normaliser).state_dict()
+    for name, tensor in expected.items():
+        if getattr(tensors.get(f"vae.{name}"), "shape", None) != tensor.shape:
+            raise ValueError(f"the tensors do not make a latent code space: no {name} of {tuple(tensor.shape)}")
 
 
 @dataclass(frozen=True)

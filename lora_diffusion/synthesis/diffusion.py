@@ -25,6 +25,7 @@ from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
 from lora_diffusion.synthesis.linear_guess import LinearGuess
 
 LARGEST_PRIOR = 4096
+MOST_TIMESTEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class DiffusionConfig:
     sampler: Literal["ddim", "dpm"] = "ddim"
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1 or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError("num_train_timesteps must be positive and 0 < beta_start <= beta_end < 1")
+        if not 0 < self.num_train_timesteps <= MOST_TIMESTEPS or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"num_train_timesteps must lie in 1 .. {MOST_TIMESTEPS:,} and 0 < beta_start <= beta_end < 1"
+            )
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout is {self.condition_dropout}; it must lie in 0 .. 1")
 

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.config import from_dict, to_dict
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import open_store
+from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.codes import CodeSpace, build_codes
 from lora_diffusion.synthesis.denoiser import Denoiser, DenoiserConfig
 from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig
@@ -33,6 +33,7 @@ from lora_diffusion.training.checkpoint import strip_prefix, with_prefix
 FORMAT = "lora-diffusion-synthesizer"
 FORMAT_VERSION = 2  # version 1 knows no learned components; what has none is written as version 1
 COMPONENTS, COMPONENTS_SCALE = "components_KM", "components_scale_K"
+FILES = ("codes", "denoiser", "edits", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
     store = open_store(path)
     for name, tensors in files.items():
         compact = {key: _compact(tensor, dtype) for key, tensor in tensors.items()}
-        store.write(f"{name}.safetensors", safetensors.torch.save(compact))
-    store.write_json("config.json", config)
+        store.write(f"{name}.safetensors", checksum.seal(safetensors.torch.save(compact)))
+    store.write_json("config.json", checksum.seal_json(config))
 
 
 def read_folder(path: str | Path) -> Parts:
@@ -154,26 +155,44 @@ def read_folder(path: str | Path) -> Parts:
             f"1 to {FORMAT_VERSION}: install the release of lora_diffusion that wrote it"
         )
     try:
-        files = {name: _float32(safetensors.torch.load(store.read(f"{name}.safetensors"))) for name in config["files"]}
+        files = {name: _read(store, name) for name in config["files"]}
         return _parts(config, files)
     except FileNotFoundError as error:
         raise ValueError(f"the synthesiser at {store.uri} is not whole: {error}. Copy it again") from error
-    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the synthesiser at {store.uri} cannot be read: {error}. Copy it again") from error
+    except OSError:
+        raise
+    except Exception as error:  # a config that somebody else wrote meets the parts with many kinds of error
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        raise ValueError(f"the synthesiser at {store.uri} cannot be read: {reason[:500]}. Copy it again") from error
+
+
+def _read(store: Store, name: str) -> dict[str, Tensor]:
+    if name not in FILES:
+        raise ValueError(f"its config.json names a file {name!r}; there are {', '.join(FILES)}")
+    data = store.read(f"{name}.safetensors")
+    try:
+        checksum.check(data)
+        return _float32(safetensors.torch.load(data))
+    except Exception as error:  # unknown dtypes, cut data: each has its own class
+        raise ValueError(f"{name}.safetensors is damaged ({error or type(error).__name__})") from error
 
 
 def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) -> Parts:
-    if (scale_K := files["codes"].pop(COMPONENTS_SCALE, None)) is not None:
-        files["codes"][COMPONENTS] = files["codes"][COMPONENTS].float() * scale_K[:, None]
+    tensors, network = files["codes"], strip_prefix("denoiser", files["denoiser"])
+    if (scale_K := tensors.pop(COMPONENTS_SCALE, None)) is not None:
+        if scale_K.shape != tensors[COMPONENTS].shape[:1]:
+            raise ValueError(f"{COMPONENTS} and {COMPONENTS_SCALE} are not of one length")
+        tensors[COMPONENTS] = tensors[COMPONENTS].float() * scale_K[:, None]
+    codes = build_codes(config["codes"], tensors)
     prior = strip_prefix("diffusion", files["denoiser"])
     diffusion = Diffusion(from_dict(DiffusionConfig, config["diffusion"]), prior.get("factor_ZZ"))
-    denoiser = diffusion.denoiser(
-        config["code_size"], config["condition_size"], from_dict(DenoiserConfig, config["denoiser"])
-    )
-    denoiser.load_state_dict(strip_prefix("denoiser", files["denoiser"]))
-    return Parts(
+    sizes, how = (config["code_size"], config["condition_size"]), from_dict(DenoiserConfig, config["denoiser"])
+    _check_sizes(*sizes, how, network)
+    denoiser = diffusion.denoiser(*sizes, how)
+    denoiser.load_state_dict(network)
+    parts = Parts(
         LoRALayout.from_dict(config["layout"]),
-        build_codes(config["codes"], files["codes"]),
+        codes,
         denoiser,
         diffusion,
         from_dict(Provenance, config["provenance"]),
@@ -181,6 +200,42 @@ def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) ->
         Neighbours(**files["neighbours"]) if "neighbours" in files else None,
         from_dict(LatentSampling, config.get("latent_sampling", {})),
     )
+    _check_beside(parts, *sizes)
+    return parts
+
+
+def _check_sizes(code_size: int, condition_size: int, how: DenoiserConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Before room is made for a network: whether the sizes that the configuration says are those of the tensors."""
+    most = sum(tensor.numel() for tensor in tensors.values())
+    sizes = {"code_size": code_size, "condition_size": condition_size, **to_dict(how)}
+    for name, size in sizes.items():
+        if type(size) is int and not 0 < size <= most:
+            raise ValueError(f"{name} is {size}, and denoiser.safetensors holds {most:,} numbers in all")
+    if how.depth > len(tensors):
+        raise ValueError(f"depth is {how.depth}, and denoiser.safetensors holds {len(tensors)} tensors")
+    with torch.device("meta"):
+        expected = {
+            name: tensor.shape for name, tensor in Denoiser(code_size, condition_size, how).state_dict().items()
+        }
+    if how.linear_guess:
+        expected["guess.weight_CZ"] = torch.Size((condition_size, code_size))
+    for name, shape in expected.items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise ValueError(f"config.json asks for a {name} of {tuple(shape)}, denoiser.safetensors has {found}")
+
+
+def _check_beside(parts: Parts, code_size: int, condition_size: int) -> None:
+    """Whether the attribute directions and neighbours are of this code space."""
+    edits, people, shapes = parts.directions, parts.neighbours, []
+    if edits is not None:
+        A = len(edits.names)
+        shapes += [(edits.directions_AZ, (A, code_size)), (edits.std_A, (A,)), (edits.separation_A, (A,))]
+    if people is not None:
+        P = people.codes_PZ.shape[0]
+        shapes += [(people.embeddings_PC, (P, condition_size)), (people.codes_PZ, (P, code_size))]
+    if wrong := [f"{tuple(tensor.shape)}, expected {shape}" for tensor, shape in shapes if tensor.shape != shape]:
+        raise ValueError(f"attribute directions or neighbours of another synthesiser: {wrong[0]}")
 
 
 def _compact(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,14 @@
 """A checkpoint is one safetensors file with JSON in its header: written one tensor at a time, whole or not at all.
 
-No pickle. Tensors have dotted names (`model.*`, `optimizer.*`), everything else is `meta`.
+No pickle. Tensors have dotted names (`model.*`, `optimizer.*`), everything else is `meta`. The last tensor, `sha256`, is the
+checksum of all bytes before it: the header is written first, when it is not known yet.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +28,7 @@ _DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
+CHECKSUM = "sha256"
 _MAX_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
@@ -54,17 +58,24 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 def pieces(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Iterator[Buffer]:
     """A safetensors file with `meta`, JSON, in its header: the header, then one tensor after the other, made whole."""
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all are aligned
-    header: dict[str, Any] = {"__metadata__": {"meta": json.dumps(meta)}}
+    header: dict[str, Any] = {"__metadata__": {"checksum": CHECKSUM, "meta": json.dumps(meta)}}
     end = 0
     for key in order:
         begin, end = end, end + tensors[key].nbytes
         dtype = next(name for name, dtype in _DTYPES.items() if dtype == tensors[key].dtype)
         header[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+    digest = hashlib.sha256()
+    header[CHECKSUM] = {"dtype": "U8", "shape": [digest.digest_size], "data_offsets": [end, end + digest.digest_size]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    head = len(text).to_bytes(8, "little") + text
+    digest.update(head)
+    yield head
     for key in order:
-        yield whole(tensors[key]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        data = whole(tensors[key]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        digest.update(data)
+        yield data
+    yield digest.digest()
 
 
 def pack(tensors: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
@@ -76,16 +87,22 @@ class SavedTensors:
 
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = store, name
-        size = int.from_bytes(store.read_part(name, 0, 8), "little")
-        with self._readable():
+        self._head = store.read_part(name, 0, 8)
+        size = int.from_bytes(self._head, "little")
+        with self.readable():
             if size > _MAX_HEADER:
                 raise ValueError(f"its header would be {size:,} bytes long")
-            header = json.loads(store.read_part(name, 8, size))
-            self.meta: dict[str, Any] = json.loads(header.pop("__metadata__")["meta"])
-            self._begin = 8 + size
-            self._where = {
-                key: (_DTYPES[found["dtype"]], found["shape"], *found["data_offsets"]) for key, found in header.items()
-            }
+            self._head += store.read_part(name, 8, size)
+            header = json.loads(self._head[8:])
+            notes = header.pop("__metadata__")
+            self.meta: dict[str, Any] = json.loads(notes["meta"])
+            if "checksum" in notes and CHECKSUM not in header:
+                raise ValueError("it lacks its checksum")
+            found = {key: (_DTYPES[of["dtype"]], of["shape"], *of["data_offsets"]) for key, of in header.items()}
+            self._where = dict(sorted(found.items(), key=lambda item: item[1][2:]))  # as they lie
+            for key, (dtype, shape, begin, end) in self._where.items():
+                if math.prod(shape) * dtype.itemsize != end - begin or min(shape, default=0) < 0:
+                    raise ValueError(f"its header gives {key} {end - begin} bytes for the shape {shape}")
 
     @classmethod
     def find(cls, store: Store, name: str) -> SavedTensors | None:
@@ -96,17 +113,24 @@ class SavedTensors:
             return None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors as they lie. A wrong checksum is known at the end: what came before is not to be used then."""
+        digest = hashlib.sha256(self._head)
         for key, (dtype, shape, begin, end) in self._where.items():
-            with self._readable():
-                size = end - begin  # an empty range is none to some stores
-                data = bytearray(self.store.read_part(self.name, self._begin + begin, size) if size else b"")
-                if len(data) < size:
+            with self.readable():
+                data = bytearray(self.store.read_part(self.name, len(self._head) + begin, end - begin))
+                if len(data) < end - begin:
                     raise ValueError("it ends early")
+                if key == CHECKSUM:
+                    if data != digest.digest():
+                        raise ValueError("its content has another checksum than it was written with")
+                    continue
+                digest.update(data)
                 tensor = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
             yield key, tensor
 
     @contextmanager
-    def _readable(self) -> Iterator[None]:
+    def readable(self) -> Iterator[None]:
+        """Inside, whatever a damaged file makes of what is read is a ValueError with its name."""
         try:
             yield
         except OSError:

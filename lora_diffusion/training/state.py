@@ -106,7 +106,9 @@ class TrainingState:
         if saved is None:
             return 0
         meta = saved.meta
-        if lines := differences(meta["identity"], self.identity):
+        with saved.readable():
+            there, progress = dict(meta["identity"]), {key: meta[key] for key in _PROGRESS}
+        if lines := differences(there, self.identity):
             raise ValueError(
                 f"{self.store.uri}/{self.file} was trained with other settings:\n"
                 + "".join(f"  {line}\n" for line in lines)
@@ -115,14 +117,15 @@ class TrainingState:
         # In the order of the file, which is the same for all workers: splitting a tensor is done by all of them together.
         for key, tensor in saved:
             kind, _, name = key.partition(".")
-            if kind == "optimizer":
-                name, _, moment = name.rpartition(".")
+            name, _, moment = name.rpartition(".") if kind == "optimizer" else (name, "", "")
+            with saved.readable():
                 parameter = self.parameters[name]
+            if kind == "optimizer":
                 self.optimizer.state[parameter][moment] = like_parameter(tensor, parameter)
             else:
-                copy_whole(self.parameters[name] if kind == "model" else self.average[name], tensor)
-        for key in _PROGRESS:
-            setattr(self, key, meta[key])
+                copy_whole(parameter if kind == "model" else self.average[name], tensor)
+        for key, value in progress.items():
+            setattr(self, key, value)
         return self.step
 
     @torch.no_grad()

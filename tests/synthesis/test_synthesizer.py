@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from synthesis_world import CONSTANT, LAYOUT, SMALL, toy, untrained
 
 from lora_diffusion.synthesis import Synthesizer
@@ -201,7 +203,8 @@ def test_a_folder_that_is_no_synthesiser_says_why(tmp_path: Path) -> None:
     refused("format version 9", format_version=9)
     refused("unknown config key 'colour'", denoiser={**config["denoiser"], "colour": 1})
     refused("cannot be read", denoiser={**config["denoiser"], "width": 48})
-    refused("not whole", files=[*config["files"], "more"])
+    for name in ("more", "../denoiser", "/etc/passwd", 3):
+        refused("names a file", files=[*config["files"], name])
     refused("says it is", layout={**config["layout"], "alpha": 2.0})
     refused("cannot be read", code_size=None)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -212,6 +215,55 @@ def test_a_folder_that_is_no_synthesiser_says_why(tmp_path: Path) -> None:
     (tmp_path / "denoiser.safetensors").unlink()
     with pytest.raises(ValueError, match="not whole"):
         Synthesizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["latent", "pca"])
+def test_sizes_are_compared_with_the_tensors_before_room_is_made_for_them(tmp_path: Path, kind: str) -> None:
+    (untrained(kind) if kind == "latent" else complete()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    changes = [{name: size} for name in ("code_size", "condition_size") for size in (2**20, 10**15, 10**40, -1)]
+    changes += [
+        {section: {**config[section], name: 10**power}}
+        for section, value in config.items()
+        if section in ("denoiser", "diffusion")
+        for name, number in value.items()
+        if type(number) is int
+        for power in (7, 20)
+    ]
+    if kind == "latent":
+        vae = config["codes"]["vae"]
+        sizes = ({"latent_size": 10**6}, {"latent_size": 10**20}, {"hidden": [10**6, 10**5]}, {"hidden": [10**20]})
+        changes = [{"codes": {**config["codes"], "vae": {**vae, **size}}} for size in sizes]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for change in changes:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match="cannot be read"):
+            Synthesizer.from_pretrained(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB"
+
+
+def test_tensors_of_another_code_space_beside_the_network_are_refused(tmp_path: Path) -> None:
+    complete().save_pretrained(tmp_path)
+    for name in ("neighbours", "edits"):
+        path = tmp_path / f"{name}.safetensors"
+        whole = path.read_bytes()
+        path.write_bytes(save({key: tensor[..., :-1].clone() for key, tensor in load(whole).items()}))
+        with pytest.raises(ValueError, match="of another synthesiser"):
+            Synthesizer.from_pretrained(tmp_path)
+        path.write_bytes(whole)
+
+
+def test_every_changed_byte_of_the_tensors_is_noticed_and_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    complete().save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        whole = path.read_bytes()
+        for at in rng.integers(len(whole), size=40):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ int(rng.integers(1, 256))]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match="cannot be read"):
+                Synthesizer.from_pretrained(tmp_path)
+        path.write_bytes(save(load(whole)))  # as earlier releases wrote it
+    Synthesizer.from_pretrained(tmp_path)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

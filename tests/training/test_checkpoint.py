@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.training.checkpoint import SavedTensors, pack, pieces, unpack
@@ -34,7 +34,9 @@ def test_what_is_written_piece_by_piece_is_a_safetensors_file(store: Store, tmp_
     found, meta = unpack(store, "x.safetensors") or ({}, {})
     assert meta == {"step": 3}
     (tmp_path / "y.safetensors").write_bytes(store.read("x.safetensors"))
-    for tensors in (found, load_file(tmp_path / "y.safetensors")):
+    whole = load_file(tmp_path / "y.safetensors")
+    assert whole.pop("sha256").shape == (32,)
+    for tensors in (found, whole):
         assert tensors.keys() == TENSORS.keys()
         assert all(
             torch.equal(tensors[key], value) and tensors[key].dtype == value.dtype for key, value in TENSORS.items()
@@ -63,6 +65,30 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, cut: int) -> None:
     store.write("x.safetensors", b"\xff" * 100)
     with pytest.raises(ValueError, match=r"x.safetensors cannot be read"):
         SavedTensors(store, "x.safetensors")
+
+
+def test_every_changed_byte_is_noticed_and_a_checkpoint_without_a_checksum_is_read(tmp_path: Path) -> None:
+    store, whole = open_store(tmp_path), pack(TENSORS, {"step": 3})
+    for at in range(len(whole)):
+        for change in (1, 0xFF):
+            (tmp_path / "x.safetensors").write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=r"x.safetensors cannot be read"):
+                unpack(store, "x.safetensors")
+    aligned = sorted(TENSORS, key=lambda key: -TENSORS[key].element_size())
+    old = {key: TENSORS[key].contiguous() for key in aligned}
+    save_file(old, tmp_path / "old.safetensors", {"meta": '{"step": 3}'})
+    assert unpack(store, "old.safetensors")[1] == {"step": 3}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"__metadata__":{"meta":"{}"},"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,0]}}', "[" * 10**5],
+)
+def test_a_hostile_header_takes_no_memory(tmp_path: Path, header: str) -> None:
+    store = open_store(tmp_path)
+    store.write("x.safetensors", len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(ValueError, match="cannot be read"):
+        unpack(store, "x.safetensors")
 
 
 @pytest.mark.slow

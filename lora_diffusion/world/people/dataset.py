@@ -208,13 +208,13 @@ def _to_jpeg(image: np.ndarray[Any, Any], quality: int) -> bytes:
 
 def _to_parquet(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=ROWS_PER_GROUP)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True)
     return buffer.getvalue()
 
 
 def _read(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     with store.open(name) as stream:
-        return pq.read_table(stream, columns=columns)
+        return pq.read_table(stream, columns=columns, page_checksum_verification=True)
 
 
 def _sorted_rows(table: pa.Table) -> pa.Table:
