@@ -5,6 +5,7 @@ lora-diffusion personalize ada.jpg --prompt 'a photo of sks person, forest backg
 lora-diffusion personalize ada.jpg ada2.jpg --out ada --num-images 0      # the LoRA only
 lora-diffusion personalize ada.jpg --prompt '...' --out ada --server http://127.0.0.1:8000
 lora-diffusion convert bought.safetensors ada.safetensors --format diffusers --base dreamshaper
+lora-diffusion verify s3://bucket/corpus --repair
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for job in JOBS:
         commands.add_parser(job, help=help_of(JOBS[job]).partition("\n")[0])
     add_convert(commands)
+    add_verify(commands)
     one = commands.add_parser(
         "personalize",
         help="photos of one person -> LoRA and pictures",
@@ -176,6 +178,37 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{written}  {args.format}, rank {layout.rank}, alpha {layout.alpha:g}, {len(layout.entries)} layers")
     for note in loaded.notes:
         print(note)
+
+
+def add_verify(commands: Any) -> None:
+    one = commands.add_parser(
+        "verify",
+        help="whether a corpus, a training run or a synthesiser is whole",
+        description="Reads every byte of a corpus, a training run or a synthesiser, and names what is damaged, missing, foreign or "
+        "of another recipe. Exit code 0: nothing is; 1: something is.",
+    )
+    one.set_defaults(run=verify)
+    one.add_argument("uri", type=place_or_name, metavar="PLACE", help="a folder, s3://bucket/prefix, or tiny")
+    one.add_argument(
+        "--repair", action="store_true", help="remove what its job makes again: run that command after this one"
+    )
+
+
+def verify(args: argparse.Namespace) -> None:
+    from lora_diffusion.verify import examine, repair
+
+    findings = []
+    for finding in examine(args.uri):
+        findings.append(finding)
+        print(f"{finding.kind}: {finding.name}: {finding.what}", flush=True)
+    removed = repair(args.uri, findings) if args.repair else []
+    for name in removed:
+        print(f"removed: {name}")
+    if removed:
+        print("Run the command that made this place again: it makes what was removed")
+    if findings:
+        raise SystemExit(1)
+    print(f"{args.uri} is whole")
 
 
 def layout_like(uri: str) -> Any:

@@ -82,11 +82,12 @@ class Store:
             raise self._error("read", name, error) from error
 
     def read_json(self, name: str) -> Any:
+        """Raises ValueError if it is no JSON, and as `read`."""
         data = self.read(name)
         try:
             return json.loads(data)
-        except ValueError as error:
-            raise StoreError(f"{self.uri}/{name} is not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.uri}/{name} is not valid JSON: {error}") from error
 
     def read_many(self, names: Iterable[str], threads: int = 16) -> Iterator[bytes]:
         """Contents in the order of `names`, fetched side by side."""

@@ -3,7 +3,7 @@
 safetensors: `sha256` in the header's metadata, over the rest of the header and the data, and `checksum`, which says so: no
 single damage hides that there is one. Parquet: 32 bytes before the footer,
 where no reader looks, over all other bytes; the pages have checksums of their own, which every reader can compare. JSON:
-`sha256` beside the other keys; who edits the file takes it out.
+both keys beside the others; who edits the file takes them out.
 Files without one (of earlier releases, of other programs) pass. LoRA files carry ModelSpec's checksum instead.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 KEY = "sha256"
@@ -60,16 +61,22 @@ def _canonical(value: Any) -> hashlib._Hash:
 
 
 def seal_json(values: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with its checksum under `sha256`."""
-    return {**values, KEY: _canonical(values).hexdigest()}
+    """A JSON object with its checksum."""
+    return {**values, "checksum": KEY, KEY: _canonical(values).hexdigest()}
 
 
-def check_json(values: dict[str, Any]) -> bool:
+def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object without its checksum."""
+    return {key: value for key, value in values.items() if key not in ("checksum", KEY)}
+
+
+def check_json(values: Mapping[str, Any]) -> bool:
     """Whether a JSON object was sealed. Raises ValueError if it is not what was sealed."""
-    rest = {key: value for key, value in values.items() if key != KEY}
-    if KEY in values and values[KEY] != _canonical(rest).hexdigest():
+    if not {KEY, "checksum"} & values.keys():
+        return False
+    if values.get(KEY) != _canonical(unsealed(values)).hexdigest():
         raise ValueError("its content has another checksum than it was written with: it was damaged, or edited by hand")
-    return KEY in values
+    return True
 
 
 def seal_parquet(file: bytes) -> bytes:

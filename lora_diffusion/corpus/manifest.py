@@ -100,9 +100,10 @@ class Manifest:
     @classmethod
     def read(cls, store: Store) -> Manifest:
         """Of the corpus in `store`. Raises FileNotFoundError if there is none, ValueError if it cannot be understood."""
+        values = store.read_json(FILE)
         try:
-            return cls.from_dict(store.read_json(FILE))
-        except (ValueError, RecursionError) as error:
+            return cls.from_dict(values)
+        except ValueError as error:
             raise ValueError(f"{store.uri}/{FILE}: {error}") from error
 
     @classmethod

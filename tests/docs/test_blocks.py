@@ -100,7 +100,7 @@ def check(words: list[str]) -> None:
         check_job(SCRIPTS[first], words[1:])
     elif first == "lora-diffusion" and words[1].partition("|")[0] in JOBS:
         check_job(words[1], words[2:]) if "|" not in words[1] else None
-    elif first == "lora-diffusion" and words[1] in ("personalize", "convert"):
+    elif first == "lora-diffusion" and words[1] in ("personalize", "convert", "verify"):
         check_options(words[1], words[2:])
     elif first == "lora-diffusion":
         assert words[1] in ("--help", "--version") or words[1:] == ["corpus|train|evaluate|ablate|publish|serve"], words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.stages import DenoiserStage
 from lora_diffusion.synthesis.training.train_config import TrainConfig
 from lora_diffusion.training.checkpoint import unpack
+from lora_diffusion.verify import examine, repair
 
 LOOP = {"steps": 12, "batch_size": 8, "warmup": 2, "validate_every": 4, "log_every": 3, "checkpoint_every": 5}
 SMALL = {
@@ -248,3 +250,28 @@ def test_a_dry_run_says_what_would_be_done(corpus: str, tmp_path: Path) -> None:
     assert "about 18 for training, 2 for validation" in text
     assert "12 steps of 8" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_run_is_named_repaired_and_made_whole_by_the_same_command(
+    calm: tuple[TrainConfig, list[str]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(calm[0].output, tmp_path / "run"))
+    assert list(examine(str(run))) == []
+    names = [
+        "statistics.safetensors",
+        "pca.safetensors",
+        "checkpoints/vae-best.safetensors",
+        "synthesizer/codes.safetensors",
+    ]
+    for name in names:
+        whole = bytearray((run / name).read_bytes())
+        whole[len(whole) // 2] ^= 1
+        (run / name).write_bytes(whole)
+    found = list(examine(str(run)))
+    assert [(finding.kind, finding.name) for finding in found] == [("damaged", name) for name in names]
+    assert set(repair(str(run), found)) == {*names, "checkpoints/vae.safetensors"}
+    train(replace(calm[0], output=str(run)))
+    assert list(examine(str(run))) == []
+    snapshot = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({**snapshot, "recipe_id": "0" * 16}))
+    assert {(finding.kind, finding.name) for finding in examine(str(run))} == {("damaged", "data.json")}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.artifacts.identity import Identity
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
@@ -68,7 +69,7 @@ def begin(config: TrainConfig) -> CorpusSnapshot | None:
     store = open_store(config.output)
     store.sweep("checkpoints")
     if snapshot is not None and not store.exists(DATA):
-        store.write_json(DATA, snapshot.to_dict())
+        store.write_json(DATA, checksum.seal_json(snapshot.to_dict()))
     return snapshot
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.artifacts.identity import Identity, ModelId
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.corpus.plan import shard_name
@@ -77,7 +78,7 @@ class CorpusSnapshot:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CorpusSnapshot:
         shards = {int(index): (int(rows), int(size)) for index, (rows, size) in values["shards"].items()}
-        return cls(**{**values, "shards": shards})
+        return cls(**{**checksum.unsealed(values), "shards": shards})
 
 
 def take_snapshot(uri: str) -> CorpusSnapshot:
