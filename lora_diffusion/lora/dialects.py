@@ -98,7 +98,7 @@ def _flat(layer: str) -> str:
 @lru_cache(maxsize=16)
 def spellings(names: tuple[str, ...]) -> dict[str, str]:
     """Layer as `read_key` has it -> name in diffusers' UNet, for each way to spell one of `names`."""
-    per_block = _layers_per_block(names)
+    per_block = layers_per_block(names)
     found = {}
     for name in names:
         for spelled in (*stability_names(name, per_block), name):
@@ -144,7 +144,7 @@ def stability_names(name: str, per_block: int) -> tuple[str, ...]:
     return (f"output_blocks.{n}.0.{_RESNET.get(rest, rest)}" if kind == "resnets" else f"output_blocks.{n}.1.{rest}",)
 
 
-def _layers_per_block(names: Iterable[str]) -> int:
+def layers_per_block(names: Iterable[str]) -> int:
     """Up blocks have one resnet more than down blocks; 2 (all of Stability's models) where the names do not tell."""
     found = [_BLOCK.fullmatch(name) for name in names]
     inner = [(match[1], int(match[4])) for match in found if match and match[3] in ("resnets", "attentions")]

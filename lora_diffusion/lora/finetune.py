@@ -179,9 +179,8 @@ class Finetuner:
         vectors_KN = self._assemble(start_KN, learned_KM)
         with self.bank.active(vectors_KN, sum(data.sizes), train_A=config.train_A), attention(base, config, shape):
             with autocast(base, config):
-                prediction = self.unet(
-                    x_BCHW, timesteps_Kn.flatten(), encoder_hidden_states=prompts_KnSD.flatten(0, 1), return_dict=False
-                )[0]
+                conditioning = base.conditioning(prompts_KnSD.flatten(0, 1), x_BCHW)
+                prediction = self.unet(x_BCHW, timesteps_Kn.flatten(), **conditioning, return_dict=False)[0]
             error_KnCHW = (prediction.float().view(K, -1, *shape) - target_KnCHW).square()
             error_Kn = (weights_Kn1HW * error_KnCHW).mean((2, 3, 4))
             if config.min_snr_gamma is not None:

@@ -5,7 +5,8 @@
     diffusers   unet.<m>.lora_A.weight                  unet.<m>.lora_B.weight                 safetensors metadata
     kohya       lora_unet_<m_>.lora_down.weight         lora_unet_<m_>.lora_up.weight          lora_unet_<m_>.alpha
 
-<m> is the module's name in the UNet, <m_> the same with "_" for "."; what else is read: `dialects.py`. Everybody computes
+<m> is the module's name in the UNet, <m_> the same with "_" for "."; of SDXL it is the name in Stability's code, as kohya's
+trainer for it writes them (input_blocks_4_1_...). What else is read: `dialects.py`. Everybody computes
 W x + alpha / rank * B (A x). Where a file says nothing of alpha, everybody takes alpha = rank.
 
 Axes: R rank, I / O features in / out.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.lora import dialects
+from lora_diffusion.lora import dialects, headers
 from lora_diffusion.lora.container import Part, bytes_of, json_object, members
 from lora_diffusion.lora.layout import LoRAEntry, LoRALayout
 
@@ -40,11 +41,12 @@ def encoding(layout: LoRALayout, format: str, dtype: torch.dtype) -> tuple[str, 
         return members([("vector", dtype, (layout.size,))]), memoryview(b""), {"layout": layout_json}, None
     parts: list[Part] = []
     alphas = torch.full((len(layout.entries),), layout.alpha, dtype=torch.float32)
+    kohya = _kohya_names(layout)
     if format == "kohya":
-        parts += [(f"{_kohya_name(entry.name)}.alpha", torch.float32, ()) for entry in layout.entries]
+        parts += [(f"{kohya[entry.name]}.alpha", torch.float32, ()) for entry in layout.entries]
     for entry in layout.entries:
         stem, (A, B) = {
-            "kohya": (_kohya_name(entry.name), ("lora_down", "lora_up")),
+            "kohya": (kohya[entry.name], ("lora_down", "lora_up")),
             "peft": (f"base_model.model.{entry.name}", ("lora_A", "lora_B")),
             "diffusers": (f"unet.{entry.name}", ("lora_A", "lora_B")),
         }[format]
@@ -66,8 +68,13 @@ def _file_shapes(entry: LoRAEntry, layout: LoRALayout) -> tuple[tuple[int, ...],
     return (layout.rank, *inputs), (outputs, layout.rank, *ones)
 
 
-def _kohya_name(module: str) -> str:
-    return "lora_unet_" + module.replace(".", "_")
+def _kohya_names(layout: LoRALayout) -> dict[str, str]:
+    names = {entry.name: entry.name for entry in layout.entries}
+    if headers.family(layout) == "sdxl":
+        per_block = dialects.layers_per_block(names)
+        # of two names of an upsampler the last is that of blocks with attention, as all of SDXL's are that have one
+        names = {name: [name, *dialects.stability_names(name, per_block)][-1] for name in names}
+    return {name: "lora_unet_" + spelled.replace(".", "_") for name, spelled in names.items()}
 
 
 @dataclass(frozen=True)

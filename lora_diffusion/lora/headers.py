@@ -31,13 +31,13 @@ def for_programs(layout: LoRALayout, metadata: Mapping[str, str], name: str) -> 
     name: of the file, where `metadata` has no identity. A UNet of a family of its own counts as Stable Diffusion 1.x, whose
     layers it has. The date is today's, in UTC, unless given.
     """
-    family = _family(layout)
-    version, architecture, resolution = _MODELS.get(family, ("sd_v1", "stable-diffusion-v1", ""))
+    model = family(layout)
+    version, architecture, resolution = _MODELS.get(model, ("sd_v1", "stable-diffusion-v1", ""))
     name = metadata.get("identity") or name
     trigger = metadata.get("trigger", TRIGGER)
     entries = {
         "ss_base_model_version": version,
-        "ss_v2": str(family == "sd2"),
+        "ss_v2": str(model == "sd2"),
         "ss_sd_model_name": metadata.get("base_model", ""),
         "ss_output_name": re.sub(r"[^\w .-]+", "_", name),  # A1111 makes <lora:NAME:1> of it
         "ss_tag_frequency": json.dumps({"photos": {trigger: 1}}) if trigger else "",
@@ -55,5 +55,6 @@ def for_programs(layout: LoRALayout, metadata: Mapping[str, str], name: str) -> 
 
 
 @lru_cache(maxsize=64)
-def _family(layout: LoRALayout) -> str:
+def family(layout: LoRALayout) -> str:
+    """A key of `dialects.FAMILIES`, or "" where the layers do not tell."""
     return dialects.family({entry.name.replace(".", "_"): entry.in_features for entry in layout.entries})

@@ -54,7 +54,10 @@ def make_scheduler(base: BaseModel, name: str = "ddim") -> Any:
     samplers = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
     if name not in samplers:
         raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(samplers)}")
-    return samplers[name].from_config(base.scheduler.config)
+    config = base.scheduler.config
+    # DDIM clips its samples to the range of pixels where a config does not say otherwise, and Euler's has no such entry
+    latents = {"clip_sample": config.get("clip_sample", False)} if name == "ddim" else {}
+    return samplers[name].from_config(config, **latents)
 
 
 @torch.no_grad()
@@ -111,12 +114,13 @@ def render(
             x = scheduler.scale_model_input(latents, t).to(base.dtype)
             if scale != 1:
                 x = x.repeat_interleave(2, 0)
+            conditioning = base.conditioning(embeddings, x)
             if vectors is None:
-                output = base.unet(x, t, encoder_hidden_states=embeddings).sample
+                output = base.unet(x, t, **conditioning).sample
             else:
                 assert bank is not None
                 with bank.active(vectors, samples_per_identity=len(x) // len(vectors)):
-                    output = base.unet(x, t, encoder_hidden_states=embeddings).sample
+                    output = base.unet(x, t, **conditioning).sample
             output = output.float()
             if scale != 1:
                 unconditioned, conditioned = output[0::2], output[1::2]

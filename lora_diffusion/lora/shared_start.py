@@ -90,12 +90,9 @@ def learn_start(
         vectors_KN = vectors_KN.masked_scatter(is_B, own_KB[group])
         with bank.active(vectors_KN, n), attention(base, recipe, data[group].shape):
             with autocast(base, recipe):
-                prediction = base.unet(
-                    x_KnCHW.flatten(0, 1).to(base.dtype),
-                    timesteps_Kn.flatten(),
-                    encoder_hidden_states=prompts_KnSD.flatten(0, 1),
-                    return_dict=False,
-                )[0]
+                x_BCHW = x_KnCHW.flatten(0, 1).to(base.dtype)
+                conditioning = base.conditioning(prompts_KnSD.flatten(0, 1), x_BCHW)
+                prediction = base.unet(x_BCHW, timesteps_Kn.flatten(), **conditioning, return_dict=False)[0]
             error_KnCHW = (prediction.float().view_as(target_KnCHW) - target_KnCHW).square()
             loss_K = (weights_Kn1HW * error_KnCHW).mean((1, 2, 3, 4))
             loss_K.sum().backward()

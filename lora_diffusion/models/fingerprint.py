@@ -20,7 +20,6 @@ EXACT = (torch.float32, torch.float16)
 """Dtypes that lose nothing of the fingerprint."""
 DIGITS = 20
 _SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-PARTS = ("unet", "vae", "text_encoder")
 EARLIER = {"b486db5bb0ed5c8a64c0": ("95a6a9ba0026c015", "7dc10c716f5bdcf6", "254dc543938cbd06")}
 """What earlier releases called the bundled model. `old_fingerprints` finds the same only on some processors."""
 
@@ -28,12 +27,12 @@ EARLIER = {"b486db5bb0ed5c8a64c0": ("95a6a9ba0026c015", "7dc10c716f5bdcf6", "254
 def model_fingerprint(parts: Mapping[str, nn.Module], scheduler: Any) -> str:
     """20 hex digits of SHA-256 over the content of all weights and the scheduler's noise schedule.
 
-    Neither names nor the order of tensors count: libraries rename them from release to release, and single-file
-    checkpoints have names of their own. Hashes in threads: 1 s of one core for each GB of float16.
+    Of `parts` the order counts, as `networks_of` gives it. Neither names nor the order of tensors count: libraries rename
+    them from release to release, and single-file checkpoints have names of their own. Hashes in threads: 1 s of one core for each GB of float16.
     """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for label in PARTS:
+        for label in parts:
             weights = [tensor for tensor in parts[label].state_dict().values() if tensor.is_floating_point()]
             digest.update(label.encode())
             digest.update(b"".join(sorted(pool.map(_content, weights))))
@@ -59,7 +58,7 @@ def old_fingerprints(parts: Mapping[str, nn.Module], scheduler: Any, dtypes: Ite
     """
     for dtype in dtypes:
         digest = hashlib.sha256()
-        for label in PARTS:
+        for label in parts:
             for key, tensor in sorted(parts[label].state_dict().items()):
                 tensor = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
                 digest.update(f"{label}.{key}:{tuple(tensor.shape)}:{tensor.dtype}".encode())

@@ -20,12 +20,15 @@ from lora_diffusion.models.kinds import check_pointer, kind_of_class, kind_of_fo
 from lora_diffusion.models.parts import Parts, check_parts
 
 EXPECTED = (
-    "expected is Stable Diffusion 1.x or 2.x: a diffusers folder (also s3://bucket/prefix), a single .safetensors "
+    "expected is Stable Diffusion 1.x, 2.x or XL: a diffusers folder (also s3://bucket/prefix), a single .safetensors "
     "checkpoint, a hub id that this machine can reach, or a shipped model"
 )
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-_USED = re.compile(r"model_index\.json|(unet|vae|text_encoder|tokenizer|scheduler)/[^/]*\.(json|txt|safetensors)")
+_XL_CLASSES = {**_CLASSES, "text_encoder_2": "CLIPTextModelWithProjection"}
+_USED = re.compile(
+    r"model_index\.json|(unet|vae|text_encoder|text_encoder_2|tokenizer|tokenizer_2|scheduler)/[^/]*\.(json|txt|safetensors)"
+)
 _CONFIGS = re.compile(r".*\.(json|txt)")
 
 
@@ -54,12 +57,12 @@ def _local(place: str) -> Path:
         return path
     if not _HUB_ID.fullmatch(place) or single_file.is_weights(place):
         raise ValueError("there is no such file or folder")
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     here = here_only_now()
     try:
         unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        return Path(StableDiffusionPipeline.download(place, use_safetensors=True, local_files_only=here, **unused))
+        return Path(DiffusionPipeline.download(place, use_safetensors=True, local_files_only=here, **unused))
     except Exception as error:  # of a dozen types, among them those of HTTP libraries
         if here:
             raise NotHereError(
@@ -69,54 +72,63 @@ def _local(place: str) -> Path:
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:
-    """What model_index.json says, if the folder is of the family that we load. Looks at configurations only."""
+    """What model_index.json says, if the folder is of a family that we load. Looks at configurations only."""
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"it is {kind_of_folder(folder)}")
     index = read_json(folder / "model_index.json")
     pipeline = kind_of_class(str(index.get("_class_name", "")))
-    if "text_encoder_2" in index or "transformer" in index or not _CLASSES.keys() <= index.keys():
-        raise ValueError(f"it is {pipeline}")
-    for part, wanted in _CLASSES.items():
+    classes = _classes(index)
+    given = [part for part in _XL_CLASSES if (index.get(part) or [None])[0]]
+    if "transformer" in index or given != list(classes):
+        missing = [part for part in classes if part not in given]
+        raise ValueError(f"it is {pipeline}" + f" without {', '.join(missing)}" * ("transformer" not in index))
+    for part, wanted in classes.items():
         config = read_json(folder / part / "config.json")
         found = str(config.get("_class_name") or (config.get("architectures") or [wanted])[0])
         if not found.startswith(wanted):
             raise ValueError(f"it is {pipeline}, whose {part} is {kind_of_class(found)} instead of a {wanted}")
-    names = {path.name for path in (folder / "tokenizer").glob("*")}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        raise ValueError(
-            "its tokenizer/ is missing (tokenizer.json, or vocab.json and merges.txt): copy it from the model that this "
-            "one was made of"
-        )
+    for part in (part.replace("text_encoder", "tokenizer") for part in classes if "text_encoder" in part):
+        names = {path.name for path in (folder / part).glob("*")}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise ValueError(
+                f"its {part}/ is missing (tokenizer.json, or vocab.json and merges.txt): copy it from the model that this "
+                "one was made of"
+            )
     return index
+
+
+def _classes(index: dict[str, Any]) -> dict[str, str]:
+    return _XL_CLASSES if "text_encoder_2" in index else _CLASSES
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> Parts:
     import diffusers
-    from transformers import CLIPTextModel, CLIPTokenizer
+    import transformers
 
     index = _check_folder(folder)
     options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "torch_dtype": dtype}
     loaded: dict[str, Any] = {}
-    for part, cls in (
-        ("unet", diffusers.UNet2DConditionModel),
-        ("vae", diffusers.AutoencoderKL),
-        ("text_encoder", CLIPTextModel),
-    ):
+    for part, name in _classes(index).items():
+        cls: Any = getattr(diffusers, name, None) or getattr(transformers, name)
         variant = _variant(folder, part)
         with _told(part), _no_progress_bars():
             loaded[part], report = cls.from_pretrained(folder / part, variant=variant, **options)
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
             raise ValueError(f"its {part} lacks {len(missing)} weights, such as {missing[0]}: get the file again")
+        if part.startswith("text_encoder"):
+            label = part.replace("text_encoder", "tokenizer")
+            with _told(label):
+                loaded[label] = transformers.CLIPTokenizer.from_pretrained(folder / label, local_files_only=True)
+            # transformers gives 1e30 where tokenizer_config.json does not say it
+            longest = min(loaded[label].model_max_length, loaded[part].config.max_position_embeddings)
+            loaded[label].model_max_length = longest
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     name = str(config.get("_class_name") or index.get("scheduler", ["", ""])[1])
     with _told(f"scheduler ({name})"):
         scheduler = getattr(diffusers, name).from_config(config)
-    with _told("tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    # transformers gives 1e30 where tokenizer_config.json does not say it
-    tokenizer.model_max_length = min(tokenizer.model_max_length, loaded["text_encoder"].config.max_position_embeddings)
-    return Parts(**loaded, tokenizer=tokenizer, scheduler=scheduler)
+    zeros = bool(index.get("force_zeros_for_empty_prompt", True))
+    return Parts(**loaded, scheduler=scheduler, force_zeros_for_empty_prompt=zeros)
 
 
 @contextmanager
@@ -145,7 +157,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _variant(folder: Path, part: str) -> str | None:
     """The word in the weights' file names, as in `model.fp16.safetensors`; None for the plain names, which come first."""
-    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     shard = r"(-\d+-of-\d+)?"
     names = [path.name for path in (folder / part).iterdir()]
     for name in names:
@@ -157,7 +169,7 @@ def _variant(folder: Path, part: str) -> str | None:
     if any(name.endswith(".bin") for name in names):
         raise ValueError(
             f"its {part} is a pickle (.bin), which can run any code and is not opened; if you trust it, rewrite the folder "
-            f"by python -c \"from diffusers import StableDiffusionPipeline as P; P.from_pretrained('{folder}', "
+            f"by python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{folder}', "
             f"safety_checker=None).save_pretrained('{folder}-safe')\""
         )
     raise ValueError(f"its {part}/ holds no {stem}.safetensors")

@@ -1,5 +1,7 @@
 """The frozen Stable Diffusion that every LoRA belongs to: loaded once for each process, shared by fine-tuning and rendering.
 
+`BaseModel` is 1.x and 2.x, and what callers see of every family; another family is a subclass in a file of its own.
+
 Axes: B batch, C latent channels, H/W pixels or latent cells, S token positions, D width of the text encoder.
 """
 
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.models.files import fetch_folder
-from lora_diffusion.models.fingerprint import DIGITS, EARLIER, EXACT, PARTS, model_fingerprint, old_fingerprints
+from lora_diffusion.models.fingerprint import DIGITS, EARLIER, EXACT, model_fingerprint, old_fingerprints
 from lora_diffusion.models.loading import EXPECTED, load_parts
+from lora_diffusion.models.parts import is_xl, networks_of, overflows_in_half
 from lora_diffusion.storage import place_or_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -37,7 +40,7 @@ def resolve_model(name_or_path: str) -> str:
 class BaseModel:
     """The parts of a ``StableDiffusionPipeline``, frozen, on one device.
 
-    The VAE and the text encoder run in the dtype of the UNet; callers get float32 latents and embeddings.
+    Each part runs in its own dtype, mostly that of the UNet; callers get float32 latents and embeddings.
     exact_fingerprint: taken before the weights were rounded to bfloat16; "": they were not.
     """
 
@@ -66,19 +69,31 @@ class BaseModel:
             ) from error
         if dtype in EXACT:
             return cls.from_pipeline(parts, device, str(name_or_path))
-        fingerprint = model_fingerprint(vars(parts), parts.scheduler)
-        for part in PARTS:
-            nn.Module.to(getattr(parts, part), dtype)  # diffusers warns of its own `to`
+        networks = networks_of(parts)
+        fingerprint = model_fingerprint(networks, parts.scheduler)
+        for part, network in networks.items():
+            if part != "vae" or not overflows_in_half(parts):
+                nn.Module.to(network, dtype)  # diffusers warns of its own `to`
         base = cls.from_pipeline(parts, device, str(name_or_path))
         base.exact_fingerprint = fingerprint
         return base
 
     @classmethod
     def from_pipeline(cls, pipe: Any, device: str | torch.device = "cpu", name: str = "") -> BaseModel:
-        """Take the parts of a loaded pipeline (or `Parts`) and freeze them (``eval``, no gradients)."""
-        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-            part.to(device).eval().requires_grad_(False)
-        return cls(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name)
+        """Take the parts of a loaded pipeline (or `Parts`) and freeze them (``eval``, no gradients). The family is told by them."""
+        for network in networks_of(pipe).values():
+            network.to(device).eval().requires_grad_(False)
+        parts = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name
+        if not is_xl(pipe):
+            return cls(*parts)
+        from lora_diffusion.models.stable_diffusion_xl import StableDiffusionXL
+
+        if overflows_in_half(pipe):
+            nn.Module.float(pipe.vae)
+        zeros = bool(getattr(pipe, "config", pipe).force_zeros_for_empty_prompt)
+        return StableDiffusionXL(
+            *parts, text_encoder_2=pipe.text_encoder_2, tokenizer_2=pipe.tokenizer_2, force_zeros_for_empty_prompt=zeros
+        )
 
     @property
     def device(self) -> torch.device:
@@ -89,18 +104,19 @@ class BaseModel:
         return next(self.unet.parameters()).dtype
 
     @property
+    def pixels_per_cell(self) -> int:
+        """Side of a latent cell, pixels."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
     def image_size(self) -> int:
         """Side of the square pictures that this model draws, pixels."""
-        return int(self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1))
+        return int(self.unet.config.sample_size) * self.pixels_per_cell
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         size = int(self.unet.config.sample_size)
         return int(self.unet.config.in_channels), size, size
-
-    @property
-    def _parts(self) -> dict[str, nn.Module]:
-        return {part: getattr(self, part) for part in PARTS}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,7 +124,7 @@ class BaseModel:
 
         A pipeline that somebody else loaded in bfloat16 has lost digits: it has a fingerprint of its own.
         """
-        return self.exact_fingerprint or model_fingerprint(self._parts, self.scheduler)
+        return self.exact_fingerprint or model_fingerprint(networks_of(self), self.scheduler)
 
     def knows(self, fingerprint: str) -> bool:
         """Whether `fingerprint` is this model's, or what an earlier release called it in some dtype.
@@ -122,13 +138,13 @@ class BaseModel:
 
     def _old_fingerprints(self) -> Iterator[str]:
         yield from EARLIER.get(self.fingerprint, ())
-        yield from old_fingerprints(self._parts, self.scheduler, [self.dtype])
+        yield from old_fingerprints(networks_of(self), self.scheduler, [self.dtype])
         try:
             exact = self if self.dtype == torch.float32 else BaseModel.from_pretrained(self.name)
         except ValueError:
             return
         others = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype != self.dtype]
-        yield from old_fingerprints(exact._parts, exact.scheduler, others)
+        yield from old_fingerprints(networks_of(exact), exact.scheduler, others)
 
     @torch.no_grad()
     def encode_images(self, pixels: np.ndarray | Tensor, batch_size: int = 32) -> Tensor:
@@ -141,33 +157,50 @@ class BaseModel:
             raise ValueError(f"expected uint8 pictures (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
         parts = []
         for chunk in images.split(batch_size):
-            x = chunk.permute(0, 3, 1, 2).to(self.device, self.dtype) / 127.5 - 1
+            x = chunk.permute(0, 3, 1, 2).to(self.device, self.vae.dtype) / 127.5 - 1
             parts.append(self.vae.encode(x).latent_dist.mean.float() * self.vae.config.scaling_factor)
         return torch.cat(parts)
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> RGB (B, 3, H, W), float32, -1 to 1 and somewhat beyond; with gradient."""
+        scaled = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        pictures: Tensor = self.vae.decode(scaled).sample.float()
+        return pictures
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 32) -> np.ndarray:
         """Scaled latents (B, C, h, w) -> uint8 RGB (B, H, W, 3)."""
         parts = []
         for chunk in latents.split(batch_size):
-            x = self.vae.decode(chunk.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float()
-            parts.append(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+            parts.append(
+                ((self.pictures(chunk) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+            )
         return torch.cat(parts).numpy()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Prompts -> text embeddings (B, S, D), float32. Each distinct prompt is encoded once."""
+        """Prompts -> text embeddings (B, S, D), float32. Each distinct prompt is encoded once.
+
+        One tensor, whatever the family: callers copy, mix and keep it row by row, and give it to `conditioning`.
+        """
         distinct = sorted(set(prompts))
-        tokens = self.tokenizer(
-            distinct,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        parts = [self.text_encoder(ids.to(self.device))[0].float() for ids in tokens.input_ids.split(64)]
+        parts = [self._encode(distinct[i : i + 64]) for i in range(0, len(distinct), 64)]
         embeddings = torch.cat(parts)
         return embeddings[[distinct.index(prompt) for prompt in prompts]]
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        embeddings: Tensor = self.text_encoder(self._tokens(self.tokenizer, texts))[0].float()
+        return embeddings
+
+    def _tokens(self, tokenizer: Any, texts: list[str]) -> Tensor:
+        length = tokenizer.model_max_length
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids: Tensor = tokens.input_ids.to(self.device)
+        return ids
+
+    def conditioning(self, text_BSD: Tensor, latents_BCHW: Tensor) -> dict[str, Any]:
+        """What the UNet is told beside noisy latents and their time, as its keyword arguments."""
+        return {"encoder_hidden_states": text_BSD}
 
 
 def count_parameters(module: nn.Module) -> int:

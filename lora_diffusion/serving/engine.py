@@ -128,11 +128,10 @@ class RenderEngine:
         now = [row.schedule[row.step] for row in rows]
         timesteps_B = torch.tensor([t for t, _, _ in now], device=self.base.device)
         with self.bank.active(vectors_BN, samples_per_identity=copies):
-            output = self.base.unet(
-                latents_BCHW.to(self.base.dtype).repeat_interleave(copies, 0),
-                timesteps_B.repeat_interleave(copies, 0),
-                encoder_hidden_states=(text_B2SD if guided else text_B2SD[:, 1:]).flatten(0, 1),
-            ).sample.float()
+            x = latents_BCHW.to(self.base.dtype).repeat_interleave(copies, 0)
+            text_BSD = (text_B2SD if guided else text_B2SD[:, 1:]).flatten(0, 1)
+            conditioning = self.base.conditioning(text_BSD, x)
+            output = self.base.unet(x, timesteps_B.repeat_interleave(copies, 0), **conditioning).sample.float()
         if guided:
             scale_B = self._column([row.picture.guidance_scale for row in rows])
             unconditioned, conditioned = output[0::2], output[1::2]

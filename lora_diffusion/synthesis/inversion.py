@@ -93,12 +93,8 @@ def invert(
         timesteps_Kn, noise = (t.to(device) for t in streams.draw(shape, [config.batch_size], timesteps_of))
         noisy, target = schedule.add_noise(x0, noise, timesteps_Kn)
         with bank.active(space.decode(codes_KZ), config.batch_size):
-            prediction = base.unet(
-                noisy.flatten(0, 1).to(base.dtype),
-                timesteps_Kn.flatten(),
-                encoder_hidden_states=text,
-                return_dict=False,
-            )[0]
+            x = noisy.flatten(0, 1).to(base.dtype)
+            prediction = base.unet(x, timesteps_Kn.flatten(), **base.conditioning(text, x), return_dict=False)[0]
             loss_K = (prediction.float().view_as(target) - target).square().mean((1, 2, 3, 4))
             # the sum over people, not the mean: a person's gradient must not depend on the company
             total = loss_K.sum() + config.prior_weight * codes_KZ.square().mean(1).sum()

@@ -259,7 +259,7 @@ def more_tokens(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Damage, str]] = {
-    "sdxl": (sdxl, "it is a Stable Diffusion XL model"),
+    "sdxl": (sdxl, "text_encoder_2/config.json is missing"),
     "inpainting": (inpainting, r"an inpainting UNet \(9 input channels\)"),
     "flux": (flux, "it is a FLUX model, a transformer"),
     "tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), r"its tokenizer/ is missing"),
@@ -299,7 +299,7 @@ def test_what_is_no_base_model_is_refused_in_one_sentence_that_says_what_it_is(n
         BaseModel.from_pretrained(str(folder))
     said = str(refused.value)
     assert said.startswith(f"cannot load a base model from '{folder}': ")
-    assert "expected is Stable Diffusion 1.x or 2.x: a diffusers folder" in said
+    assert "expected is Stable Diffusion 1.x, 2.x or XL: a diffusers folder" in said
     assert "\n" not in said
 
 

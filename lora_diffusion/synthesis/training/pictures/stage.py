@@ -202,7 +202,7 @@ class PictureStage(Stage):
                 out = self._predict(given, model_in if last else model_in.detach(), t, prompts, G)
             if watched:
                 with torch.no_grad(), self._autocast():
-                    plain = base.unet(model_in, t, encoder_hidden_states=prompts).sample.float()
+                    plain = base.unet(model_in, t, **base.conditioning(prompts, model_in)).sample.float()
                 change = (out - plain).square()
                 if i == early:
                     high_B = change.flatten(1).mean(1).view(-1, G).mean(1)
@@ -213,14 +213,12 @@ class PictureStage(Stage):
 
     def _predict(self, vectors_BN: Tensor, x: Tensor, t: Tensor, prompts: Tensor, each: int) -> Tensor:
         with self._autocast(), self.bank.active(vectors_BN, each, train_A=self.train_A):
-            out: Tensor = self.base.unet(x, t, encoder_hidden_states=prompts).sample
+            out: Tensor = self.base.unet(x, t, **self.base.conditioning(prompts, x)).sample
         return out.float()
 
     def _decode(self, latents: Tensor) -> Tensor:
         with self._autocast():
-            scaled = (latents / self.base.vae.config.scaling_factor).to(self.base.dtype)
-            pictures: Tensor = self.base.vae.decode(scaled).sample
-        return pictures.float()
+            return self.base.pictures(latents)
 
     def _autocast(self) -> torch.autocast:
         kind, wanted = self.base.device.type, self.config.autocast
