@@ -1,4 +1,4 @@
-"""The tokenizer of CLIP, which a single-file checkpoint does not carry: made from the list of its merges alone."""
+"""The tokenizer of CLIP, and what is asked of it. A single-file checkpoint carries none: it is made from its merges alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import gzip
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MERGES = Path(__file__).resolve().parents[1] / "assets" / "clip-tokenizer" / "merges.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -32,6 +35,15 @@ def clip_tokenizer(**options: Any) -> Any:
             json.dumps({"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, **settings})
         )
         return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Token numbers (B, S), filled up or cut to the tokenizer's length."""
+    length = tokenizer.model_max_length
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
 
 
 def vocabulary(merges: str) -> dict[str, int]:

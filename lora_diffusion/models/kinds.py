@@ -16,13 +16,15 @@ import safetensors
 Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor -> its shape
 
 CHECKPOINT = "a Stable Diffusion checkpoint"
+XL = "a Stable Diffusion XL model"
 
 # in the name of any tensor
 _CLUES = (
     (r"lora_(up|down|A|B)\b|\.lora\.|\bhada_w|\blokr_w|\.oft_", "a LoRA, which changes a base model and is none"),
     (r"^(control_model|zero_convs|controlnet_)|controlnet_cond_embedding", "a ControlNet"),
     (r"^emb_params$|^string_to_param|^clip_[lg]$", "a textual inversion (the embedding of a word)"),
-    (r"conditioner\.embedders\.|^add_embedding\.", "a Stable Diffusion XL model"),
+    (r"^edm_(mean|vpred)", "a model with noise levels of EDM, such as Playground 2.5"),
+    (r"conditioner\.embedders\.|^add_embedding\.", XL),
     (
         r"\blabel_emb\.",
         "a model that needs more than a prompt (label_emb), as Stable Diffusion XL, unCLIP and upscalers do",
@@ -37,7 +39,7 @@ _CLUES = (
 
 # `_class_name` of model_index.json or of a part's config.json, in the same way
 _CLASSES = (
-    ("StableDiffusionXL", "a Stable Diffusion XL model"),
+    ("StableDiffusionXL", XL),
     ("StableDiffusion3|SD3", "a Stable Diffusion 3 model, a transformer"),
     ("Flux", "a FLUX model, a transformer"),
     ("Inpaint", "a model for inpainting"),

@@ -1,6 +1,6 @@
 """The frozen Stable Diffusion that every LoRA belongs to: loaded once for each process, shared by fine-tuning and rendering.
 
-`BaseModel` is 1.x and 2.x, and what callers see of every family; another family is a subclass in a file of its own.
+`BaseModel` is what callers see of every family. Here are 1.x and 2.x; what another does otherwise is in a file of its own.
 
 Axes: B batch, C latent channels, H/W pixels or latent cells, S token positions, D width of the text encoder.
 """
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.models import stable_diffusion_xl
+from lora_diffusion.models.clip_tokenizer import tokens
 from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.models.fingerprint import DIGITS, EARLIER, EXACT, model_fingerprint, old_fingerprints
 from lora_diffusion.models.loading import EXPECTED, load_parts
@@ -38,10 +40,11 @@ def resolve_model(name_or_path: str) -> str:
 
 @dataclass
 class BaseModel:
-    """The parts of a ``StableDiffusionPipeline``, frozen, on one device.
+    """The parts of a ``StableDiffusionPipeline`` or a ``StableDiffusionXLPipeline``, frozen, on one device.
 
     Each part runs in its own dtype, mostly that of the UNet; callers get float32 latents and embeddings.
     exact_fingerprint: taken before the weights were rounded to bfloat16; "": they were not.
+    force_zeros_for_empty_prompt: of XL; the empty prompt is all zeros, as in training. Stability's own model says so.
     """
 
     unet: Any
@@ -51,6 +54,9 @@ class BaseModel:
     scheduler: Any
     name: str = ""
     exact_fingerprint: str = ""
+    text_encoder_2: Any = None  # of XL
+    tokenizer_2: Any = None
+    force_zeros_for_empty_prompt: bool = True
 
     @classmethod
     def from_pretrained(
@@ -83,17 +89,13 @@ class BaseModel:
         """Take the parts of a loaded pipeline (or `Parts`) and freeze them (``eval``, no gradients). The family is told by them."""
         for network in networks_of(pipe).values():
             network.to(device).eval().requires_grad_(False)
-        parts = pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name
-        if not is_xl(pipe):
-            return cls(*parts)
-        from lora_diffusion.models.stable_diffusion_xl import StableDiffusionXL
-
+        base = cls(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name)
+        if is_xl(pipe):
+            base.text_encoder_2, base.tokenizer_2 = pipe.text_encoder_2, pipe.tokenizer_2
+            base.force_zeros_for_empty_prompt = bool(getattr(pipe, "config", pipe).force_zeros_for_empty_prompt)
         if overflows_in_half(pipe):
             nn.Module.float(pipe.vae)
-        zeros = bool(getattr(pipe, "config", pipe).force_zeros_for_empty_prompt)
-        return StableDiffusionXL(
-            *parts, text_encoder_2=pipe.text_encoder_2, tokenizer_2=pipe.tokenizer_2, force_zeros_for_empty_prompt=zeros
-        )
+        return base
 
     @property
     def device(self) -> torch.device:
@@ -189,17 +191,15 @@ class BaseModel:
         return embeddings[[distinct.index(prompt) for prompt in prompts]]
 
     def _encode(self, texts: list[str]) -> Tensor:
-        embeddings: Tensor = self.text_encoder(self._tokens(self.tokenizer, texts))[0].float()
+        if is_xl(self):
+            return stable_diffusion_xl.encode(self, texts)
+        embeddings: Tensor = self.text_encoder(tokens(self.tokenizer, texts).to(self.device))[0].float()
         return embeddings
-
-    def _tokens(self, tokenizer: Any, texts: list[str]) -> Tensor:
-        length = tokenizer.model_max_length
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: Tensor = tokens.input_ids.to(self.device)
-        return ids
 
     def conditioning(self, text_BSD: Tensor, latents_BCHW: Tensor) -> dict[str, Any]:
         """What the UNet is told beside noisy latents and their time, as its keyword arguments."""
+        if is_xl(self):
+            return stable_diffusion_xl.conditioning(self, text_BSD, latents_BCHW)
         return {"encoder_hidden_states": text_BSD}
 
 

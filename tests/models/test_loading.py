@@ -308,14 +308,19 @@ FILES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "peft": ({"base_model.model.unet.down_blocks.0.to_q.lora_A.weight": (1, 4)}, "it is a LoRA"),
     "vae": ({"encoder.conv_in.weight": (8, 3, 3, 3), "decoder.conv_in.weight": (8, 4, 3, 3)}, "it is a VAE alone"),
     "unet": ({"down_blocks.0.resnets.0.conv1.weight": (8, 4, 3, 3)}, "it is a UNet alone"),
-    "no-vae": ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)}, "it holds a UNet and no VAE"),
-    "sdxl": (
+    "no-vae": (
+        {"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)},
+        "a Stable Diffusion checkpoint without VAE",
+    ),
+    "refiner": (
         {
             "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
-            "conditioner.embedders.1.model.ln_final.weight": (8,),
+            "conditioner.embedders.0.model.ln_final.weight": (8,),
+            "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
         },
-        "it is a Stable Diffusion XL model",
+        r"it is a Stable Diffusion XL model without text encoder \(no tensor conditioner.embedders.0.transformer",
     ),
+    "playground": ({"edm_mean": (4,), "edm_std": (4,)}, "noise levels of EDM, such as Playground 2.5"),
     "unclip": (
         {
             "model.diffusion_model.label_emb.0.0.weight": (8, 8),

@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from ldm_names import ldm_checkpoint
+from safetensors.torch import load_file, save_file
 from tiny_xl import tiny_xl
 from torch import Tensor
 
@@ -21,8 +22,8 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.lora.rendering import initial_noise, render
+from lora_diffusion.models.parts import is_xl
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.models.stable_diffusion_xl import StableDiffusionXL
 
 KOHYAS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 PROMPTS = ["a photo of sks person", "sks person in snow"]
@@ -63,7 +64,7 @@ def random_vectors(layout: LoRALayout, K: int) -> Tensor:
 
 def test_a_folder_loads_as_xl_and_keeps_its_fingerprint_in_every_dtype(folder: Path, base: BaseModel) -> None:
     loaded = BaseModel.from_pretrained(str(folder))
-    assert isinstance(loaded, StableDiffusionXL)
+    assert is_xl(loaded)
     assert (loaded.image_size, loaded.latent_shape, loaded.fingerprint) == (32, (4, 8, 8), base.fingerprint)
     other = BaseModel.from_pipeline(tiny_xl(seed=1))
     other.unet, other.vae, other.text_encoder = base.unet, base.vae, base.text_encoder
@@ -95,12 +96,33 @@ def test_prompts_are_encoded_as_diffusers_does(base: BaseModel, pipe: StableDiff
 def test_pictures_are_those_of_diffusers_pipeline(pipe: StableDiffusionXLPipeline, zeros: bool) -> None:
     pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     base = BaseModel.from_pipeline(tiny_xl())
-    base.force_zeros_for_empty_prompt = zeros  # type: ignore[attr-defined]
+    base.force_zeros_for_empty_prompt = zeros
     options = {"num_inference_steps": 4, "guidance_scale": 3.0}
     ours = render(base, None, PROMPTS, [0, 1], **options)
     theirs = pipe(PROMPTS, latents=initial_noise(base, [0, 1]), output_type="np", height=32, width=32, **options).images
     assert np.abs(ours.astype(int) - np.rint(theirs * 255).astype(int)).max() <= 1
     assert ours.std() > 1
+
+
+@pytest.mark.parametrize("marks", [(), ("v_pred", "ztsnr")], ids=["plain", "v-prediction"])
+def test_a_single_file_gives_every_tensor_of_the_pipeline_that_it_was_made_of(
+    tmp_path: Path, marks: tuple[str, ...]
+) -> None:
+    pipe = tiny_xl(words=True)
+    tensors = ldm_checkpoint(pipe) | {mark: torch.zeros(0) for mark in marks}
+    save_file(tensors, tmp_path / "model.safetensors", {"modelspec.resolution": "64x64"})
+    base = BaseModel.from_pretrained(str(tmp_path / "model.safetensors"))
+    expected = BaseModel.from_pipeline(pipe)
+    config = {"clip_sample": False, "set_alpha_to_one": False}
+    if marks:
+        config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    expected.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **config)
+    assert is_xl(base)
+    assert base.fingerprint == expected.fingerprint
+    words = ["a photo of sks person", "Zoë's 2nd photo, smiling!"]
+    torch.testing.assert_close(base.encode_prompts(words), expected.encode_prompts(words))
+    pictures = [render(model, None, words, [0, 1], num_inference_steps=2) for model in (base, expected)]
+    assert np.array_equal(*pictures)
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])

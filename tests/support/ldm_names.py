@@ -1,4 +1,4 @@
-"""A diffusers pipeline of Stable Diffusion 1.x or 2.x under the names of a single-file checkpoint: latent diffusion's."""
+"""A diffusers pipeline of Stable Diffusion under the names of a single-file checkpoint: those of Stability's code."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -30,16 +32,22 @@ _OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc
 def ldm_checkpoint(pipe: Any, second: bool = False) -> dict[str, Tensor]:
     """All tensors of `pipe`; with `second`, as 2.x does, the text encoder in OpenCLIP's names and one layer more."""
     tensors = {}
-    levels = len(pipe.unet.config.block_out_channels)
+    attends = ["Attn" in block for block in pipe.unet.config.up_block_types]
     for name, tensor in pipe.unet.state_dict().items():
-        tensors["model.diffusion_model." + _unet_name(name, levels)] = tensor
+        tensors["model.diffusion_model." + _unet_name(name, attends)] = tensor
     levels = len(pipe.vae.config.block_out_channels)
     for name, tensor in pipe.vae.state_dict().items():
         convolution = "attentions" in name and name.endswith("weight") and "group_norm" not in name
         tensors["first_stage_model." + _vae_name(name, levels)] = tensor[..., None, None] if convolution else tensor
     text = {name.removeprefix("text_model."): tensor for name, tensor in pipe.text_encoder.state_dict().items()}
-    if second:
-        tensors |= {f"cond_stage_model.model.{name}": tensor for name, tensor in _open_clip(text).items()}
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        tensors |= {f"conditioner.embedders.0.transformer.text_model.{name}": tensor for name, tensor in text.items()}
+        text = {name.removeprefix("text_model."): tensor for name, tensor in pipe.text_encoder_2.state_dict().items()}
+        projection = {"text_projection": text.pop("text_projection.weight").T, "logit_scale": torch.zeros(())}
+        whole = _open_clip(text) | projection
+        tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in whole.items()}
+    elif second:
+        tensors |= {f"cond_stage_model.model.{name}": tensor for name, tensor in _longer(_open_clip(text)).items()}
     else:
         tensors |= {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text.items()}
         tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -47,7 +55,7 @@ def ldm_checkpoint(pipe: Any, second: bool = False) -> dict[str, Tensor]:
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _unet_name(name: str, levels: int) -> str:
+def _unet_name(name: str, attends: list[bool]) -> str:
     for end, ldm in _UNET_ENDS.items():
         if name.startswith(end + "."):
             return name.replace(end, ldm)
@@ -61,8 +69,8 @@ def _unet_name(name: str, levels: int) -> str:
         number = 1 + 3 * int(level) + (2 if part == "downsamplers" else int(i))
         return f"input_blocks.{number}.{int(part == 'attentions')}.{rest.replace('conv.', 'op.') if part == 'downsamplers' else rest}"
     number = 3 * int(level) + (2 if part == "upsamplers" else int(i))
-    # an upsampler comes after the attention, where the level has one: the last in the order of the levels is the first
-    place = 2 if part == "upsamplers" and level != "0" else int(part != "resnets")
+    # an upsampler comes after the attention, where the level has one
+    place = 1 + attends[int(level)] if part == "upsamplers" else int(part != "resnets")
     return f"output_blocks.{number}.{place}.{rest}"
 
 
@@ -79,7 +87,7 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def _open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {"text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(())}
+    tensors: dict[str, Tensor] = {}
     joined: dict[str, dict[str, Tensor]] = {}
     for name, tensor in text.items():
         name = name.replace("embeddings.token_embedding", "token_embedding").replace("final_layer_norm", "ln_final")
@@ -92,7 +100,12 @@ def _open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
             joined.setdefault(f"{one[1]}.in_proj_{one[3]}", {})[one[2]] = tensor
         else:
             tensors[name] = tensor
-    tensors |= {name: torch.cat([parts[letter] for letter in "qkv"]) for name, parts in joined.items()}
+    return tensors | {name: torch.cat([parts[letter] for letter in "qkv"]) for name, parts in joined.items()}
+
+
+def _longer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With what OpenCLIP has and 2.x leaves out: a further layer, and the projection."""
+    tensors |= {"text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(())}
     last = max(int(name.split(".")[2]) for name in tensors if name.startswith("transformer."))
     for name in [name for name in tensors if name.startswith(f"transformer.resblocks.{last}.")]:
         tensors[name.replace(f"resblocks.{last}.", f"resblocks.{last + 1}.")] = torch.zeros_like(tensors[name])
