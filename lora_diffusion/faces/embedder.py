@@ -174,20 +174,23 @@ def model_folder(config: EmbedderConfig) -> Path:
         return BUNDLED[config.model]
     model = place_or_name(config.model)
     if model.startswith("s3://"):
-        return fetch_folder(model)
+        fetched = fetch_folder(model)
+        return _unpacked(fetched) or fetched
     folder = Path(model)
     if folder.is_dir():
-        if not any(folder.glob("*.onnx")):
+        found = _unpacked(folder)
+        if found is None:
             raise ValueError(f"{folder} holds no .onnx file. A model folder needs a detector and a recogniser.")
-        return folder
+        return found
     if "/" in model:
         raise ValueError(
             f"There is no folder {model}. Give a folder of ONNX files, one of {sorted(BUNDLED)}, or a pack."
         )
     root = local_place(config.root, "embedder.root")
     pack = root / "models" / config.model
-    if any(pack.glob("*.onnx")):
-        return pack
+    unpacked = _unpacked(pack)
+    if unpacked is not None:
+        return unpacked
     if not config.allow_download:
         raise ValueError(
             f"The insightface pack {config.model!r} is not in {pack}. Unpack it there, set allow_download: true to fetch "
@@ -196,6 +199,14 @@ def model_folder(config: EmbedderConfig) -> Path:
     if here_only_now():
         raise NotHereError(f"recogniser {config.model} is not in {pack} yet: it would be fetched (about 280 MB)")
     return _download(config.model, root)
+
+
+def _unpacked(folder: Path) -> Path | None:
+    """Where the ONNX files are: in `folder`, or one below, as antelopev2.zip unpacks into antelopev2/antelopev2/."""
+    inner = [path for path in sorted(folder.glob("*")) if path.is_dir() and any(path.glob("*.onnx"))]
+    if any(folder.glob("*.onnx")):
+        return folder
+    return inner[0] if len(inner) == 1 else None
 
 
 def folder_fingerprint(config: EmbedderConfig) -> str:

@@ -36,7 +36,8 @@ class PhotoConfig:
     """Which photos of a person are used, and how they become square.
 
     crop: "centre" takes the largest central square; "face" a square around the detected face, its side `face_margin`
-    times the longer side of the face's box (2.5 shows head and shoulders).
+    times the longer side of the face's box (2.5 shows head and shoulders). same_person: null keeps every photo; no two
+    people of a usual recogniser have so much in common.
     """
 
     min_photos: int = 1  # people with fewer usable photos fail
@@ -44,12 +45,15 @@ class PhotoConfig:
     max_pixels: int = 50_000_000  # larger photos are left out
     crop: Literal["centre", "face"] = "centre"
     face_margin: float = 2.5  # side of the square around a face, in longer sides of its box
+    same_person: float | None = 0.2  # photos whose cosine with the mean of most photos is lower are left out
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_photos <= self.max_photos:
             raise ValueError(f"min_photos must lie in 1 .. max_photos ({self.max_photos}), not {self.min_photos}")
         if self.face_margin < 1:
             raise ValueError(f"face_margin must be at least 1, not {self.face_margin}: the face would be cut")
+        if self.same_person is not None and not -1 <= self.same_person < 1:
+            raise ValueError(f"same_person is a cosine, at least -1 and below 1, or null; it is {self.same_person}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class CorpusConfig:
             "dtype": self.dtype,
             "vector_dtype": self.vector_dtype,
             "groups": {key: whole[key] for key in ("people_per_group", "groups_per_shard")},
-            "photos": whole["photos"],
+            # without same_person, as earlier releases made corpora, the recipe is theirs
+            "photos": {key: value for key, value in whole["photos"].items() if (key, value) != ("same_person", None)},
             "embedder": {"fingerprint": recogniser, **embedder},
             "class_images": self.class_images,
             "finetune": whole["finetune"],

@@ -112,6 +112,14 @@ class PersonEmbedder:
             except (PhotoError, FaceError) as error:
                 stage = "read" if isinstance(error, PhotoError) else "embed"
                 failures.append(Failure(position, person.identity, photo.name, stage, error.reason, str(error)))
+        least = self.config.photos.same_person
+        if least is not None and kept:
+            others = other_people(np.stack([face.vector for *_, face in kept]), least)
+            for place, (cosine, message) in others.items():
+                message = f"{message}: cosine {cosine:.2f}, photos.same_person is {least:g}"
+                name = kept[place][0].name
+                failures.append(Failure(position, person.identity, name, "embed", "another_person", message))
+            kept = [photo for place, photo in enumerate(kept) if place not in others]
         if len(kept) < self.config.photos.min_photos:
             failures.append(self._too_few(position, person, len(photos), len(kept), failures))
             return EmbeddedPerson(position, person.identity, failures=tuple(failures))
@@ -170,6 +178,23 @@ def square_picture(
         window = (left, top, left + side, top + side)
         picture = np.asarray(Image.fromarray(pixels_HW3).resize((size, size), Image.Resampling.LANCZOS, box=window))
     return picture, ((box - np.array([left, top, left, top])) * size / side).astype(np.float32)
+
+
+def other_people(vectors_PE: np.ndarray, least: float) -> dict[int, tuple[float, str]]:
+    """Photos that show somebody else than most do: their cosine with the mean of those, and what is wrong, in words.
+
+    Most are the photos around the one that has most others near it, by a cosine of `least`. Where they are no more than half,
+    nobody can tell whose photos these are: then all are left out.
+    """
+    near_PP = vectors_PE @ vectors_PE.T >= least
+    most_P = near_PP[near_PP.sum(1).argmax()]
+    if most_P.sum() * 2 <= len(vectors_PE) > 1:
+        message = "nobody is in more than half of the photos, which show different people"
+        means = [mean_embedding(np.delete(vectors_PE, place, axis=0)) for place in range(len(vectors_PE))]
+        return {place: (float(vectors_PE[place] @ mean), message) for place, mean in enumerate(means)}
+    message = "the photo shows another person than most of the photos"
+    cosine_P = vectors_PE @ mean_embedding(vectors_PE[most_P])
+    return {place: (float(cosine), message) for place, cosine in enumerate(cosine_P) if cosine < least}
 
 
 def mean_pairwise_cosine(vectors_PE: np.ndarray) -> float:

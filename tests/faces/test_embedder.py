@@ -141,12 +141,14 @@ def test_a_pack_that_is_not_there_says_the_way_out(tmp_path: Path) -> None:
         FaceEmbedder(EmbedderConfig(model="buffalo_l", root=str(tmp_path)))
 
 
-def test_a_pack_in_its_root_is_used(tmp_path: Path) -> None:
-    shutil.copytree(BUNDLED["tiny"], tmp_path / "models" / "my_pack")
-    pack = FaceEmbedder(EmbedderConfig(model="my_pack", root=str(tmp_path), det_size=128))
-    tiny = FaceEmbedder()
-    photo = picture("80003", 1)
-    assert np.array_equal(pack.embed(photo).vector, tiny.embed(photo).vector)
+@pytest.mark.parametrize("inner", ["my_pack", "my_pack/my_pack"], ids=["as buffalo_l unpacks", "as antelopev2 unpacks"])
+def test_a_pack_in_its_root_or_by_its_folder_is_used(tmp_path: Path, inner: str) -> None:
+    shutil.copytree(BUNDLED["tiny"], tmp_path / "models" / inner)
+    photo, tiny = picture("80003", 1), FaceEmbedder()
+    for model in ("my_pack", str(tmp_path / "models" / "my_pack")):
+        pack = FaceEmbedder(EmbedderConfig(model=model, root=str(tmp_path), det_size=128))
+        assert np.array_equal(pack.embed(photo).vector, tiny.embed(photo).vector)
+        assert pack.fingerprint == tiny.fingerprint
 
 
 def test_folders_that_hold_no_models_are_named(tmp_path: Path) -> None:

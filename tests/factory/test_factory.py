@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.corpus import CorpusReader, Failure, Person, ShardPlan, open_corpus
 from lora_diffusion.faces.embedder import mean_embedding
+from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.factory.attempts import InMemoryAttempts
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder, mean_pairwise_cosine, square_picture
@@ -102,6 +105,48 @@ def test_each_bad_photo_is_a_row_with_its_reason_and_the_good_ones_are_used(
     assert boxes_P4 is not None
     assert boxes_P4.shape == (len(GOOD), 4)
     assert (boxes_P4[:, 2:] - boxes_P4[:, :2] > 4).all(), "px of the pictures of 16 × 16"
+
+
+FACES = Path(__file__).resolve().parents[1] / "data" / "faces"
+
+
+@pytest.mark.parametrize(
+    ("photos", "left_out"),
+    [
+        (["80000-0", "80000-1", "80003-1", "80000-2"], ["80003-1"]),
+        (["80000-0", "80003-1", "80003-2", "80003-5", "80007-2"], ["80000-0", "80007-2"]),
+        (["80000-0", "80000-1", "80000-2"], []),
+        (["80000-0", "80000-1", "80003-1", "80003-2"], ["80000-0", "80000-1", "80003-1", "80003-2"]),
+        (["80000-0", "80003-1"], ["80000-0", "80003-1"]),
+    ],
+)
+def test_photos_of_another_person_are_left_out_of_the_mean_and_are_rows_with_their_cosine(
+    config: CorpusConfig, tmp_path: Path, photos: list[str], left_out: list[str]
+) -> None:
+    (tmp_path / "people" / "ada").mkdir(parents=True)
+    for name in photos:
+        shutil.copy(FACES / f"{name}.png", tmp_path / "people" / "ada")
+    embed = PersonEmbedder(dataclasses.replace(config, people=str(tmp_path / "people")), picture_size=16)
+    person = embed(0, PersonRef("ada"))
+    rows = [failure for failure in person.failures if failure.reason == "another_person"]
+    assert [row.photo for row in rows] == [f"{name}.png" for name in left_out]
+    assert all(re.search(r"cosine -?0\.\d\d, photos.same_person is 0.2", row.message) for row in rows)
+    assert person.usable == (len(left_out) < len(photos))
+    if person.usable:
+        assert len(person.pictures) == len(photos) - len(left_out)
+        kept = [
+            embed.embedder.embed(load_photo(FACES / f"{name}.png")).vector for name in photos if name not in left_out
+        ]
+        assert np.allclose(person.embedding, mean_embedding(np.stack(kept)), atol=1e-5)
+    everybody = dataclasses.replace(config.photos, same_person=None)
+    embed = PersonEmbedder(dataclasses.replace(config, people=str(tmp_path / "people"), photos=everybody), 16)
+    assert len(embed(0, PersonRef("ada")).pictures) == len(photos)
+
+
+def test_a_corpus_of_before_goes_on_with_every_photo_kept(config: CorpusConfig) -> None:
+    kept = dataclasses.replace(config, photos=dataclasses.replace(config.photos, same_person=None))
+    assert "same_person" not in kept.recipe("recogniser")["photos"], "the recipe of earlier releases"
+    assert config.recipe("recogniser")["photos"]["same_person"] == 0.2
 
 
 def test_a_person_with_too_few_good_photos_is_a_failure_that_says_why(config: CorpusConfig, tmp_path: Path) -> None:
