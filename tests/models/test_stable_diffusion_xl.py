@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import peft
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_xl import tiny_xl
 from torch import Tensor
 
+from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.make import LoRAMaker
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.finetune import Finetuner, initial_vectors
 from lora_diffusion.lora.formats import load, save
@@ -24,6 +27,7 @@ from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.lora.rendering import initial_noise, render
 from lora_diffusion.models.parts import is_xl
 from lora_diffusion.models.stable_diffusion import BaseModel
+from lora_diffusion.serving.engine import Picture, RenderEngine
 
 KOHYAS = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 PROMPTS = ["a photo of sks person", "sks person in snow"]
@@ -186,3 +190,34 @@ def test_people_fine_tuned_together_equal_a_plain_peft_loop_for_each(base: BaseM
         expected = peft_loop(base, layout, person)
         assert np.linalg.norm(vector - expected) < 1e-3 * np.linalg.norm(expected - start)
     assert np.linalg.norm(together[0] - together[1]) > 0.1 * np.linalg.norm(together[0] - start), "people differ"
+
+
+def test_the_endpoints_batch_draws_what_render_draws(base: BaseModel, layout: LoRALayout) -> None:
+    vectors = random_vectors(layout, 2)
+    engine = RenderEngine(base, layout)
+    pictures = [Picture(vectors[k].numpy(), PROMPTS[k], ("", "snow")[k], k, 3.0, 2 + k) for k in range(2)]
+    rows = engine.admit(pictures)
+    while engine.rows:
+        engine.advance()
+    for row, vector, picture in zip(rows, vectors, pictures, strict=True):
+        expected = render(
+            base,
+            vector[None],
+            [picture.prompt],
+            [picture.seed],
+            bank=LoRABank(base.unet, layout),
+            num_inference_steps=picture.num_inference_steps,
+            negative_prompt=picture.negative_prompt,
+        )
+        assert row.pixels_HWC is not None
+        assert np.abs(row.pixels_HWC.astype(int) - expected[0]).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_corpus_job_tries_a_step_of_its_work_on_it(
+    folder: Path, base: BaseModel, dtype: Literal["float32"]
+) -> None:
+    config = CorpusConfig("people", "corpus", base=str(folder), dtype=dtype, finetune=RECIPE, class_images=1)
+    maker = LoRAMaker(config)
+    maker.try_out()
+    assert maker.manifest().base["fingerprint"] == base.fingerprint
