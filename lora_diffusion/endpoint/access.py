@@ -1,7 +1,8 @@
-"""Who may ask, how often, and how many at a time."""
+"""Who may ask, how often, how many at a time, and how slowly."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -10,12 +11,14 @@ import os
 import re
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from lora_diffusion.endpoint.metrics import Metrics
 from lora_diffusion.endpoint.problems import ApiError
@@ -24,6 +27,8 @@ from lora_diffusion.serving.messages import Owner
 
 MAX_CALLERS = 10_000
 UPLOADS_FOR_EACH = 4  # bodies that may arrive, for each request that may be worked on
+SLOW_SECONDS, SLOW_BODIES = 1.0, 8  # a body is slow after that long; so many of one caller may be
+FORWARDED = re.compile(r"^(?:\[([^]]*)\](?::\d+)?|([^:]*):\d+)$")  # an address with its port
 DELETION_TOKEN, TOKEN = "X-Deletion-Token", re.compile("[0-9a-f]{32,64}")
 WRONG_KEYS = 10  # of an address: at once, and a minute
 
@@ -63,12 +68,48 @@ def refuse_open_door(config: AccessConfig, host: str) -> None:
         )
 
 
+@lru_cache(maxsize=1024)
+def is_address(host: str) -> bool:
+    """Whether it is an IP address, or this machine's name for itself: names that no DNS server can point elsewhere."""
+    try:
+        return bool(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        return is_loopback(host)
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host`, an address or a name, is this machine to itself alone."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+def client_address(scope: Scope, headers: Headers, proxies: int) -> str:
+    """Where a request comes from: as the last but `proxies` - 1 of X-Forwarded-For, which that many proxies in front wrote.
+
+    Without proxies the header is a stranger's word. uvicorn believes it from this machine, as HAProxy is there, and has put
+    it into the place of the peer's address: that is undone. Of IPv6 it is the network, as a client has all of its addresses.
+    """
+    peer = str((scope.get("client") or ("?", 0))[0])
+    lines = headers.getlist("x-forwarded-for")
+    if not lines:
+        return _network(peer)
+    told = [FORWARDED.sub(r"\1\2", entry.strip()) for entry in ",".join(lines).split(",")]
+    if proxies:
+        return _network(told[-proxies] if proxies <= len(told) else peer)
+    return "127.0.0.1" if peer in told else _network(peer)
+
+
+@lru_cache(maxsize=4096)
+def _network(address: str) -> str:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
 class Buckets:
@@ -151,6 +192,36 @@ def _deletion_token(headers: Headers) -> str:
 
 def _too_often(what: str, wait: int) -> ApiError:
     return ApiError("rate_limited", f"{what}. Try again in {wait} s.", headers={"Retry-After": str(wait)})
+
+
+class SlowBodies:
+    """Ends bodies that arrive slowly, where too many of one caller do: they would fill all the room of the proxy in front."""
+
+    def __init__(self) -> None:
+        self._arriving: Counter[str] = Counter()
+
+    @contextmanager
+    def watched(self, caller: str, timeout: asyncio.Timeout) -> Iterator[None]:
+        """While a body of `caller` arrives; `timeout` ends it."""
+        slow = False
+
+        def look() -> None:
+            nonlocal slow
+            if self._arriving[caller] >= SLOW_BODIES:
+                timeout.reschedule(loop.time())
+            else:
+                slow = True
+                self._arriving[caller] += 1
+
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(SLOW_SECONDS, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self._arriving[caller] -= slow
+            if not self._arriving[caller]:
+                del self._arriving[caller]
 
 
 class AdmissionControl:

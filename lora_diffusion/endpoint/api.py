@@ -18,9 +18,9 @@ from starlette.routing import Match
 
 from lora_diffusion import __version__
 from lora_diffusion.endpoint import schemas
-from lora_diffusion.endpoint.access import DELETION_TOKEN, Access, AdmissionControl
+from lora_diffusion.endpoint.access import DELETION_TOKEN, Access, AdmissionControl, SlowBodies, read_keys
 from lora_diffusion.endpoint.docs import describe, operation
-from lora_diffusion.endpoint.middleware import TIMEOUT, Deadline, Errors, FixedHeaders, Lenient, Log, RequestId
+from lora_diffusion.endpoint.middleware import TIMEOUT, Deadline, Errors, FixedHeaders, Lenient, Log, RequestId, Site
 from lora_diffusion.endpoint.problems import ApiError, invalid
 from lora_diffusion.endpoint.routes import Routes
 from lora_diffusion.endpoint.routing import Gate, Route, public
@@ -50,11 +50,13 @@ def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
     Raises ValueError for keys that let everybody in by mistake.
     """
     limits, access = studio.config.limits, studio.config.access
+    names = access.allowed_hosts or (() if read_keys(access) else ("localhost",))  # who has a key is no stranger's page
     layers = [
         Middleware(RequestId, echo=echo_request_id),
         Middleware(Log, metrics=studio.metrics),
         Middleware(FixedHeaders),
         Middleware(Errors, limits=limits),
+        Middleware(Site, names=names, origins=access.cors_origins),
         Middleware(Deadline, limits=limits),
         Middleware(Lenient),
     ]
@@ -77,7 +79,9 @@ def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
         redirect_slashes=False,
         middleware=layers,
     )
-    app.state.gate = Gate(Access(access, studio.metrics), AdmissionControl(limits, studio.metrics), limits)
+    app.state.gate = Gate(
+        Access(access, studio.metrics), AdmissionControl(limits, studio.metrics), SlowBodies(), limits, access.proxies
+    )
     app.router.route_class = Route
     Routes(studio).add_to(app)
     _add_operations(app, studio)

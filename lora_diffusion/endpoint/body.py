@@ -6,7 +6,8 @@ import asyncio
 import json
 import re
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from email.message import Message
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from lora_diffusion.endpoint.access import SLOW_BODIES, SLOW_SECONDS
 from lora_diffusion.endpoint.problems import ApiError
 from lora_diffusion.endpoint.schemas import Upload, from_base64
 from lora_diffusion.serving.config import LimitsConfig
@@ -22,11 +24,12 @@ from lora_diffusion.serving.config import LimitsConfig
 JSON_FIELDS = frozenset({"embedding", "latent", "edits", "a", "b", "positions"})
 PHOTO_FIELDS = ("photo", "photos", "photo[]", "photos[]")
 MAX_VALUES, MAX_NAMES = 100_000, 256  # of a body, and of an object in it: far more than any request has
+Watched = Callable[[asyncio.Timeout], AbstractContextManager[None]]
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_values(request: Request, limits: LimitsConfig) -> dict[str, Any]:
-    """Raises ApiError: too large, too slow, of another media type or coding, or malformed."""
+async def read_values(request: Request, limits: LimitsConfig, watched: Watched) -> dict[str, Any]:
+    """watched: lets go on, or ends. Raises ApiError: too large, too slow, of another media type or coding, or malformed."""
     header = Message()
     header["content-type"] = request.headers.get("content-type", "")
     media_type = header.get_content_type() if header["content-type"] else "of no type"
@@ -38,7 +41,7 @@ async def read_values(request: Request, limits: LimitsConfig) -> dict[str, Any]:
         )
     if charset not in ("utf-8", "utf8", "us-ascii"):
         raise ApiError("unsupported_media_type", f"The body is in {charset}; send it in UTF-8.")
-    data = await read_body(request, limits)
+    data = await read_body(request, limits, watched)
     values = _json(data) if media_type == "application/json" else await _form(request, data, limits)
     if not isinstance(values, dict):
         raise ApiError("malformed_body", "The JSON body must be an object of names and values.")
@@ -47,7 +50,7 @@ async def read_values(request: Request, limits: LimitsConfig) -> dict[str, Any]:
     return values
 
 
-async def read_body(request: Request, limits: LimitsConfig) -> bytes:
+async def read_body(request: Request, limits: LimitsConfig, watched: Watched) -> bytes:
     """At most `max_body_bytes`, told from the header or as soon as they are exceeded, and within `body_seconds`."""
     too_large = ApiError(
         "body_too_large",
@@ -65,13 +68,15 @@ async def read_body(request: Request, limits: LimitsConfig) -> bytes:
         raise too_large
     data = bytearray()
     try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > limits.max_body_bytes:
-                    raise too_large
+        async with asyncio.timeout(limits.body_seconds) as timeout:
+            with watched(timeout):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > limits.max_body_bytes:
+                        raise too_large
     except TimeoutError:
-        raise ApiError("slow_body", f"The body did not arrive within {limits.body_seconds:g} s.") from None
+        within = f"within {limits.body_seconds:g} s, or within {SLOW_SECONDS:g} s beside {SLOW_BODIES} others of yours"
+        raise ApiError("slow_body", f"The body did not arrive {within}. Send fewer at a time.") from None
     if coding == "identity":
         return bytes(data)
     unzip = zlib.decompressobj(16 + zlib.MAX_WBITS)

@@ -23,8 +23,8 @@ DESCRIPTION = (
 )
 TAGS = {"people": "from photos to codes", "LoRAs": "make, fetch, change, mix", "pictures": "draw", "server": "state"}
 REF = "#/components/schemas/{model}"
-ALWAYS = ("invalid_request", "internal_error", "deadline_exceeded")
-WITH_KEY = ("unauthorized", "rate_limited", "overloaded")
+ALWAYS = ("invalid_request", "wrong_host", "internal_error", "deadline_exceeded")
+WITH_KEY = ("unauthorized", "foreign_origin", "rate_limited", "overloaded")
 WITH_BODY = ("malformed_body", "slow_body", "body_too_large", "unsupported_media_type")
 WITH_PHOTOS = PHOTO_REASONS
 BINARY = {"schema": {"type": "string", "format": "binary"}, "example": "(the file's bytes)"}

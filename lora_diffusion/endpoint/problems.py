@@ -22,6 +22,10 @@ PROBLEMS = {
         403,
         "This LoRA is deleted with the deletion_token that came when it was made: send X-Deletion-Token.",
     ),
+    "foreign_origin": (
+        403,
+        "A page of 'https://shop.example' may not ask 'lora.example'. Add it to access.cors_origins.",
+    ),
     "not_found": (404, "There is nothing at this path; GET /docs lists what there is."),
     "unknown_lora": (404, "This LoRA has expired. Make it again."),
     "method_not_allowed": (405, "This path takes GET, HEAD, DELETE; PUT is none of them."),
@@ -29,6 +33,7 @@ PROBLEMS = {
     "slow_body": (408, "The body did not arrive within 20 s."),
     "stale_latent": (409, "The latent belongs to a synthesiser that is not loaded. Make it again from the photo."),
     "body_too_large": (413, "At most 20 MB are accepted. Scale the photos down, or send fewer."),
+    "wrong_host": (421, "This server does not answer to 'a.example'. Add the name to access.allowed_hosts."),
     "too_large": (413, "ada.png: The photo has 60 megapixels; at most 50 are decoded. Scale it down."),
     "unsupported_media_type": (415, "The body is of no type; send application/json, or multipart/form-data."),
     "invalid_request": (422, "sed: there is no such field here; did you mean seed?"),

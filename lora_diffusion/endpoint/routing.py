@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -11,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from lora_diffusion.endpoint.access import Access, AdmissionControl
+from lora_diffusion.endpoint.access import Access, AdmissionControl, SlowBodies, client_address
 from lora_diffusion.endpoint.body import read_values
 from lora_diffusion.endpoint.problems import ApiError
 from lora_diffusion.serving.config import LimitsConfig
@@ -25,7 +26,9 @@ class Gate:
 
     access: Access
     admission: AdmissionControl
+    slow: SlowBodies
     limits: LimitsConfig
+    proxies: int
 
 
 def public(endpoint: Endpoint) -> Endpoint:
@@ -48,7 +51,9 @@ class Route(APIRoute):
             return
         gate: Gate = scope["app"].state.gate
         headers = Headers(scope=scope)
-        scope["state"]["owner"] = gate.access.check(headers, (scope.get("client") or ("?", 0))[0])
+        address = client_address(scope, headers, gate.proxies)
+        owner = scope["state"]["owner"] = gate.access.check(headers, address)
+        scope["state"]["watched"] = partial(gate.slow.watched, owner.key or address)
         with gate.admission.admitted() as begin:
             scope["state"]["begin_work"] = begin
             await super().handle(scope, receive, send)
@@ -64,7 +69,8 @@ class Route(APIRoute):
                 place = "put it into the body" if self.body_field else f"there is {', '.join(sorted(known)) or 'none'}"
                 raise ApiError("invalid_request", f"{_shown(unknown)}: no such parameter in the URL; {place}.")
             if self.body_field is not None:
-                request = _Read(request, await read_values(request, request.app.state.gate.limits))
+                limits = request.app.state.gate.limits
+                request = _Read(request, await read_values(request, limits, request.state.watched))
             request.state.begin_work()
             return await answer(request)
 

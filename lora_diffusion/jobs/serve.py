@@ -60,13 +60,16 @@ def run(config: Config, ray_address: str) -> None:
     application["http_options"] = {name: values.pop(name) for name in ("host", "port")}
     proxy = values.pop("proxy")
     with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "RAY_ADDRESS": ray_address}
+        if proxy == "haproxy" and ray_address == "local":  # another Ray was told when it was started
+            ours = haproxy_environment(Path(folder))
+            env = ours | env
+            values["access"]["proxies"] += bool(ours)  # it writes X-Forwarded-For
         settings, app = Path(folder) / "settings.yaml", Path(folder) / "app.yaml"
         settings.write_text(to_yaml(from_dict(ServeConfig, values)), encoding="utf-8")
         app.write_text(yaml.safe_dump(application), encoding="utf-8")
-        env = {**os.environ, "RAY_ADDRESS": ray_address, HANDED_ON: f"config={shlex.quote(str(settings))}"}
+        env[HANDED_ON] = f"config={shlex.quote(str(settings))}"
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        if proxy == "haproxy" and ray_address == "local":  # another Ray was told when it was started
-            env = haproxy_environment(Path(folder)) | env
         try:
             code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)
         finally:

@@ -63,7 +63,10 @@ class AccessConfig:
     api_keys_file: a file with keys, one a line, as a mounted secret; those of the variable count, too. Neither: everybody may ask.
     open: listen beyond this machine although there are no keys; otherwise that is refused at the start.
     requests_per_minute: for each key (or each address, without keys), at one gateway; 0: as many as they like.
+    proxies: how many in front write X-Forwarded-For: whose address a request has; HAProxy of `lora-diffusion serve` is counted by
+        itself. 0: the header is not believed.
     cors_origins: pages of other sites that a browser may let in; empty: none.
+    allowed_hosts: names under which it may be asked, besides addresses and localhost; "*": any. Empty: any with keys, none without.
     """
 
     api_keys_env: str = "LORA_DIFFUSION_API_KEYS"
@@ -71,7 +74,9 @@ class AccessConfig:
     open: bool = False
     requests_per_minute: int = 0
     burst: int = 20  # requests that may come at once
+    proxies: int = 0
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

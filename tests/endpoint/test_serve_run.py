@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_requests_come_through_it(address: str) -> None:
     )
     assert file.status_code == 200
     assert len(load(file.content)) > 100
+
+
+@behind_haproxy
+def test_headers_that_do_not_come_are_not_waited_for(address: str) -> None:
+    with socket.create_connection(("127.0.0.1", httpx.URL(address).port or 80)) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\n")
+        connection.settimeout(PATIENCE)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")  # after ten seconds
 
 
 @behind_haproxy

