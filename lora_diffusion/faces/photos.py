@@ -10,6 +10,7 @@ import io
 import re
 import stat
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,7 @@ SUFFIXES = (
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".qoi", ".psd", ".sgi", ".rgb", ".rgba", ".bw"),
 )
 SIGNATURE_BYTES = 16
+STRIP = 256  # rows that are converted at a time
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]|BM.{4}\0\0\0\0|GIF8[79]a|P[1-6Ff]\s"
     rb"|.{4}ftyp(avif|avis|hei[cmsx]|hev[cmsx]|mif1|msf1)|\0\0\0\x0cjP  |\xffO\xffQ|qoif|8BPS\0\x01|\x01\xda[\0\x01][\x01\x02]",
@@ -55,7 +57,7 @@ _SIGNATURE = re.compile(
 )
 _HEIF = re.compile(rb".{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-_JPEG_END, _JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
+_JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 
 
 class PhotoError(ValueError):
@@ -129,7 +131,8 @@ def _decode(data: bytes, max_pixels: int) -> Pixels:
                 _check_header(image, max_pixels)
                 _check_scans(image, data)
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_rgb(image)
         except PhotoError:
             raise
         except UnidentifiedImageError as error:
@@ -157,7 +160,7 @@ def _heif_reader() -> bool:
 
 def _check_scans(image: Image.Image, data: bytes) -> None:
     """Half a megabyte can hold thousands of scans, minutes of work. In compressed data the marker does not occur."""
-    scans = data.count(_JPEG_SCAN) if image.format in ("JPEG", "MPO") else 0
+    scans = data.count(JPEG_SCAN) if image.format in ("JPEG", "MPO") else 0
     if scans > MAX_SCANS or scans * image.size[0] * image.size[1] > MAX_SCANNED_PIXELS:
         raise PhotoError(
             "unreadable",
@@ -170,7 +173,7 @@ def _jpeg_without_end(data: bytes, max_pixels: int) -> Pixels | None:
 
     It is decoded twice, with nothing and with other bytes in the place of what is missing: what both show is in the file.
     """
-    scan = data.rfind(_JPEG_SCAN)  # the last scan; in the compressed data this pair of bytes does not occur
+    scan = data.rfind(JPEG_SCAN)  # the last scan; in the compressed data this pair of bytes does not occur
     if not data.startswith(b"\xff\xd8\xff") or scan < 0:
         return None
     data = data.removesuffix(b"\xff")
@@ -209,14 +212,35 @@ def _check_header(image: Image.Image, max_pixels: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise PhotoError("too_small", f"The photo is {width} × {height} px; a face needs at least {MIN_SIDE} px.")
     # Of an MPO the first picture is the photo, of HEIF the main one, of PSD what all layers give.
-    if image.format not in ("MPO", "HEIF", "PSD") and getattr(image, "n_frames", 1) > 1:
-        frames = getattr(image, "n_frames", 0)
-        raise PhotoError("animated", f"The {image.format} file holds {frames} frames. Send one still photo.")
+    if image.format not in ("MPO", "HEIF", "PSD") and _has_second_picture(image):
+        raise PhotoError("animated", f"The {image.format} file holds more than one picture. Send one still photo.")
+
+
+def _has_second_picture(image: Image.Image) -> bool:
+    """Not by `n_frames`: Pillow counts by reading them all, which takes minutes where a small file holds very many."""
+    if image.format not in ("GIF", "TIFF"):
+        return bool(getattr(image, "n_frames", 1) > 1)
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _wide_to_rgb(np.asarray(image))
+    """In strips, so that nothing but the picture and the answer is there as a whole."""
+    width, height = image.size
+    boxes = [(0, top, width, min(top + STRIP, height)) for top in range(0, height, STRIP)]
+    wide = image.mode == "F" or image.mode.startswith("I")
+    white = _white(np.asarray(image.crop(box)) for box in boxes) if wide else 0.0
+    rgb_HWC = np.empty((height, width, 3), np.uint8)
+    for box in boxes:
+        strip = image.crop(box)
+        rgb_HWC[box[1] : box[3]] = _wide_to_rgb(np.asarray(strip), white) if wide else _strip_to_rgb(strip)
+    return rgb_HWC
+
+
+def _strip_to_rgb(image: Image.Image) -> Pixels:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -224,16 +248,22 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _wide_to_rgb(values_HW: NDArray[np.generic]) -> Pixels:
-    """16- or 32-bit grey, or float grey, scaled to 8 bits by the range of the type: Pillow's convert would clip at 255."""
+def _white(strips: Iterable[NDArray[np.generic]]) -> float:
+    """Of 16- or 32-bit grey, or float grey, the value that is white, by the range of the type: Pillow's convert would clip at 255."""
+    tops, kind = [0.0], "f"
+    for values_HW in strips:
+        if not np.isfinite(values_HW.astype(np.float64)).all():
+            raise PhotoError("unreadable", "The image holds values that are not finite numbers.")
+        tops.append(float(values_HW.max()))
+        kind = values_HW.dtype.kind
+    top = max(tops)
+    if kind == "f":
+        return 1.0 if top <= 1.0 else 255.0 if top <= 255.0 else top
+    return 65535.0 if top <= 65535.0 else float(2**31 - 1)
+
+
+def _wide_to_rgb(values_HW: NDArray[np.generic], white: float) -> Pixels:
     values = values_HW.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise PhotoError("unreadable", "The image holds values that are not finite numbers.")
-    top = float(values.max(initial=0.0))
-    if values_HW.dtype.kind == "f":
-        white = 1.0 if top <= 1.0 else 255.0 if top <= 255.0 else top
-    else:
-        white = 65535.0 if top <= 65535.0 else float(2**31 - 1)
     grey = np.clip(values / white * 255.0 + 0.5, 0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
 

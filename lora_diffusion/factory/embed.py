@@ -18,10 +18,11 @@ from PIL import Image
 from lora_diffusion.artifacts.identity import Mismatch
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.schema import KEPT, Failure
+from lora_diffusion.faces.apart import load_photo_within
 from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint, mean_embedding, model_folder
-from lora_diffusion.faces.photos import PhotoError, PhotoReason, load_photo, prepare_photo
+from lora_diffusion.faces.photos import PhotoError, PhotoReason, prepare_photo
 from lora_diffusion.faces.search import FaceEmbedding
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
@@ -142,7 +143,7 @@ class PersonEmbedder:
     def _embed_photo(self, photo: RawPhoto, faults: list[PhotoReason]) -> tuple[bytes, np.ndarray, FaceEmbedding]:
         if photo.data is None:
             raise PhotoError(photo.reason, photo.error)
-        pixels = load_photo(photo.data, max_pixels=self.config.photos.max_pixels, faults=faults)
+        pixels = load_photo_within(photo.data, max_pixels=self.config.photos.max_pixels, faults=faults)
         face = self.embedder.embed(pixels)
         upright, box = face.turn_upright(pixels)
         picture, box = square_picture(upright, self.picture_size, box, self.config.photos)

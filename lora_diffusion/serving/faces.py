@@ -5,16 +5,32 @@ Axes: B photos, C embedding (512), H/W pixels.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from lora_diffusion.artifacts.identity import read_identity
 from lora_diffusion.config import from_dict
+from lora_diffusion.faces.apart import SECONDS, is_light, load_photo_within
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.faces.search import Faces
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.config import ServeConfig
-from lora_diffusion.serving.messages import Floats, FoundFace, FoundFaces, Photo
+from lora_diffusion.serving.errors import deadline_exceeded
+from lora_diffusion.serving.messages import Floats, FoundFace, FoundFaces, Photo, Pixels
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A photo, not a drawn picture."""
+
+    pixels_HWC: Pixels
 
 
 class FaceStage:
@@ -31,7 +47,7 @@ class FaceStage:
         identity.check_recogniser(self._embedder, f"the synthesiser {config.synthesizer}")
         self._limits = config.limits
 
-    def __call__(self, photos: Sequence[Photo]) -> list[FoundFaces | Exception]:
+    def __call__(self, photos: Sequence[Photo | _Decoded]) -> list[FoundFaces | Exception]:
         """In the order of the photos; a PhotoError in the place of one that cannot be read."""
         answers: list[FoundFaces | Exception] = []
         for photo in photos:
@@ -41,21 +57,27 @@ class FaceStage:
                 answers.append(error)
         return answers
 
-    def _faces(self, photo: Photo) -> FoundFaces:
-        if isinstance(photo, bytes):
-            pixels = load_photo(photo, max_pixels=self._limits.max_pixels)
-            found = self._embedder.find(pixels, self._limits.max_faces)
-        else:
+    def _faces(self, photo: Photo | _Decoded) -> FoundFaces:
+        if isinstance(photo, np.ndarray):
             pixels, found = photo, Faces(tuple(self._embedder.find_drawn(photo, max_faces=1)))
+        else:
+            pixels = (
+                photo.pixels_HWC
+                if isinstance(photo, _Decoded)
+                else load_photo(photo, max_pixels=self._limits.max_pixels)
+            )
+            found = self._embedder.find(pixels, self._limits.max_faces)
         faces = tuple(FoundFace(f.box, f.kps, f.det_score, f.vector) for f in found.faces)
         return FoundFaces(pixels.shape[1], pixels.shape[0], faces, found.doubt)
 
 
 class Embedder:
-    """FaceStage for single requests, batched."""
+    """FaceStage for single requests, batched. What may take long to decode is decoded apart, two at a time, until its deadline."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._batcher: Batcher[Photo, FoundFaces] = Batcher(
+        self._max_pixels = config.limits.max_pixels
+        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decoder")
+        self._batcher: Batcher[Photo | _Decoded, FoundFaces] = Batcher(
             "embedder",
             FaceStage(config),
             max_batch_size=config.batch.embedder,
@@ -64,7 +86,18 @@ class Embedder:
 
     async def detect(self, photo: Photo, deadline: float) -> tuple[FoundFaces, Timing]:
         """Raises PhotoError, ServingError."""
+        if isinstance(photo, bytes) and not is_light(photo):
+            decode = partial(self._decode, photo, deadline)
+            return await self._batcher(
+                await asyncio.get_running_loop().run_in_executor(self._decoders, decode), deadline
+            )
         return await self._batcher(photo, deadline)
+
+    def _decode(self, photo: bytes, deadline: float) -> _Decoded:
+        left = deadline - time.time()
+        if left <= 0:
+            raise deadline_exceeded("while it waited for a decoder")
+        return _Decoded(load_photo_within(photo, min(SECONDS, left), max_pixels=self._max_pixels))
 
     async def similarity(self, pixels_HWC: Photo, reference_C: Floats, deadline: float) -> float:
         """Cosine of the largest face of a picture with `reference_C`; 0 where there is no face."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,12 +14,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serve_client import FAST, PROMPT, Client, pixels, problem, variant
+from PIL import Image
+from serve_client import ADA, FAST, PROMPT, Client, pixels, problem, variant
 
 from lora_diffusion.endpoint.middleware import Deadline
 from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import AccessConfig, LimitsConfig
 from lora_diffusion.serving.errors import deadline_exceeded
+from lora_diffusion.serving.faces import Embedder
 from lora_diffusion.serving.messages import DrawnImage, DrawTask, LoRARecord, Progress
 
 
@@ -277,9 +281,15 @@ def test_a_text_that_got_past_the_checks_spoils_one_picture_only(api: Client, st
     assert all(any(isinstance(event, DrawnImage) for event in outcomes[i]) for i in (0, 2))
 
 
+FORM = b'--x\r\nContent-Disposition: form-data; name="photo"; filename="a"\r\n\r\n%b\r\n--x--\r\n'
+
+
 @pytest.mark.parametrize(
     "body",
     [
+        json.dumps({"photos": [base64.b64encode(b"x" * 14_000_000).decode()]}).encode(),
+        FORM % np.random.default_rng(0).bytes(19_000_000),
+        FORM % (b"\r" * 19_000_000),
         b'{"photos":[' + b"{}," * 6_000_000 + b"{}]}",
         b"{" + b",".join(b'"%x":1' % i for i in range(1_300_000)) + b"}",
         b'{"photos":[' + b"{}," * 99_000 + b"{}]}",
@@ -287,23 +297,36 @@ def test_a_text_that_got_past_the_checks_spoils_one_picture_only(api: Client, st
         b'{"photos":["AAAA"],"edits":{' + b",".join(b'"%x":1' % i for i in range(90_000)) + b"}}",
         b'{"embedding":[' + b'"x",' * 90_000 + b"1]}",
     ],
-    ids=["many photos", "many names", "photos", "names", "edits", "embedding"],
+    ids=[
+        "large photo",
+        "form",
+        "form of line ends",
+        "many photos",
+        "many names",
+        "photos",
+        "names",
+        "edits",
+        "embedding",
+    ],
 )
 def test_a_body_of_very_many_values_holds_up_nobody(studio: Studio, body: bytes) -> None:
-    """Parsing and checking happen where all others are answered: 40 s for the first of these, once."""
+    """Parsing and checking happen where all others are answered: of a second, /healthz waits for at most a fifth.
+
+    It is the loop's own time that counts: the machine may be busy.
+    """
     api = variant(studio, limits=LimitsConfig(max_body_bytes=20_000_000))
     gaps: list[float] = []
 
     async def heartbeat() -> None:
         while True:
-            start = time.perf_counter()
+            start = time.thread_time()
             await asyncio.sleep(0.002)
-            gaps.append(time.perf_counter() - start)
+            gaps.append(time.thread_time() - start)
 
     async def ask() -> httpx.Response:
         beat = asyncio.ensure_future(heartbeat())
-        headers = {"content-type": "application/json"}
-        answer = await api.client.post("/v1/edits", content=body, headers=headers)
+        headers = {"content-type": "application/json" if body[:1] == b"{" else "multipart/form-data; boundary=x"}
+        answer = await api.client.post("/v1/embeddings", content=body, headers=headers)
         await asyncio.sleep(0.01)  # the beat before ends now
         beat.cancel()
         return answer
@@ -311,4 +334,28 @@ def test_a_body_of_very_many_values_holds_up_nobody(studio: Studio, body: bytes)
     answer = api.loop.run_until_complete(ask())
     assert answer.status_code in (413, 422), answer.text[:300]
     assert len(answer.content) < 10_000
-    assert max(gaps) < 2
+    assert max(gaps) < 0.2
+
+
+def test_a_photo_that_takes_long_holds_up_nobody(studio: Studio) -> None:
+    """49 megapixels in 0.2 MB: four are decoded apart, two at a time, while another person is answered; and they end."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((7000, 7000, 4), np.uint8)).save(buffer, "PNG")
+    config = replace(studio.config, limits=LimitsConfig())
+    api = variant(studio, stages={"embedder": Embedder(config)}, limits=config.limits)
+    order: list[str] = []
+
+    async def ask(name: str, photo: bytes, seconds: str) -> httpx.Response:
+        headers = {"X-Request-Timeout-Seconds": seconds}
+        answer = await api.client.post("/v1/embeddings", files={"photo": ("x", photo)}, headers=headers)
+        order.append(name)
+        return answer
+
+    async def at_once() -> list[httpx.Response]:
+        heavy = [ask("heavy", buffer.getvalue(), "1") for _ in range(4)]
+        return await asyncio.gather(*heavy, ask("light", ADA.read_bytes(), "60"))
+
+    *heavy, light = api.loop.run_until_complete(at_once())
+    assert order[0] == "light"
+    assert light.status_code == 200
+    assert {answer.json()["reason"] for answer in heavy} <= {"deadline_exceeded", "unreadable"}

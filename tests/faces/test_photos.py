@@ -320,8 +320,8 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once_and_a_progressive_one_r
     data = buffer.getvalue()
     assert load_photo(data).shape == (2000, 2000, 3)
     last = data[data.rfind(b"\xff\xda") : -2]
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(PhotoError, match="scans; photos have about 10") as refused:
         load_photo(data[:-2] + last * 3000 + data[-2:])
     assert refused.value.reason == "unreadable"
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
