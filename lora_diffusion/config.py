@@ -37,7 +37,10 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
         if not equals or not key.strip():
             raise ValueError(f"override {word!r} is not of the form key=value (for example finetune.steps=80)")
         _set_dotted(values, key.strip().split("."), _Text(text))
-    return from_dict(cls, values)
+    try:
+        return from_dict(cls, values)
+    except RecursionError as error:  # a YAML anchor that holds itself
+        raise ValueError(f"config file {str(path)!r} is nested without end") from error
 
 
 def find_config(path: str | Path) -> Path:
@@ -162,8 +165,10 @@ class _Text(str):
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {str(path)!r} is not valid YAML: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # beside its own errors, it has others for tags such as !!bool x, and for deep nesting
+        raise ValueError(f"config file {str(path)!r} is not valid YAML: {error or type(error).__name__}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -283,7 +288,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 def _parse(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # as above
         return str(text)
 
 

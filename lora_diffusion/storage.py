@@ -40,6 +40,17 @@ SYNTHETIC = "synthetic:"
 SHIPPED = ("tiny", "tiny-b", "tiny-sd", "tiny-start")  # names that win over a folder of the same name here
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for a name from outside that is no path inside of the folder that it is put in."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0"):
+        raise _leads_out(name)
+
+
+def _leads_out(name: str) -> ValueError:
+    return ValueError(f"the name {name!r} leads out of its folder: rename or remove it")
+
+
 class StoreError(OSError):
     """A store that cannot be read or written: nothing about one person, and nothing that another try would heal."""
 
@@ -57,7 +68,10 @@ class Store:
         return f"Store({self.uri!r})"
 
     def path(self, name: str) -> str:
-        """The filesystem's own path of `name`, for libraries that take one (pyarrow, pandas)."""
+        """The filesystem's own path of `name`, for libraries that take one (pyarrow, pandas). Raises ValueError for a name that
+        leads out of a folder."""
+        if self.local and (".." in name.split("/") or name.startswith("/") or "\0" in name):
+            raise _leads_out(name)
         return f"{self.root}/{name}" if name else self.root
 
     def read(self, name: str) -> bytes:
@@ -73,8 +87,7 @@ class Store:
     def _read(self, name: str, **part: int) -> bytes:
         path = self.path(name)
         try:
-            if self.local and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-                raise FileNotFoundError  # reading a pipe would wait for whoever writes
+            self._no_pipe(path)
             return bytes(self.filesystem.cat_file(path, **part))
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{name} does not exist") from None
@@ -98,7 +111,12 @@ class Store:
         """A seekable stream: reads only the parts that are asked for (a Parquet footer, one column)."""
         if not self.local:
             return self.filesystem.open(self.path(name), "rb", block_size=2**20, cache_type="readahead")
+        self._no_pipe(self.path(name))
         return open(self.path(name), "rb")
+
+    def _no_pipe(self, path: str) -> None:
+        if self.local and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise FileNotFoundError(f"{path} is a pipe or a device")  # reading it would wait for whoever writes
 
     def write(self, name: str, data: bytes) -> None:
         """Write or replace, whole or not at all. Raises StoreError."""

@@ -35,7 +35,10 @@ class ModelId:
     fingerprint: str = ""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> ModelId:
+    def of(cls, values: Any) -> ModelId:
+        """Of a record; one that is no mapping raises ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a model's name and fingerprint were expected, not {str(values)[:100]!r}")
         return cls(str(values.get("name") or ""), str(values.get("fingerprint") or ""))
 
     def __str__(self) -> str:

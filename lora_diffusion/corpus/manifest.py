@@ -24,6 +24,7 @@ FORMAT = "lora-diffusion-corpus"
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # version 1 had no photo_embeddings
 FILE = "corpus.json"
+COUNTED = ("num_shards", "num_people", "num_failed")
 GROUPS = ("people_per_group", "groups_per_shard")
 _PACKAGES = ("torch", "diffusers", "transformers", "insightface", "onnxruntime", "numpy", "pyarrow", "pillow")
 
@@ -90,6 +91,8 @@ class Manifest:
             recogniser=values.get("recogniser") or {},
         )
         LoRALayout.from_dict(manifest.layout)
+        if bad := [name for name in COUNTED if type(manifest.counts.get(name, 0)) is not int]:
+            raise ValueError(f"{FILE} was edited or cut: its {bad[0]} is no number. Restore it from a copy")
         groups = manifest.recipe.get("groups")
         if not isinstance(groups, dict) or not all(type(groups.get(name)) is int for name in GROUPS):
             raise ValueError(f"{FILE} was edited or cut: its recipe names no groups. Restore it from a copy")

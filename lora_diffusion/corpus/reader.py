@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,22 @@ def read_statistics(store: Store, names: Sequence[str], size: int) -> Statistics
             yield part
 
     return Statistics.merged(parts(), size)
+
+
+@contextmanager
+def opened(store: Store, name: str) -> Iterator[IO[bytes]]:
+    """A Parquet file. Raises CorpusError with its name for whatever a damaged one makes Arrow raise inside."""
+    try:
+        with store.open(name) as file:
+            yield file
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{store.uri}/{name} does not exist") from None
+    except StoreError:
+        raise
+    except Exception as error:  # damaged bytes meet Arrow with many kinds of error
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; Parquet's own have no number
+            raise StoreError(f"cannot read {store.uri}/{name}: {error}") from error
+        raise CorpusError(f"{store.uri}/{name} cannot be read: {error or type(error).__name__}") from error
 
 
 def _read(file: IO[bytes], columns: Sequence[str] | None = None) -> pa.Table:
@@ -109,18 +125,8 @@ class CorpusReader:
         return ours
 
     def _parquet(self, name: str, read: Callable[[IO[bytes]], Any]) -> Any:
-        """`read` of an opened file. Raises CorpusError with its name for whatever a damaged file makes Arrow raise."""
-        try:
-            with self.store.open(name) as file:
-                return read(file)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.store.uri}/{name} does not exist") from None
-        except StoreError:
-            raise
-        except (pa.ArrowException, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the disk's; Parquet's own have no number
-                raise StoreError(f"cannot read {self.store.uri}/{name}: {error}") from error
-            raise CorpusError(f"{self.store.uri}/{name} cannot be read: {error or type(error).__name__}") from error
+        with opened(self.store, name) as file:
+            return read(file)
 
     def _column(self, name: str, column: str) -> list[Any]:
         return list(self._parquet(name, lambda file: _read(file, [column])[column].to_pylist()))

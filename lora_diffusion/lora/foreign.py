@@ -157,9 +157,8 @@ class _Scales:
         """Of peft's LoraConfig. Raises ValueError for another kind than plain LoRA, or an alpha that is no number."""
         kind = next((key for key in ("use_dora", "lora_bias") if config.get(key)), config.get("peft_type") or "LORA")
         if kind != "LORA":
-            raise ValueError(
-                _of_kind(source, {"use_dora": "DoRA", "lora_bias": "LoRA with biases"}.get(kind, str(kind)))
-            )
+            kinds = {"use_dora": "DoRA", "lora_bias": "LoRA with biases"}
+            raise ValueError(_of_kind(source, kinds.get(str(kind), str(kind))))
         patterns = config.get("alpha_pattern") or {}
         alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, Mapping) else [str(patterns)])]
         if bad := [alpha for alpha in alphas if not _is_number(alpha)]:

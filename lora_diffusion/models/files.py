@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from lora_diffusion.storage import local_place, open_store
+from lora_diffusion.storage import check_name, local_place, open_store
 
 _here_only: ContextVar[bool] = ContextVar("here_only", default=False)
 CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"
@@ -85,13 +85,6 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
         raise
     except Exception as error:
         raise ValueError(f"cannot fetch {uri}: {error}") from error
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError for a name from outside that is no path inside of the folder that it is put in."""
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0") or Path(name).is_absolute():
-        raise ValueError(f"the name {name!r} leads out of its folder: rename or remove it")
 
 
 def _move(partial: Path, target: Path) -> None:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import torch
 
 from lora_diffusion.corpus import CorpusReader
-from lora_diffusion.storage import place
+from lora_diffusion.corpus.reader import opened
+from lora_diffusion.storage import open_store, place
 from lora_diffusion.synthesis.codes import LearnedCodes
 from lora_diffusion.synthesis.edits import AttributeDirections
 from lora_diffusion.synthesis.synthesizer import Synthesizer
@@ -85,10 +86,13 @@ def directions(synthesizer: Synthesizer, corpus: str, labels: str | Labels) -> A
 
 
 def read_labels(path: str) -> Labels:
-    rows = pq.read_table(place(path)).to_pylist()
-    if not rows or "identity" not in rows[0]:
-        raise ValueError(f"{path} has no column `identity`")
-    return {
-        row["identity"]: {k: float("nan") if v is None else float(v) for k, v in row.items() if k != "identity"}
-        for row in rows
-    }
+    """Raises ValueError if it is no Parquet file with a column `identity` and numbers."""
+    folder, _, name = place(path).rpartition("/")
+    with opened(open_store(folder or "/"), name) as file:
+        rows = pq.read_table(file, page_checksum_verification=True).to_pylist()
+        if not rows or "identity" not in rows[0]:
+            raise ValueError("it has no column `identity`")
+        return {
+            row["identity"]: {k: float("nan") if v is None else float(v) for k, v in row.items() if k != "identity"}
+            for row in rows
+        }

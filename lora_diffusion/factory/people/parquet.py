@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -48,7 +48,7 @@ class ParquetPeople:
             field = self._image_field(parquet, name)
             whole = whole or _is_list(field.type)
             for group in range(parquet.num_row_groups):
-                photos += _images(parquet, group)
+                photos += self._count(parquet, number, group)
                 for row, identity in enumerate(self._identities(parquet, number, group)):
                     place = f"{name}, row group {group}, row {row}"
                     text = (identity or b"").decode("utf-8", "backslashreplace")
@@ -92,7 +92,7 @@ class ParquetPeople:
 
     def _read_all(self, person: PersonRef) -> Iterator[RawPhoto]:
         for number, group, row in json.loads(person.where):
-            values = _row_group(self, number, group).slice(row, 1).to_pylist()[0]
+            values = self._try(number, partial(self._row, number, group, row))
             place = f"{self.names[number]}:{group}:{row}"
             images, captions = values["image"], values.get("caption")
             if isinstance(images, list):
@@ -101,7 +101,13 @@ class ParquetPeople:
             else:
                 yield _photo(place, images, captions)
 
+    def _row(self, number: int, group: int, row: int) -> dict[str, Any]:
+        return dict(_row_group(self, number, group).slice(row, 1).to_pylist()[0])
+
     def _identities(self, parquet: _File, number: int, group: int) -> list[bytes | None]:
+        return self._try(number, lambda: self._read_identities(parquet, number, group))
+
+    def _read_identities(self, parquet: _File, number: int, group: int) -> list[bytes | None]:
         if "identity" not in parquet.schema_arrow.names:
             return [_hive_identity(self.names[number])] * len(self._read(parquet, number, group, ["image"]))
         column = self._read(parquet, number, group, ["identity"])["identity"]
@@ -111,19 +117,38 @@ class ParquetPeople:
             column = column.cast(pa.string())
         return column.cast(pa.binary()).to_pylist()
 
-    def _open(self, number: int) -> _File:
+    def _count(self, parquet: _File, number: int, group: int) -> int:
+        """Photos of a row group, without reading them all."""
+        if isinstance(parquet, _ArrowFile):
+            images = parquet.table["image"]
+            return int(pc.sum(pc.list_value_length(images)).as_py() or 0) if _is_list(images.type) else len(images)
+        columns = parquet.metadata.row_group(group)
+        if not _is_list(parquet.schema_arrow.field("image").type):
+            return int(columns.num_rows)
+        # What a damaged footer says of a column ends the process if it is asked for from Python, and is an error if read.
+        again: Any = self._open(number, buffer_size=2**20)  # reads a page, not the column
+        self._try(number, lambda: next(again.iter_batches(1, [group], ["image"]), None))
+        leaves = (columns.column(i) for i in range(columns.num_columns))
+        return next((int(leaf.num_values) for leaf in leaves if leaf.path_in_schema.split(".")[0] == "image"), 0)
+
+    def _open(self, number: int, **options: Any) -> _File:
         name = self.names[number]
-        try:
-            if name.lower().endswith(".arrow"):
-                return _ArrowFile(self.store, name)
-            return pq.ParquetFile(self.store.open(name))
-        except (pa.ArrowException, OSError) as error:
-            raise self._unreadable(name, error) from error
+        if name.lower().endswith(".arrow"):
+            return self._try(number, lambda: _ArrowFile(self.store, name))
+        return self._try(
+            number, lambda: pq.ParquetFile(self.store.open(name), page_checksum_verification=True, **options)
+        )
 
     def _read(self, parquet: _File, number: int, group: int, columns: list[str]) -> pa.Table:
+        return self._try(number, lambda: parquet.read_row_group(group, columns=columns))
+
+    def _try(self, number: int, read: Callable[[], Any]) -> Any:
+        """Raises ValueError with the file's name for whatever a damaged one makes Arrow raise."""
         try:
-            return parquet.read_row_group(group, columns=columns)
-        except (pa.ArrowException, OSError) as error:
+            return read()
+        except (FileNotFoundError, StoreError):
+            raise
+        except Exception as error:  # damaged bytes meet Arrow with many kinds of error
             raise self._unreadable(self.names[number], error) from error
 
     def _unreadable(self, name: str, error: Exception) -> Exception:
@@ -159,6 +184,7 @@ class _ArrowFile:
     def __init__(self, store: Store, name: str) -> None:
         source = pa.memory_map(store.path(name)) if store.local else pa.BufferReader(store.read(name))
         self.table = pa.ipc.open_stream(source).read_all()
+        self.table.validate(full=True)  # or else a damaged file's offsets lead out of it, and the process ends
         self.schema_arrow = self.table.schema
 
     def read_row_group(self, group: int, columns: list[str]) -> pa.Table:
@@ -181,16 +207,6 @@ def _row_group(source: ParquetPeople, number: int, group: int) -> pa.Table:
     return source._read(parquet, number, group, wanted)
 
 
-def _images(parquet: _File, group: int) -> int:
-    """Photos of a row group, without reading them."""
-    if isinstance(parquet, _ArrowFile):
-        images = parquet.table["image"]
-        return int(pc.sum(pc.list_value_length(images)).as_py() or 0) if _is_list(images.type) else len(images)
-    columns = parquet.metadata.row_group(group)
-    leaves = (columns.column(i) for i in range(columns.num_columns))
-    return next(int(leaf.num_values) for leaf in leaves if leaf.path_in_schema.split(".")[0] == "image")
-
-
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_nested(kind) and not pa.types.is_struct(kind)
 
@@ -200,9 +216,9 @@ def _hive_identity(name: str) -> bytes | None:
     return unquote(found[1]).encode() if found else None
 
 
-def _photo(name: str, image: Any, caption: str | None) -> RawPhoto:
+def _photo(name: str, image: Any, caption: Any) -> RawPhoto:
     data = image.get("bytes") if isinstance(image, dict) else image
     if isinstance(data, bytes):
-        return RawPhoto(name, data, caption)
+        return RawPhoto(name, data, caption if isinstance(caption, str) else None)
     elsewhere = f", only the path {image['path']!r}" if isinstance(image, dict) and image.get("path") else ""
-    return RawPhoto(name, None, caption, f"the row holds no image bytes{elsewhere}")
+    return RawPhoto(name, None, error=f"the row holds no image bytes{elsewhere}")

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from lora_diffusion.faces.photos import PhotoError, check_size
 from lora_diffusion.factory.people.folders import caption_text
 from lora_diffusion.factory.people.sorting import Sorted, link_people, people_in, sort_out
 from lora_diffusion.factory.people.source import Found, PersonRef, RawPhoto, distinct, shown
@@ -72,20 +73,24 @@ class TarPeople:
 
     def peek(self, entry: Entry, start: int, count: int) -> bytes:
         number, offset = entry.place
-        return self._read(number, offset + start, min(count, entry.size - start))
+        return self._read(number, offset + start, max(0, min(count, entry.size - start)))
 
     def _read_all(self, places: list[list[Any]]) -> Iterator[RawPhoto]:
         for path, problem, place, text in places:
             if problem:
                 yield RawPhoto(path, None, error=problem)
-            else:
+                continue
+            try:
+                check_size(place[2])
                 yield RawPhoto(path, self._read(*place), caption_text(self._read(*text)) if text else None)
+            except PhotoError as error:
+                yield RawPhoto(path, None, error=str(error), reason=error.reason)
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
         unpacked = self._plain(number)
         if unpacked is None:
             return self.store.read_part(self.names[number], offset, size)
-        return os.pread(unpacked.fileno(), size, offset)
+        return os.pread(unpacked.fileno(), min(size, os.fstat(unpacked.fileno()).st_size), offset)
 
     def _members(self, number: int) -> Iterator[Entry]:
         """Files and links of one tar, a folder as `name/.`; of several members of one name the last, as tar unpacks them."""
@@ -105,7 +110,9 @@ class TarPeople:
                         links[path] = _clean(posixpath.normpath(posixpath.join(base, member.linkname)))
                     else:
                         files[path] = Entry(path, problem=("special file", f"{where}: {shown(path)} is no file"))
-        except tarfile.TarError as error:
+        except OSError:
+            raise
+        except Exception as error:  # damaged headers meet the parser with many kinds of error
             raise ValueError(f"{where} is no whole tar file: {error}. Copy it again") from error
         for path, target in links.items():
             message = f"{where}: {shown(path)} is a link to {shown(target)}, which is no file in it"

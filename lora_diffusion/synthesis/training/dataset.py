@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_diffusion.corpus.plan import shard_name
+from lora_diffusion.corpus.plan import CorpusError, shard_name
+from lora_diffusion.corpus.reader import opened
 from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
 from lora_diffusion.storage import Place, Store, local_place, open_store
-from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, damaged, take_snapshot
+from lora_diffusion.synthesis.training.snapshot import MADE_ANEW, CorpusSnapshot, check_snapshot, take_snapshot
 from lora_diffusion.training.distributed import Group
 from lora_diffusion.training.meter import in_bytes
 
@@ -80,7 +81,7 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
     store = store or open_store(snapshot.uri)
     slot = snapshot.starts[index]
     try:
-        with store.open(f"shards/{shard_name(index)}.parquet") as file:
+        with opened(store, f"shards/{shard_name(index)}.parquet") as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, columns=list(COLUMNS)).replace_schema_metadata(None)
@@ -89,10 +90,8 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
                 slots = pa.array(range(slot, slot + len(table)), pa.int64())
                 slot += len(table)
                 yield table.append_column("slot", slots).append_column("reason", pa.array(_reasons(table), pa.int8()))
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, pa.ArrowInvalid) or "Parquet" in str(error) or "Corrupt" in str(error):
-            raise ValueError(damaged(store, index, error)) from error
-        raise
+    except CorpusError as error:
+        raise ValueError(f"{str(error).rstrip('. ')}. {MADE_ANEW}") from error
 
 
 def _in_lists(column: pa.ChunkedArray) -> pa.Array:

@@ -9,15 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_diffusion.artifacts import checksum
 from lora_diffusion.artifacts.identity import Identity, ModelId
 from lora_diffusion.corpus import CorpusReader
-from lora_diffusion.corpus.plan import shard_name
+from lora_diffusion.corpus.plan import CorpusError, shard_name
+from lora_diffusion.corpus.reader import opened
 from lora_diffusion.corpus.schema import parquet_metadata
-from lora_diffusion.storage import Store, open_store
+from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.storage import open_store
+
+MADE_ANEW = "Run its jobs/build_corpus.py command again: it makes damaged shards anew"
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,17 @@ class CorpusSnapshot:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CorpusSnapshot:
-        shards = {int(index): (int(rows), int(size)) for index, (rows, size) in values["shards"].items()}
-        return cls(**{**checksum.unsealed(values), "shards": shards})
+        """Inverse of `to_dict`. Raises ValueError for anything else."""
+        try:
+            shards = {int(index): (int(rows), int(size)) for index, (rows, size) in values["shards"].items()}
+            snapshot = cls(**{**checksum.unsealed(values), "shards": shards})
+            LoRALayout.from_dict(snapshot.layout)
+            _ = snapshot.identity, np.dtype(snapshot.vector_dtype)
+        except Exception as error:  # a file that somebody edited: names and kinds are what they are
+            raise ValueError(
+                f"it does not say which rows a training began with ({type(error).__name__}: {error})"
+            ) from error
+        return snapshot
 
 
 def take_snapshot(uri: str) -> CorpusSnapshot:
@@ -145,12 +159,12 @@ def _footer(reader: CorpusReader, index: int) -> int:
     """Rows of a shard. Raises ValueError if it is damaged, or of another place, layout or recipe."""
     store, layout, recipe_id = reader.store, reader.layout, reader.manifest.recipe_id
     try:
-        with store.open(f"shards/{shard_name(index)}.parquet") as file:
+        with opened(store, f"shards/{shard_name(index)}.parquet") as file:
             parquet = pq.ParquetFile(file)
             metadata = parquet_metadata(parquet.schema_arrow)
             rows = parquet.metadata.num_rows
-    except (pa.ArrowInvalid, ValueError) as error:
-        raise ValueError(damaged(store, index, error)) from error
+    except CorpusError as error:
+        raise ValueError(f"{str(error).rstrip('. ')}. {MADE_ANEW}") from error
     if metadata.get("layout_id") != layout.layout_id:
         raise ValueError(
             f"shard {shard_name(index)} of {store.uri} has layout_id {metadata.get('layout_id')}, the corpus has "
@@ -163,11 +177,3 @@ def _footer(reader: CorpusReader, index: int) -> int:
             "jobs/build_corpus.py command again: it makes such shards anew"
         )
     return int(rows)
-
-
-def damaged(store: Store, index: int, error: Exception) -> str:
-    """The message about a shard that cannot be read."""
-    return (
-        f"shard {shard_name(index)} of {store.uri} cannot be read: {error}. "
-        "Run its jobs/build_corpus.py command again: it makes damaged shards anew"
-    )
