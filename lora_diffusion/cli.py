@@ -20,7 +20,7 @@ from typing import Any
 
 from lora_diffusion import __version__
 from lora_diffusion.extras import MissingExtra, needs
-from lora_diffusion.jobs.run import JOBS, help_of, run_job
+from lora_diffusion.jobs.run import JOBS, STOPPED, help_of, run_job
 from lora_diffusion.storage import SHIPPED, local_place, open_store, place, place_or_name
 
 PROMPT = "a photo of sks person"
@@ -59,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with needs("torch"):
             args.run(args)
     except (Refused, MissingExtra, ValueError, OSError) as error:
-        sys.exit(f"lora-diffusion: {error}")
+        # the library and the API call it faces=largest
+        sys.exit(f"lora-diffusion: {str(error).replace('faces=largest', '--largest-face')}")
     except KeyboardInterrupt:
+        print(f"\nlora-diffusion: {STOPPED}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -82,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     one.set_defaults(run=personalize)
     one.add_argument("photos", nargs="+", type=file, metavar="PHOTO", help="of one person; several are averaged")
-    one.add_argument("--prompt", default=PROMPT, help=f"call the person `sks person` (default: {PROMPT})")
+    one.add_argument("--prompt", type=words, default=PROMPT, help=f"call the person `sks person` (default: {PROMPT})")
     one.add_argument(
         "--out", type=address, required=True, metavar="FOLDER", help="or s3://...: gets the LoRA and the pictures"
     )
@@ -126,6 +128,12 @@ def address(text: str) -> str:
         return place(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def words(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"is blank: say what to draw, for example {PROMPT!r}")
+    return text
 
 
 def at_least(least: int) -> Any:
@@ -248,6 +256,12 @@ def empty_unet(base: str | None, source: str) -> Any:
 
 
 def personalize(args: argparse.Namespace) -> None:
+    open_store(args.out).check()
+    for photo in args.photos:
+        if not photo.exists():
+            raise Refused(f"there is no file {photo}")
+        if photo.is_dir():
+            raise Refused(f"{photo} is a folder: give the photos in it, as in {photo}/*.jpg")
     write(ask_server(args) if args.server else make_here(args), args)
 
 
@@ -291,12 +305,12 @@ def make_here(args: argparse.Namespace) -> Outcome:
 
     from PIL import Image
 
+    from lora_diffusion.faces.photos import load_photos
+
+    load_photos(args.photos)  # what cannot be read is told before the models are loaded
     from lora_diffusion.lora import formats
     from lora_diffusion.personalize import Personalizer
 
-    missing = next((photo for photo in args.photos if not photo.is_file()), None)
-    if missing:
-        raise Refused(f"there is no file {missing}")
     quieten()
     personalizer = Personalizer(args.synthesizer, args.base, recogniser=args.recogniser, device=args.device)
     made = personalizer(args.photos, args.prompt, num_images=args.num_images, **settings_of(args))

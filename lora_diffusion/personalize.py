@@ -9,16 +9,15 @@ Axes: B pictures, C embedding, N length of a LoRA vector, H/W pixels.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.choice import Which, choose_face
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, mean_embedding
-from lora_diffusion.faces.photos import load_photo
+from lora_diffusion.faces.choice import Which
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.rendering import render
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -75,17 +74,9 @@ class Personalizer:
         self.embedder = recogniser
         self._bank = LoRABank(base.unet, loaded.layout)
 
-    def embedding(self, photos: Sequence[str | Path | bytes], faces: Which = "one") -> NDArray[np.float32]:
-        """(C,) unit vector of the one person in the photos, averaged. Raises PhotoError and FaceError, both ValueErrors."""
-        found = []
-        for i, photo in enumerate(photos):
-            seen = self.embedder.find(load_photo(photo))
-            found.append(choose_face(seen.faces, seen.doubt, faces, _name(photo, i, len(photos))))
-        return mean_embedding(found)
-
     def __call__(
         self,
-        photos: str | Path | bytes | Sequence[str | Path | bytes],
+        photos: Any,
         prompt: str,
         *,
         faces: Which = "one",
@@ -96,10 +87,9 @@ class Personalizer:
         num_inference_steps: int | None = None,
         negative_prompt: str | None = None,
     ) -> Personalized:
-        """`num_images` 0 makes the LoRA only. Seeds that are left out are random, and told in the answer."""
-        several = [photos] if isinstance(photos, str | Path | bytes) else list(photos)
+        """`photos`: one of the person, or a list: paths, bytes, PIL images, uint8 RGB (H, W, 3). `num_images` 0 makes the LoRA only. Seeds that are left out are random, and told in the answer."""
         defaults = self.defaults
-        embedding_C = self.embedding(several, faces)
+        embedding_C = self.embedder.embed_person(photos, faces)
         seed = secrets.randbelow(2**31) if seed is None else seed
         image_seed = secrets.randbelow(2**31) if image_seed is None else image_seed
         vectors_1N = self.synthesizer.from_embedding(
@@ -126,10 +116,3 @@ class Personalizer:
         drawn = [self.embedder.find_drawn(image, max_faces=1) for image in images_BHWC]
         similarity_B = np.array([found[0].vector @ embedding_C if found else 0.0 for found in drawn], np.float32)
         return Personalized(vectors_1N[0], images_BHWC, similarity_B, seed, image_seed)
-
-
-def _name(photo: str | Path | bytes, index: int, photos: int) -> str:
-    """What an error calls a photo: the name of its file, else its number among several."""
-    if not isinstance(photo, bytes):
-        return Path(photo).name
-    return f"Photo {index + 1}" if photos > 1 else "The photo"

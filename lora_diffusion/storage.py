@@ -390,7 +390,7 @@ def _reason(error: Exception, local: bool) -> str:
     if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EROFS):
         way_out = "the folder's permissions" if local else "the credentials and what they may do with this bucket"
         return f"permission denied ({error}). Check {way_out}"
-    if isinstance(error, NotADirectoryError):
+    if isinstance(error, NotADirectoryError | FileExistsError):  # the second: a folder of this name was to be made
         return "a part of this path is a file, not a folder. Choose another place"
     if isinstance(error, FileNotFoundError) and not local:
         return f"the bucket does not exist ({error}). Create it, or check the name and AWS_ENDPOINT_URL"

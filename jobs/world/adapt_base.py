@@ -43,7 +43,6 @@ def run(config: Config, ray_address: str) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from lora_diffusion.factory.make import resolve_device
     from lora_diffusion.lora.finetune import initial_vectors
     from lora_diffusion.lora.layout import LoRALayout
     from lora_diffusion.lora.shared_start import load_start
@@ -54,7 +53,7 @@ def run(config: Config, ray_address: str) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(
         resolve_model(config.base), torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
-    base = BaseModel.from_pipeline(pipe, resolve_device(config.device), config.base)
+    base = BaseModel.from_pipeline(pipe, config.device, config.base)
     layout = LoRALayout.from_unet(base.unet, config.lora.rank, config.lora.target_modules, config.lora.alpha)
     if config.lora.start is None:
         start_N = initial_vectors(layout, config.training.seed)[0]

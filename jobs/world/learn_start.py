@@ -41,14 +41,13 @@ def dry_run(config: Config) -> str:
 
 def run(config: Config, ray_address: str) -> None:
     from lora_diffusion.factory.embed import PersonEmbedder
-    from lora_diffusion.factory.make import resolve_device
     from lora_diffusion.lora import formats
     from lora_diffusion.lora.layout import LoRALayout
     from lora_diffusion.lora.shared_start import learn_start
     from lora_diffusion.models.stable_diffusion import BaseModel
 
     start = config.training
-    base = BaseModel.from_pretrained(config.base, resolve_device(config.device))
+    base = BaseModel.from_pretrained(config.base, config.device)
     layout = LoRALayout.from_unet(base.unet, config.lora.rank, config.lora.target_modules, config.lora.alpha)
     embedder = PersonEmbedder(config, base.image_size)
     embedded = [embedder(place, person) for place, person in enumerate(embedder.source.list_people())]

@@ -157,9 +157,14 @@ def read_identity(synthesizer: str | Path) -> Identity:
         config = open_store(SHIPPED_SYNTHESIZERS.get(str(synthesizer), synthesizer)).read_json("config.json")
         return provenance_identity(config["provenance"], config["layout_id"])
     except (FileNotFoundError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"there is no synthesiser at {synthesizer}: give a folder that jobs/train.py or Synthesizer.save_pretrained wrote"
-        ) from error
+        raise no_synthesizer(synthesizer) from error
+
+
+def no_synthesizer(place: str | Path) -> ValueError:
+    return ValueError(
+        f"there is no synthesiser at {place} (no config.json): give a folder that jobs/train.py or jobs/publish.py wrote, or the "
+        f"name of a shipped one: {', '.join(SHIPPED_SYNTHESIZERS)}"
+    )
 
 
 def provenance_identity(provenance: Mapping[str, Any], layout_id: str) -> Identity:

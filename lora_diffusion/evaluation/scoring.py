@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import torch
 from numpy.typing import NDArray
 
 from lora_diffusion.artifacts import checksum
@@ -73,8 +72,7 @@ class Scorer:
         config = setup.config
         self.render, self.keep = config.render, config.pictures_people
         self.batch = config.batch_people
-        device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
-        self.base = BaseModel.from_pretrained(setup.made.base, "cpu" if device == "auto" else device)
+        self.base = BaseModel.from_pretrained(setup.made.base, config.device)
         setup.identity.check_base(self.base, "the corpus")
         self.bank = LoRABank(self.base.unet, layout)
         self.embedders = recognisers(setup)

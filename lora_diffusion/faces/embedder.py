@@ -18,10 +18,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.choice import FaceError, choose_face
+from lora_diffusion.faces.choice import FaceError, Which, choose_face
 from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.known import Recogniser, fingerprint
 from lora_diffusion.faces.looks import Detector
+from lora_diffusion.faces.photos import load_photos
 from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
 from lora_diffusion.faces.unit import unit
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
@@ -109,6 +110,19 @@ class FaceEmbedder:
         """The one face of an RGB uint8 photo (H, W, 3). Raises FaceError where there is none, or several."""
         found = self.find(image_HWC)
         return choose_face(found.faces, found.doubt, "largest" if self.config.several_faces == "largest" else "one")
+
+    def embed_person(self, photos: object, faces: Which | None = None) -> Floats:
+        """(512,) unit vector of the one person in a photo, or the mean of several: as `load_photos` takes them.
+
+        faces: what a photo of several people means (default: as the configuration says). Raises PhotoError and FaceError, both
+        ValueErrors, which name the photo.
+        """
+        which: Which = faces or ("largest" if self.config.several_faces == "largest" else "one")
+        found = []
+        for name, pixels in load_photos(photos):
+            seen = self.find(pixels)
+            found.append(choose_face(seen.faces, seen.doubt, which, name))
+        return mean_embedding(found)
 
     def find(self, image_HWC: Pixels, max_faces: int = 16) -> Faces:
         """The faces of an RGB uint8 photo (H, W, 3) that pass all checks, and why there is none."""

@@ -88,6 +88,32 @@ def check_size(size: int) -> None:
         raise PhotoError("too_large", f"The file has {size / 1e6:,.0f} MB; a photo has at most {MAX_BYTES / 1e6:g} MB.")
 
 
+def load_photos(photos: object) -> list[tuple[str, Pixels]]:
+    """What a sentence calls each photo, and its RGB uint8 (H, W, 3). A photo, or a list of them: paths, bytes, PIL images, arrays.
+
+    Raises as `load_photo`, with the photo's name.
+    """
+    several = list(photos) if isinstance(photos, list | tuple) else [photos]
+    if not several:
+        raise ValueError("no photo was given: give at least one of the person")
+    loaded = []
+    for i, photo in enumerate(several):
+        path = isinstance(photo, str | Path)
+        name = Path(photo).name if path else f"Photo {i + 1}" if len(several) > 1 else ""
+        try:
+            if isinstance(photo, Image.Image):
+                pixels = _to_rgb(ImageOps.exif_transpose(photo))
+            else:
+                pixels = load_photo(photo) if path or isinstance(photo, bytes) else np.asarray(photo)
+        except PhotoError as error:
+            raise PhotoError(error.reason, f"{name}: {error}" if name else str(error)) from None
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+            what = f"{type(photo).__name__} ({pixels.dtype} {pixels.shape})"
+            raise ValueError(f"{name or 'the photo'} is {what}: give a path, bytes, a PIL image or uint8 RGB (H, W, 3)")
+        loaded.append((name or "The photo", pixels))
+    return loaded
+
+
 def load_photo(
     source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, faults: list[PhotoReason] | None = None
 ) -> Pixels:
@@ -116,7 +142,9 @@ def _read(path: Path) -> bytes:
     status = path.stat()
     special = special_file(status.st_mode)  # reading one may never end
     if special:
-        raise PhotoError("unreadable", f"{path} is {special}, not a file.")
+        raise PhotoError("unreadable", f"This is {special}, not a file.")
+    if path.is_dir():
+        raise PhotoError("unreadable", "This is a folder: give the photos in it.")
     check_size(status.st_size)
     return path.read_bytes()
 

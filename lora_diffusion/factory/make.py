@@ -40,8 +40,7 @@ class LoRAMaker:
 
     def __init__(self, config: CorpusConfig) -> None:
         self.config = config
-        device = resolve_device(config.device)
-        self.base = BaseModel.from_pretrained(config.base, device, getattr(torch, config.dtype))
+        self.base = BaseModel.from_pretrained(config.base, config.device, getattr(torch, config.dtype))
         lora = config.lora
         self.layout = LoRALayout.from_unet(self.base.unet, lora.rank, lora.target_modules, lora.alpha)
         self.start_1N = None if lora.start is None else load_start(lora.start, self.layout, self.base)[None]
@@ -152,14 +151,3 @@ class LoRAMaker:
                 )
             )
         return answers
-
-
-def resolve_device(device: str) -> str:
-    """`auto` is the GPU if there is one. Raises ValueError for a device that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {device!r}, but torch sees no GPU here: set device=cpu, or workers.finetune_gpus=1"
-        )
-    return device

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.models import stable_diffusion_xl
 from lora_diffusion.models.clip_tokenizer import tokens
+from lora_diffusion.models.devices import resolve_device
 from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.models.fingerprint import DIGITS, EARLIER, EXACT, model_fingerprint, old_fingerprints
 from lora_diffusion.models.loading import EXPECTED, load_parts
@@ -64,8 +65,9 @@ class BaseModel:
     ) -> BaseModel:
         """Load a shipped model (``tiny-sd``), a diffusers folder or a single file, here or in a bucket, or a model of the hub.
 
-        Raises ``ValueError`` that says what lies there, what was expected and the way out.
+        Raises ``ValueError`` that says what lies there, what was expected and the way out, or that `device` is not there.
         """
+        device = resolve_device(device)
         try:
             name = place_or_name(name_or_path)
             parts = load_parts(str(EMBEDDED.get(name, name)), dtype if dtype in EXACT else torch.float32)
@@ -87,6 +89,7 @@ class BaseModel:
     @classmethod
     def from_pipeline(cls, pipe: Any, device: str | torch.device = "cpu", name: str = "") -> BaseModel:
         """Take the parts of a loaded pipeline (or `Parts`) and freeze them (``eval``, no gradients). The family is told by them."""
+        device = resolve_device(device)
         for network in networks_of(pipe).values():
             network.to(device).eval().requires_grad_(False)
         base = cls(pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, name)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_diffusion.artifacts.identity import Identity
+from lora_diffusion.artifacts.identity import Identity, no_synthesizer
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.serving.config import ServeConfig
@@ -37,7 +37,7 @@ def synthesizer_folder(name_or_path: str) -> Path:
         return fetch_folder(name)
     folder = Path(EMBEDDED.get(name, name))
     if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no synthesiser in {folder}: give a folder that Synthesizer.save_pretrained wrote")
+        raise no_synthesizer(folder)
     return folder
 
 

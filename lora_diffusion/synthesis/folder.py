@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.artifacts import checksum
+from lora_diffusion.artifacts.identity import no_synthesizer
 from lora_diffusion.config import from_dict, to_dict
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store, open_store
@@ -144,9 +145,7 @@ def read_folder(path: str | Path) -> Parts:
     try:
         config = store.read_json("config.json")
     except FileNotFoundError as error:
-        raise ValueError(
-            f"no synthesiser at {store.uri}: it has no config.json. Train one with jobs/train.py"
-        ) from error
+        raise no_synthesizer(store.uri) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{store.uri}/config.json is none of a synthesiser: expected format {FORMAT!r}")
     if config.get("format_version") not in range(1, FORMAT_VERSION + 1):

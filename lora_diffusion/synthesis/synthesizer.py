@@ -21,13 +21,14 @@ from torch import Tensor
 
 from lora_diffusion.artifacts.identity import SHIPPED_SYNTHESIZERS, Identity, provenance_identity
 from lora_diffusion.config import from_dict
+from lora_diffusion.faces.choice import Which
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
-from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.faces.unit import unit
 from lora_diffusion.lora.finetune import FinetuneResult
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.recipe import FinetuneConfig
+from lora_diffusion.models.devices import resolve_device
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import CodeSpace
 from lora_diffusion.synthesis.denoiser import Denoiser
@@ -71,6 +72,14 @@ class Synthesizer:
             part.eval().requires_grad_(False)
         self._embedder: FaceEmbedder | None = None
 
+    def __repr__(self) -> str:
+        base, recogniser = self.provenance.base.get("name"), self.provenance.recogniser.get("name")
+        attributes = self.directions.names if self.directions else ()
+        return (
+            f"Synthesizer(base={base!r}, recogniser={recogniser!r}, rank={self.layout.rank}, vector_size={self.layout.size}, "
+            f"code_size={self.code_size}, attributes={list(attributes)}, device={str(self.device)!r})"
+        )
+
     @property
     def identity(self) -> Identity:
         """What the LoRAs belong to."""
@@ -91,28 +100,44 @@ class Synthesizer:
         return self.denoiser.no_face_W.device
 
     def to(self, device: str | torch.device) -> Synthesizer:
+        """Itself, there. Raises ValueError for a device that is not there."""
+        device = resolve_device(device)
         for part in (self.codes, self.denoiser, self.diffusion):
             part.to(device)
         return self
 
     # -- a face -> LoRAs ----------------------------------------------------------------------------------------------
 
-    def from_photo(self, image: Any, *, embedder: FaceEmbedder | None = None, **settings: Any) -> Floats:
-        """LoRA vectors of the one face in a photo: path, bytes, PIL image or uint8 RGB (H, W, 3). See `from_embedding`.
+    def from_photo(
+        self,
+        photos: Any,
+        num_samples: int = 1,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        deviation_scale: float | None = None,
+        best_of: int = 1,
+        *,
+        faces: Which | None = None,
+        embedder: FaceEmbedder | None = None,
+    ) -> Floats:
+        """LoRA vectors (num_samples, N) of the person in a photo, or in a list of photos, whose embeddings are averaged.
 
+        A photo is a path, the bytes of a file, a PIL image or uint8 RGB (H, W, 3). The settings are those of `from_embedding`.
+        `faces`: "largest" takes the largest face of a photo that shows several, "one" refuses it (default: as `embedder` says).
         `embedder` must be the recogniser that conditioned the training; without one, the one that `provenance` names is loaded.
-        Raises FaceError (no face, several) and PhotoError (not a photo), both ValueErrors.
+        Raises FaceError (no face, several) and PhotoError (not a photo), both ValueErrors, which name the photo.
         """
         if embedder is None:
             embedder = self._embedder = self._embedder or FaceEmbedder(
                 EmbedderConfig(model=self.identity.recogniser_name)
             )
         self.check_recogniser(embedder)
-        if isinstance(image, str | Path | bytes):
-            pixels = load_photo(image)
-        else:
-            pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
-        return self.from_embedding(embedder.embed(pixels).vector, **settings)
+        embedding_C = embedder.embed_person(photos, faces)
+        return self.from_embedding(
+            embedding_C, num_samples, guidance_scale, num_inference_steps, seed, temperature, deviation_scale, best_of
+        )
 
     def from_embedding(
         self,
@@ -232,18 +257,20 @@ class Synthesizer:
     def interpolate(self, a: Array, b: Array, t: float) -> Floats:
         """Codes between `a` (t = 0) and `b` (t = 1), (B, Z) or (Z,), along the great circle, lengths along the straight line.
 
-        A straight line between two codes would pass near the mean, where nobody in particular is.
+        A straight line between two codes would pass near the mean, where nobody in particular is. Raises ValueError for vectors.
         """
-        a_BZ, b_BZ = (np.asarray(x.cpu() if isinstance(x, Tensor) else x) for x in (a, b))
-        return slerp(a_BZ, b_BZ, t)
+        return slerp(_numpy(self._codes(a)), _numpy(self._codes(b)), t)
 
     def edit(self, codes_BZ: Array, attribute: str, strength: float) -> Floats:
-        """Codes with more (or, negative, less) of an attribute; strength in standard deviations of the corpus."""
+        """Codes with more (or, negative, less) of an attribute; strength in standard deviations of the corpus.
+
+        Raises ValueError for an attribute without a direction, and for vectors.
+        """
         if self.directions is None:
             raise ValueError(
                 "this synthesiser has no attribute directions: fit some with AttributeDirections.fit(codes, labels)"
             )
-        return _numpy(self.directions.edit(self._tensor(codes_BZ), attribute, strength))
+        return _numpy(self.directions.edit(self._codes(codes_BZ), attribute, strength))
 
     def invert(
         self,
@@ -312,6 +339,17 @@ class Synthesizer:
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Synthesizer:
         """Load a folder, `s3://...`, or the shipped `tiny`. Raises ValueError if it is none, cut, or of another version."""
         return cls(*read_folder(EMBEDDED.get(str(path), path))).to(device)
+
+    def _codes(self, values: Array) -> Tensor:
+        codes = self._tensor(values)
+        if codes.ndim not in (1, 2) or codes.shape[-1] != self.code_size:
+            hint = ": these are LoRA vectors; encode(vectors) gives their codes" * (
+                codes.shape[-1:] == (self.layout.size,)
+            )
+            raise ValueError(
+                f"codes have shape {tuple(codes.shape)}; expected ({self.code_size},) or (B, {self.code_size}){hint}"
+            )
+        return codes
 
     def _tensor(self, values: Array) -> Tensor:
         return torch.as_tensor(values).to(self.device, torch.float32)

@@ -168,17 +168,33 @@ def test_the_command_makes_a_lora_without_pictures(address: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no-such.jpg"], "no-such.jpg"),
-        ([str(ADA), "--synthesizer", "no-such-folder"], "no synthesiser at .*/no-such-folder: it has no config.json"),
+        (["no-such.jpg"], "there is no file .*/no-such.jpg"),
+        (["{tmp}/empty.jpg"], r"empty\.jpg: The file has 0 bytes"),
+        (["{tmp}/notes.jpg"], r"notes\.jpg: The file is no image that we read"),
+        (["{tmp}"], r"is a folder: give the photos in it, as in .*/\*\.jpg"),
+        (
+            [str(ADA), "--out", "{tmp}/empty.jpg"],
+            r"cannot use .*/empty\.jpg: a part of this path is a file, not a folder",
+        ),
+        ([str(ADA), "--synthesizer", "tinny"], "no synthesiser at .*/tinny .*or the name of a shipped one: tiny$"),
+        (
+            ["{tmp}/two.png"],
+            r"two\.png shows 2 faces\. Crop it to one person, or ask for the largest: --largest-face\.$",
+        ),
         (["no-such.jpg", "--server", "http://127.0.0.1:9"], "no-such.jpg"),
         ([str(ADA), "--server", "http://127.0.0.1:9", "--timeout", "0.5"], "cannot be reached.*lora-diffusion serve"),
     ],
 )
 def test_the_commands_errors_are_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "notes.jpg").write_text("hello")
+    two = [np.asarray(Image.open(photo).convert("RGB")) for photo in (ADA, BOB)]
+    Image.fromarray(np.concatenate(two, 1)).save(tmp_path / "two.png")
     with pytest.raises(SystemExit) as exit:
-        main(["personalize", *words, "--out", str(tmp_path / "out")])
+        main(["personalize", "--out", str(tmp_path / "out"), *(word.format(tmp=tmp_path) for word in words)])
     assert re.search(message, str(exit.value))
     assert "\n" not in str(exit.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_server_says_why_it_refuses(address: str, tmp_path: Path) -> None:
@@ -188,7 +204,9 @@ def test_the_server_says_why_it_refuses(address: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["--num-images", "-1"], ["--steps", "0"], ["--format", "pickle"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--num-images", "-1"], ["--steps", "0"], ["--format", "pickle"], ["--prompt", " "]]
+)
 def test_wrong_words_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["personalize", str(ADA), *(["--out", "x"] if words else []), *words])

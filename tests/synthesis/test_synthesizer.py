@@ -138,7 +138,7 @@ def test_people_without_a_face_differ_by_their_seed() -> None:
 
 def test_interpolation_walks_the_great_circle_at_even_speed() -> None:
     model = untrained()
-    a, b = np.array([[2.0, 0, 0]]), np.array([[0, 2.0, 0]])
+    a, b = 2 * np.eye(model.code_size)[None, :2].transpose(1, 0, 2)
     assert np.allclose(model.interpolate(a, b, 0), a)
     assert np.allclose(model.interpolate(a, b, 1), b)
     path = np.concatenate([model.interpolate(a, b, t) for t in np.linspace(0, 1, 7)])
@@ -171,6 +171,91 @@ def test_a_photo_gives_the_lora_of_its_embedding() -> None:
     assert np.array_equal(from_photo, model.from_photo(load_photo(photo), embedder=embedder, num_inference_steps=3))
     with pytest.raises(ValueError, match="shows no face"):
         model.from_photo(np.full((64, 64, 3), 128, np.uint8))
+
+
+def test_several_photos_are_one_person_between_them(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from lora_diffusion.faces.embedder import FaceEmbedder, mean_embedding
+    from lora_diffusion.faces.photos import load_photo
+
+    model, embedder, photos = untrained(), FaceEmbedder(), [FACES / "80000-0.png", FACES / "80000-1.png"]
+    mean = mean_embedding([embedder.embed(load_photo(photo)) for photo in photos])
+    forms = [photos[0].read_bytes(), Image.open(photos[1])]
+    expected = model.from_embedding(mean, num_samples=2, num_inference_steps=3, seed=4)
+    for given in (photos, tuple(map(str, photos)), forms):
+        found = model.from_photo(given, num_samples=2, num_inference_steps=3, seed=4, embedder=embedder)
+        assert np.array_equal(found, expected)
+
+
+def two_people() -> np.ndarray:
+    from lora_diffusion.faces.photos import load_photo
+
+    return np.concatenate([load_photo(FACES / name) for name in ("80000-0.png", "80001-1.png")], 1)
+
+
+@pytest.mark.parametrize(
+    ("photos", "message"),
+    [
+        ([], "no photo was given: give at least one of the person"),
+        ("{tmp}/empty.jpg", "empty.jpg: The file has 0 bytes"),
+        ("{tmp}/text.jpg", "text.jpg: The file is no image that we read"),
+        ("{tmp}", r".*: This is a folder: give the photos in it."),
+        ([b"", b""], "Photo 1: The file has 0 bytes"),
+        (
+            np.zeros((64, 64, 3)),
+            r"the photo is ndarray \(float64 \(64, 64, 3\)\): give a path, bytes, a PIL image or uint8 RGB",
+        ),
+        (None, "the photo is NoneType"),
+        (["{tmp}/two.png"], "two.png shows 2 faces. Crop it to one person, or ask for the largest: faces=largest."),
+        ([two_people(), two_people()], "Photo 1 shows 2 faces"),
+    ],
+)
+def test_what_is_no_photo_of_one_person_is_named(photos: object, message: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("hello")
+    Image.fromarray(two_people()).save(tmp_path / "two.png")
+    several = isinstance(photos, list)
+    named = [p.format(tmp=tmp_path) if isinstance(p, str) else p for p in (photos if several else [photos])]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=message):
+        untrained().from_photo(named if several else named[0])
+    if "faces=largest" in message:
+        assert untrained().from_photo(named, num_inference_steps=2, faces="largest").shape == (1, LAYOUT.size)
+
+
+def test_vectors_in_the_place_of_codes_are_told() -> None:
+    model = complete()
+    vectors, codes = model.sample(2, num_inference_steps=2), model.encode(model.sample(2, num_inference_steps=2))
+    hint = r"codes have shape \(.*\); expected .*: these are LoRA vectors; encode\(vectors\) gives their codes"
+    for call in (
+        lambda: model.interpolate(vectors[0], vectors[1], 0.5),
+        lambda: model.interpolate(codes[0], vectors[1], 0.5),
+        lambda: model.edit(vectors, "first", 1.0),
+    ):
+        with pytest.raises(ValueError, match=hint):
+            call()
+    assert model.interpolate(codes[0], codes[1], 0.5).shape == (model.code_size,)
+
+
+def test_it_says_what_it_is() -> None:
+    model = complete()
+    told = repr(model)
+    for part in (f"vector_size={LAYOUT.size}", f"code_size={model.code_size}", "device='cpu'", "base='toy'"):
+        assert part in told
+    assert len(told) < 400
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "mps", ""])
+def test_a_device_that_is_not_there_is_told_with_those_that_are(device: str) -> None:
+    from lora_diffusion.models.stable_diffusion import BaseModel
+
+    for load in (lambda: complete().to(device), lambda: BaseModel.from_pretrained("tiny-sd", device)):
+        with pytest.raises(ValueError, match=f"there is no device '{device}' here; torch sees cpu"):
+            load()
+    assert complete().to("auto").device.type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def _stage_line(config: TrainConfig, name: str, parameters: int, rows: int) -> s
     training = getattr(config, f"{name}_training")
     epochs = training.steps * min(training.batch_size, rows) / max(1, rows)
     return (
-        f"{name}: {parameters:,} parameters, about {memory(config, parameters) / 1e9:.1f} GB in each worker; "
+        f"{name}: {parameters:,} parameters, about {in_bytes(memory(config, parameters))} in each worker; "
         f"{training.steps:,} steps of {training.batch_size} ({epochs:,.0f} epochs)"
         + (f", less if {training.patience} validations bring nothing" if training.patience else "")
     )
