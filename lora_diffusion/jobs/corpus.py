@@ -44,6 +44,8 @@ CONTACT_SHEET, SUMMARY = "contact_sheet.png", "summary.txt"
 
 def dry_run(config: CorpusConfig) -> str:
     count = planning.number_of_synthetic(config.people)
+    people = planning.Listed({f"person {i}": PersonRef(f"person {i}") for i in range(count)[: config.limit]})
+    people = people or planning.list_people(config)
     manifest, notes = None, []
     try:
         with here_only():
@@ -52,8 +54,7 @@ def dry_run(config: CorpusConfig) -> str:
         if not (absent := find_cause(error, (NotHereError,))):
             raise
         notes.append(f"{absent}; whether it fits is not looked at")
-    people = planning.Listed({f"person {i}": PersonRef(f"person {i}") for i in range(count)[: config.limit]})
-    begun = planning.preview(config, manifest, people or planning.list_people(config))
+    begun = planning.preview(config, manifest, people)
     if count:
         where = planning.people_folder(config.people, config.output)
         notes.append(f"{count} synthetic people, rendered to {where} unless they are there")
@@ -62,6 +63,8 @@ def dry_run(config: CorpusConfig) -> str:
 
 def run(config: CorpusConfig, ray_address: str) -> None:
     need, given = config.workers, config
+    count = planning.number_of_synthetic(given.people)
+    people = None if count else planning.list_people(config)  # before Ray: a place where nobody is takes no time
     connect(
         ray_address,
         [
@@ -70,9 +73,9 @@ def run(config: CorpusConfig, ray_address: str) -> None:
         ],
     )
     config = dataclasses.replace(config, people=planning.people_folder(config.people, config.output))
-    if count := planning.number_of_synthetic(given.people):
+    if people is None:
         render_people(count, config.people)
-    people = planning.list_people(config)
+        people = planning.list_people(config)
     manifest, picture_size = ray.get(small_task(config)(describe).remote(config))
     kept = relative(to_dict(given))
     names = {"base": kept["base"], "recogniser": kept["embedder"]["model"]}

@@ -10,12 +10,12 @@ killed one stopped, and a method whose LoRAs are unchanged is not drawn again.
 
 from __future__ import annotations
 
+from lora_diffusion.artifacts.identity import read_identity
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.evaluation import EvaluationConfig
 from lora_diffusion.evaluation.pipeline import evaluate
 from lora_diffusion.jobs.local_ray import connect
 from lora_diffusion.jobs.scoring import LESS_MEMORY, OnRay, needs
-from lora_diffusion.storage import open_store
 
 __all__ = ["LESS_MEMORY", "Config", "dry_run", "run"]
 Config = EvaluationConfig
@@ -25,8 +25,10 @@ def dry_run(config: EvaluationConfig) -> str:
     for corpus in (config.corpus, config.held_out):
         CorpusReader(corpus)
     for name, folder in config.synthesizers.items():
-        if folder.startswith(("/", "s3://")) and not open_store(folder).exists("config.json"):
-            raise ValueError(f"synthesizers.{name}: no synthesiser at {folder}. Train one with jobs/train.py")
+        try:
+            read_identity(folder)
+        except ValueError as error:
+            raise ValueError(f"synthesizers.{name}: {error}") from error
     return f"{', '.join(config.synthesizers)} on {config.limit or 'all'} people of {config.held_out} -> {config.output}"
 
 

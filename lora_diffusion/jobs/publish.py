@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from lora_diffusion.storage import Output, Place, PlaceOrName
-from lora_diffusion.synthesis.publish import publish
+from lora_diffusion.synthesis.publish import Labels, checked, publish
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,13 @@ class Config:
 
 
 def dry_run(config: Config) -> str:
-    return f"{config.synthesizer} -> {config.output}"
+    draw, labels = _read(config)
+    synthesizer = checked(config.synthesizer, draw, config.corpus, labels, config.components)
+    return f"{synthesizer!r} of {config.synthesizer} -> {config.output}"
 
 
 def run(config: Config, ray_address: str) -> None:
-    from lora_diffusion.jobs.synthetic import synthetic_labels
-
-    labels = synthetic_labels(config.corpus) if config.labels == "synthetic" and config.corpus else config.labels
-    draw = {key: str(value) for key, value in config.draw.items()}
+    draw, labels = _read(config)
     dtype = getattr(torch, config.dtype)
     published = publish(
         config.synthesizer, config.output, draw, config.corpus, labels, config.neighbours, dtype, config.components
@@ -55,3 +54,13 @@ def run(config: Config, ray_address: str) -> None:
         told = zip(published.directions.names, published.directions.separation_A.tolist(), strict=True)
         print("correlation with the labels: " + ", ".join(f"{name} {value:.2f}" for name, value in told))
     print(f"published: {config.output}")
+
+
+def _read(config: Config) -> tuple[dict[str, str], str | Labels | None]:
+    """Settings of drawing as text, and the labels."""
+    draw = {key: str(value) for key, value in config.draw.items()}
+    if config.labels != "synthetic" or not config.corpus:
+        return draw, config.labels
+    from lora_diffusion.jobs.synthetic import synthetic_labels
+
+    return draw, synthetic_labels(config.corpus)

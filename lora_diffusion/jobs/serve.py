@@ -10,18 +10,25 @@ On a cluster deploy/serve.yaml starts it: docs/guides/serve.md.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
+from lora_diffusion.artifacts.identity import read_identity
 from lora_diffusion.config import from_dict, to_dict, to_yaml
 from lora_diffusion.endpoint import APP
 from lora_diffusion.extras import check
@@ -46,7 +53,43 @@ HANDED_ON = "LORA_DIFFUSION_SERVE"  # lora_diffusion/endpoint/graph.py reads its
 
 
 def dry_run(config: Config) -> str:
-    return f"{config.synthesizer} on {config.base}, http://{config.host}:{config.port}"
+    return f"{config.synthesizer} on {look(config)}, {address(config)}"
+
+
+def address(config: Config) -> str:
+    """Of the page."""
+    return f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
+
+
+def look(config: Config) -> str:
+    """The base model's name. Raises ValueError for a synthesiser, a base model or a device that is not there, and no port."""
+    base = config.base or read_identity(config.synthesizer).base_name
+    if config.base:
+        read_identity(config.synthesizer)
+    if base.startswith("/") and not Path(base).exists():
+        raise ValueError(
+            f"there is no base model at {base}: set base to a folder, a file, s3://bucket/prefix or a hub id"
+        )
+    if config.device != "cpu":
+        from lora_diffusion.models.devices import resolve_device
+
+        resolve_device(config.device)
+    if not 0 < config.port < 65536:
+        raise ValueError(f"port is {config.port}: it is a number from 1 to 65535")
+    return base
+
+
+def check_free(config: Config) -> None:
+    """Raises ValueError if nothing can listen there."""
+    try:
+        socket.create_server((config.host, config.port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {config.port} is taken: end what listens there, or choose another, such as port={config.port + 1}"
+        else:
+            reason = os.strerror(error.errno or 0)
+            message = f"cannot listen at {config.host}:{config.port} ({reason}): choose another host or port"
+        raise ValueError(message) from error
 
 
 def run(config: Config, ray_address: str) -> None:
@@ -56,6 +99,9 @@ def run(config: Config, ray_address: str) -> None:
     from lora_diffusion.endpoint.haproxy import end_haproxy, haproxy_environment
 
     refuse_open_door(config.access, config.host)
+    look(config)
+    if ray_address == "local":  # a cluster listens on its own machines
+        check_free(config)
     values, application = to_dict(config), yaml.safe_load(APP.read_text(encoding="utf-8"))
     application["http_options"] = {name: values.pop(name) for name in ("host", "port")}
     proxy = values.pop("proxy")
@@ -70,12 +116,22 @@ def run(config: Config, ray_address: str) -> None:
         app.write_text(yaml.safe_dump(application), encoding="utf-8")
         env[HANDED_ON] = f"config={shlex.quote(str(settings))}"
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        threading.Thread(target=announce, args=(address(config),), daemon=True).start()
         try:
             code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)
         finally:
             end_haproxy(Path(folder))
     if code:
         raise ValueError(f"`serve run` ended with {code}: its last lines say why")
+
+
+def announce(address: str) -> None:
+    """One line when all stages answer."""
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/readyz", timeout=10):
+            print(f"LoRA Diffusion is ready. Page: {address}   API: {address}/docs   Ctrl-C ends it.", flush=True)
+            return
+        time.sleep(0.5)
 
 
 def until_it_ends(command: list[str], env: dict[str, str]) -> int:

@@ -39,21 +39,9 @@ def publish(
 
     Raises ValueError for unknown settings, labels without a corpus, or a corpus nobody of whom has labels.
     """
-    if (corpus is None) != (labels is None):
-        raise ValueError("corpus and labels belong together: the people, and what they look like")
-    synthesizer = Synthesizer.from_pretrained(source)
-    how = synthesizer.latent_sampling
-    unknown = [key for key in draw if not hasattr(how, key)]
-    if unknown:
-        raise ValueError(f"draw has no setting {unknown[0]!r}; there are {', '.join(vars(how))}")
-    values = {key: type(getattr(how, key))(text) for key, text in draw.items()}
-    synthesizer.latent_sampling = replace(how, **values)
-    if components is not None:
-        space, people = synthesizer.codes, synthesizer.neighbours
-        if not isinstance(space, LearnedCodes) or people is None:
-            raise ValueError(
-                "components can be left out of a synthesiser that learned from pictures and has neighbours"
-            )
+    synthesizer = checked(source, draw, corpus, labels, components)
+    space, people = synthesizer.codes, synthesizer.neighbours
+    if components is not None and isinstance(space, LearnedCodes) and people is not None:
         drawn_PZ = synthesizer.denoise(people.embeddings_PC, range(len(people.embeddings_PC)))
         synthesizer.codes = space.truncated(components, torch.from_numpy(drawn_PZ))
     if corpus is not None and labels is not None:
@@ -64,25 +52,56 @@ def publish(
     return synthesizer
 
 
+def checked(
+    source: str,
+    draw: Mapping[str, str],
+    corpus: str | None = None,
+    labels: str | Labels | None = None,
+    components: int | None = None,
+) -> Synthesizer:
+    """The synthesiser with these settings, after a look at all that `publish` is going to read. Raises as it does."""
+    if (corpus is None) != (labels is None):
+        raise ValueError("corpus and labels belong together: the people, and what they look like")
+    synthesizer = Synthesizer.from_pretrained(source)
+    how = synthesizer.latent_sampling
+    if unknown := [key for key in draw if not hasattr(how, key)]:
+        raise ValueError(f"draw has no setting {unknown[0]!r}; there are {', '.join(vars(how))}")
+    values = {key: type(getattr(how, key))(text) for key, text in draw.items()}
+    synthesizer.latent_sampling = replace(how, **values)
+    if components is not None and (not isinstance(synthesizer.codes, LearnedCodes) or synthesizer.neighbours is None):
+        raise ValueError("components can be left out of a synthesiser that learned from pictures and has neighbours")
+    if corpus is not None and labels is not None:
+        _labelled(synthesizer, corpus, labels)
+    return synthesizer
+
+
 def directions(synthesizer: Synthesizer, corpus: str, labels: str | Labels) -> AttributeDirections:
     """Fitted on what the synthesiser answers to the corpus' mean embeddings at temperature 0, without guidance.
 
     labels: a table, or a Parquet file with `identity` and a column of numbers for each attribute (null: unknown).
     """
-    reader = CorpusReader(corpus)
-    way_out = "Give the corpus that it was trained on, or people embedded by its recogniser"
-    theirs, parts = f"the corpus at {corpus}", ("recogniser",)
-    synthesizer.identity.check(reader.manifest.identity, "the synthesiser", theirs, way_out, parts)
+    reader, of, known = _labelled(synthesizer, corpus, labels)
     identities, embeddings_PC = reader.identities, reader.embeddings()
-    of = read_labels(labels) if isinstance(labels, str) else labels
-    known = [place for place, identity in enumerate(identities) if identity in of]
-    if not known:
-        where = labels if isinstance(labels, str) else "the labels"
-        raise ValueError(f"nobody of {corpus} is in {where}: the identities must be the corpus' names")
     codes_PZ = synthesizer.denoise(embeddings_PC[known], [0] * len(known), guidance_scale=1.0, temperature=0.0)
     names = list(of[identities[known[0]]])
     columns = {name: np.array([of[identities[place]][name] for place in known], np.float64) for name in names}
     return AttributeDirections.fit(torch.from_numpy(codes_PZ), columns)
+
+
+def _labelled(
+    synthesizer: Synthesizer, corpus: str, labels: str | Labels
+) -> tuple[CorpusReader, Mapping[str, Mapping[str, float]], list[int]]:
+    """The corpus, the labels by identity, and the rows of those who have some. Raises ValueError if nobody has."""
+    reader = CorpusReader(corpus)
+    way_out = "Give the corpus that it was trained on, or people embedded by its recogniser"
+    theirs, parts = f"the corpus at {corpus}", ("recogniser",)
+    synthesizer.identity.check(reader.manifest.identity, "the synthesiser", theirs, way_out, parts)
+    of = read_labels(labels) if isinstance(labels, str) else labels
+    known = [place for place, identity in enumerate(reader.identities) if identity in of]
+    if not known:
+        where = labels if isinstance(labels, str) else "the labels"
+        raise ValueError(f"nobody of {corpus} is in {where}: the identities must be the corpus' names")
+    return reader, of, known
 
 
 def read_labels(path: str) -> Labels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -212,9 +213,9 @@ def test_a_shipped_configuration_is_found_from_everywhere(
     for words in ([], ["configs/serve_tiny.yaml"], ["--config", "serve_tiny.yaml"]):
         assert main("serve", [*words, "--dry-run"]) == 0
         assert "synthesizer: tiny\n" in capsys.readouterr().out
-    (tmp_path / "serve_tiny.yaml").write_text("synthesizer: mine")  # what lies here goes first
+    (tmp_path / "serve_tiny.yaml").write_text("licence: mine")  # what lies here goes first
     assert main("serve", ["serve_tiny.yaml", "--dry-run"]) == 0
-    assert "synthesizer: mine\n" in capsys.readouterr().out
+    assert "licence: mine\n" in capsys.readouterr().out
     for name in ("configs/mine.yaml", "elsewhere/serve_tiny.yaml"):
         assert main("serve", [name, "--dry-run"]) == 1
         said = capsys.readouterr().err
@@ -223,6 +224,50 @@ def test_a_shipped_configuration_is_found_from_everywhere(
             in said
         )
         assert "serve_sd15.yaml, serve_tiny.yaml, " in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("corpus people=nope", "nope does not exist .*: people must name a folder for each person"),
+        ("corpus people=empty", "no people found at .*/empty: expected a folder for each person"),
+        ("train corpus=nope", "no corpus at .*/nope"),
+        ("train stage=pictures", "stage=pictures needs pictures.people"),
+        ("train pictures.start=tiny pictures.people=nope", "nope does not exist"),
+        ("train pictures.start=nope pictures.people=people", "there is no synthesiser at nope"),
+        ("evaluate corpus=nope", "no corpus at .*/nope"),
+        ("publish synthesizer=./nope", "there is no synthesiser at .*/nope .*: give a folder that jobs/train.py"),
+        ("publish synthesizer=tiny corpus=nope labels=nope", "no corpus at .*/nope"),
+        ("publish synthesizer=tiny labels=nope", "corpus and labels belong together"),
+        ("publish synthesizer=tiny draw.guidance=2", "draw has no setting 'guidance'; there are guidance_scale, "),
+        ("serve synthesizer=tinny", "there is no synthesiser at tinny .* or the name of a shipped one: tiny"),
+        ("serve base=./nope", "there is no base model at .*/nope: set base to a folder"),
+        ("serve port=99999", "port is 99999: it is a number from 1 to 65535"),
+    ],
+)
+def test_a_dry_run_fails_where_an_input_is_missing(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "people" / "ada").mkdir(parents=True)
+    (tmp_path / "people" / "ada" / "0.jpg").write_bytes(b"never opened")
+    name, *settings = words.split()
+    settings += [] if name == "serve" else [f"output={tmp_path}/out"]
+    assert main(name, [*settings, "--dry-run"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert re.search(message, said[0]), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_port_that_is_taken_is_one_sentence_and_nothing_is_started(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main("serve", [f"port={port}", "--ray-address", "local"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"serve: port {port} is taken: end what listens there, or choose another, such as port={port + 1}\n"
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from lora_diffusion.artifacts import checksum
-from lora_diffusion.artifacts.identity import Identity
+from lora_diffusion.artifacts.identity import Identity, read_identity
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
+from lora_diffusion.factory.people import open_people
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.denoiser import count_parameters
 from lora_diffusion.synthesis.normaliser import Normaliser
@@ -35,6 +36,7 @@ def snapshot_of(config: TrainConfig) -> CorpusSnapshot | None:
     Raises ValueError if the corpus does not fit the run or the configuration, or is not what it was.
     """
     check_workers(config)
+    check_pictures(config)
     if not config.needs_corpus:
         return None
     store = open_store(config.output)
@@ -97,6 +99,17 @@ def check_workers(config: TrainConfig) -> None:
             raise ValueError(f"{name}.batch_size is {size}, for up to {most} workers: give each at least one row")
 
 
+def check_pictures(config: TrainConfig) -> None:
+    """Raises ValueError where the stage `pictures` would find nobody, or no synthesiser to start from."""
+    if "pictures" not in config.stages:
+        return
+    if not config.pictures.people:
+        raise ValueError("stage=pictures needs pictures.people: a folder, Parquet files or tars with photos of people")
+    open_people(config.pictures.people)
+    if config.pictures.start or "denoiser" not in config.stages:
+        read_identity(config.before_pictures)
+
+
 def describe(config: TrainConfig, snapshot: CorpusSnapshot | None) -> str:
     """What a run would do: rows, layout, parameters, memory, steps. Reads the corpus' statistics, no vectors or photos."""
     lines = [] if snapshot is None else _corpus_lines(config, snapshot)
@@ -104,7 +117,7 @@ def describe(config: TrainConfig, snapshot: CorpusSnapshot | None) -> str:
     if "pictures" in c.stages:
         t, drawn = c.pictures_training, c.pictures_training.batch_size * p.pictures_each
         lines.append(
-            f"pictures: people of {p.people or '(nobody: set pictures.people)'}, from {c.before_pictures}; {t.steps:,} steps of "
+            f"pictures: people of {p.people}, from {c.before_pictures}; {t.steps:,} steps of "
             f"{t.batch_size} people × {p.pictures_each} pictures × {p.num_inference_steps} sampling steps, {p.gradient_steps} of "
             f"them with gradient: about {drawn * (p.num_inference_steps + 3 * p.gradient_steps):,} passes of the base model a step"
         )

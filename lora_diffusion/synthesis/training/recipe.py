@@ -99,8 +99,8 @@ class SynthesizerTraining(TrainingRun):
         if not self._there(name):
             if not make:
                 return None
-            self._keep_config()
             pca = self._fit_pca()
+            self._keep_config()
             if pca is not None:
                 self._write_pca(name, pca, wanted)
             self.group.barrier()

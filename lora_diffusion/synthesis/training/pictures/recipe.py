@@ -18,6 +18,7 @@ from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
 from lora_diffusion.synthesis.denoiser import count_parameters, widened
 from lora_diffusion.synthesis.folder import Neighbours
 from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.training.begin import check_pictures
 from lora_diffusion.synthesis.training.pictures.people import PhotoCache
 from lora_diffusion.synthesis.training.pictures.stage import PictureStage
 from lora_diffusion.synthesis.training.run import TrainingRun
@@ -31,10 +32,7 @@ class PictureTraining(TrainingRun):
     def run(self) -> None:
         """Raises ValueError for people, a start or a base model that do not fit."""
         config, c = self.config, self.config.pictures
-        if not c.people:
-            raise ValueError(
-                "stage=pictures needs pictures.people: a folder, Parquet files or tars with photos of people"
-            )
+        check_pictures(config)
         start = Synthesizer.from_pretrained(config.before_pictures)
         base = BaseModel.from_pretrained(c.base or start.identity.base_name, self.group.device)
         start.check_base(base)
