@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,10 +311,26 @@ def make_here(args: argparse.Namespace) -> Outcome:
     load_photos(args.photos)  # what cannot be read is told before the models are loaded
     from lora_diffusion.lora import formats
     from lora_diffusion.personalize import Personalizer
+    from lora_diffusion.training.progress import Lines
 
     quieten()
+    started = time.monotonic()
+    say(f"loading the synthesiser {args.synthesizer} and its models")
     personalizer = Personalizer(args.synthesizer, args.base, recogniser=args.recogniser, device=args.device)
-    made = personalizer(args.photos, args.prompt, num_images=args.num_images, **settings_of(args))
+    identity = personalizer.synthesizer.identity
+    say(f"for {identity.base_name}, faces by {identity.recogniser_name} ({time.monotonic() - started:.1f} s)")
+    bar = Lines(sys.stderr)
+    what = "a LoRA" + f" and {args.num_images} picture{'s' * (args.num_images != 1)} of: {args.prompt}" * bool(
+        args.num_images
+    )
+    say(f"{len(args.photos)} photo{'s' * (len(args.photos) != 1)} -> {what}")
+    made = personalizer(
+        args.photos,
+        args.prompt,
+        num_images=args.num_images,
+        on_step=lambda done, steps: bar(f"drawing {done}/{steps}  ") if sys.stderr.isatty() else None,
+        **settings_of(args),
+    )
     pictures = []
     for i, pixels in enumerate(made.images_BHWC):
         buffer = io.BytesIO()
@@ -322,6 +339,11 @@ def make_here(args: argparse.Namespace) -> Outcome:
     model = personalizer.synthesizer
     file = formats.to_bytes(made.vector_N, model.layout, args.format, metadata=model.identity.metadata())
     return Outcome(file, made.seed, pictures)
+
+
+def say(line: str) -> None:
+    """What is being done. Results go to standard output."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def quieten() -> None:

@@ -9,6 +9,7 @@ Axes: B pictures, C embedding, N length of a LoRA vector, H/W pixels.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,11 @@ class Personalizer:
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         negative_prompt: str | None = None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> Personalized:
-        """`photos`: one of the person, or a list: paths, bytes, PIL images, uint8 RGB (H, W, 3). `num_images` 0 makes the LoRA only. Seeds that are left out are random, and told in the answer."""
+        """`photos`: one of the person, or a list: paths, bytes, PIL images, uint8 RGB (H, W, 3). `num_images` 0 makes the LoRA only. Seeds that are left out are random, and told in the answer.
+
+        `on_step`: called with the denoising steps of the pictures that are done, and their number."""
         defaults = self.defaults
         embedding_C = self.embedder.embed_person(photos, faces)
         seed = secrets.randbelow(2**31) if seed is None else seed
@@ -112,6 +116,7 @@ class Personalizer:
                 num_inference_steps=num_inference_steps or defaults.num_inference_steps,
                 guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
                 negative_prompt=defaults.negative_prompt if negative_prompt is None else negative_prompt,
+                on_step=on_step,
             )
         drawn = [self.embedder.find_drawn(image, max_faces=1) for image in images_BHWC]
         similarity_B = np.array([found[0].vector @ embedding_C if found else 0.0 for found in drawn], np.float32)

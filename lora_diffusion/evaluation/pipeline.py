@@ -7,7 +7,6 @@ Axes: K held-out people, N vector length.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -44,6 +43,7 @@ from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.training.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
+from lora_diffusion.training.progress import Progress
 
 FOLDER = "scores"
 
@@ -124,7 +124,7 @@ class Evaluation:
         }
         todo = [method for method in methods if method.id not in scores]
         each = len(self.config.render.pictures()[0])
-        progress = Progress(sum(method.vectors_KSN[..., 0].size for method in todo) * each)
+        progress = Progress(sum(method.vectors_KSN[..., 0].size for method in todo) * each, "pictures")
         print(
             f"{len(methods)} sets of LoRAs, {len(scores)} scored before: {progress.total:,} pictures to draw",
             flush=True,
@@ -205,19 +205,3 @@ def batches(methods: Sequence[Method], size: int) -> list[list[Request]]:
             found[-1].append(Request(method.id, int(person), method.vectors_KSN[k]))
             held += method.vectors_KSN.shape[1]
     return found
-
-
-class Progress:
-    """A line every few seconds."""
-
-    def __init__(self, total: int, every: float = 5.0) -> None:
-        self.total, self.every, self.done = total, every, 0
-        self.start = self.told = time.monotonic()
-
-    def add(self, pictures: int) -> None:
-        self.done += pictures
-        now = time.monotonic()
-        if now - self.told >= self.every or self.done == self.total:
-            self.told, rate = now, self.done / max(1e-9, now - self.start)
-            left = (self.total - self.done) / rate
-            print(f"{self.done:,}/{self.total:,} pictures, {rate:.1f}/s, {left:.0f} s left", flush=True)

@@ -1,9 +1,8 @@
-"""What a person wants to know: the plan before, the progress during, the summary after."""
+"""What a person wants to know: what it costs before, the summary after."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,32 +33,6 @@ def measured_seconds(reader: CorpusReader, shards: int = 8) -> float | None:
     for _, table in zip(range(shards), reader.tables(["finetune_seconds", "score_seconds"]), strict=False):
         rows += [row["finetune_seconds"] + row["score_seconds"] for row in table.to_pylist()]
     return float(np.mean(rows)) if rows else None
-
-
-class Progress:
-    """Lines with rate and time left; at most one every `every` seconds, and the last one."""
-
-    def __init__(self, total: int, every: float = 2.0) -> None:
-        self.total, self.every = total, every
-        self.done = self.failed = 0
-        self.start = time.monotonic()
-        self._told = -math.inf
-
-    def add(self, done: int, failed: int) -> str | None:
-        """Count people; returns a line if it is time for one."""
-        self.done, self.failed = self.done + done, self.failed + failed
-        answered, now = self.done + self.failed, time.monotonic()
-        if now - self._told < self.every and answered < self.total:
-            return None
-        self._told = now
-        seconds = max(1e-9, now - self.start)
-        rate = answered / seconds
-        left = f", {duration((self.total - answered) / rate)} left" if rate and answered < self.total else ""
-        return f"{answered}/{self.total} people, {self.failed} failed, {rate:.2f} people/s{left}"
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
 
 
 def summary(reader: CorpusReader, made: int, seconds: float) -> str:

@@ -39,7 +39,10 @@ def show_while(work: Callable[[], object], board: Any) -> None:
 
     Raises what `work` raises, and ValueError with the first error that a worker reported.
     """
+    from lora_diffusion.training.progress import Lines
+
     raised: list[BaseException] = []
+    show = Lines()
 
     def run() -> None:
         try:
@@ -53,7 +56,7 @@ def show_while(work: Callable[[], object], board: Any) -> None:
         thread.join(1.0)
         over = not thread.is_alive()
         for line in ray.get(board.take.remote()):
-            print(line, flush=True)
+            show(line)
         if over:
             break
     if raised:

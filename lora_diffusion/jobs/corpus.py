@@ -35,6 +35,7 @@ from lora_diffusion.jobs.local_ray import Need, connect, rows_of
 from lora_diffusion.jobs.synthetic import render_people
 from lora_diffusion.models.files import NotHereError, here_only
 from lora_diffusion.storage import open_store
+from lora_diffusion.training.progress import Progress
 
 Config = CorpusConfig
 USER_ERRORS = (DeviceError,)
@@ -84,13 +85,13 @@ def run(config: CorpusConfig, ray_address: str) -> None:
     begun = planning.begin(config, manifest, people)
     workers = begun.workers(ray.cluster_resources())
     print(begun.describe(workers), flush=True)
-    progress = report.Progress(sum(len(shard.identities) for shard in begun.todo))
+    progress = Progress(sum(len(shard.identities) for shard in begun.todo), "people")
     if begun.todo:
         make(begun, picture_size, workers, progress)
     finish(begun, progress)
 
 
-def make(begun: CorpusRun, picture_size: int, workers: int, progress: report.Progress) -> None:
+def make(begun: CorpusRun, picture_size: int, workers: int, progress: Progress) -> None:
     """Read, embed, fine-tune, score and commit. One row and one block of Ray Data is one shard."""
     config, need = begun.config, begun.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -117,9 +118,7 @@ def make(begun: CorpusRun, picture_size: int, workers: int, progress: report.Pro
         )
     )
     for row in rows_of(dataset):
-        line = progress.add(row["num_people"], row["num_failed"])
-        if line:
-            print(line, flush=True)
+        progress.add(row["num_people"], row["num_failed"])
 
 
 class LedgerOf:
@@ -180,7 +179,7 @@ class Make:
         return pa.Table.from_pylist([dataclasses.asdict(done)])
 
 
-def finish(begun: CorpusRun, progress: report.Progress) -> None:
+def finish(begun: CorpusRun, progress: Progress) -> None:
     """Check that nobody is missing, merge statistics, report. Raises RunAgain if somebody is in no shard."""
     config, store, shards = begun.config, begun.store, begun.plan.shards
     reader = CorpusReader(store)

@@ -52,6 +52,7 @@ def connect(address: str, needs: Sequence[Need] = ()) -> None:
     wanted = sum(need.cpus * need.count for need in needs)
     own: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)), "include_dashboard": False}
     if not ray.is_initialized():
+        print("Ray: starts on this machine" if address == "local" else f"Ray: at {address}", flush=True)
         try:
             _init(address, own if address == "local" else {})
         except (ConnectionError, ray.exceptions.RayError) as error:

@@ -99,7 +99,7 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
                 module.run(config, options.ray_address)
         return 0
     except KeyboardInterrupt:
-        print(f"{job.name}: {STOPPED}", file=sys.stderr)
+        print(f"\n{job.name}: {STOPPED}", file=sys.stderr)
         return 130
     except Exception as error:
         from lora_diffusion.jobs.causes import explain, gone
