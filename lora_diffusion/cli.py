@@ -21,7 +21,7 @@ from typing import Any
 
 from lora_diffusion import __version__
 from lora_diffusion.extras import MissingExtra, needs
-from lora_diffusion.jobs.run import JOBS, STOPPED, help_of, run_job
+from lora_diffusion.jobs.run import JOBS, help_of, run_job, stopped
 from lora_diffusion.storage import SHIPPED, local_place, open_store, place, place_or_name
 
 PROMPT = "a photo of sks person"
@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the library and the API call it faces=largest
         sys.exit(f"lora-diffusion: {str(error).replace('faces=largest', '--largest-face')}")
     except KeyboardInterrupt:
-        print(f"\nlora-diffusion: {STOPPED}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stopped("lora-diffusion"))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

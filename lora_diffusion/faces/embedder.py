@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +111,7 @@ class FaceEmbedder:
         found = self.find(image_HWC)
         return choose_face(found.faces, found.doubt, "largest" if self.config.several_faces == "largest" else "one")
 
-    def embed_person(self, photos: object, faces: Which | None = None) -> Floats:
+    def embed_person(self, photos: Any, faces: Which | None = None) -> Floats:
         """(512,) unit vector of the one person in a photo, or the mean of several: as `load_photos` takes them.
 
         faces: what a photo of several people means (default: as the configuration says). Raises PhotoError and FaceError, both

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +88,7 @@ def check_size(size: int) -> None:
         raise PhotoError("too_large", f"The file has {size / 1e6:,.0f} MB; a photo has at most {MAX_BYTES / 1e6:g} MB.")
 
 
-def load_photos(photos: object) -> list[tuple[str, Pixels]]:
+def load_photos(photos: Any) -> list[tuple[str, Pixels]]:
     """What a sentence calls each photo, and its RGB uint8 (H, W, 3). A photo, or a list of them: paths, bytes, PIL images, arrays.
 
     Raises as `load_photo`, with the photo's name.

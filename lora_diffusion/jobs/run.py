@@ -99,8 +99,7 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
                 module.run(config, options.ray_address)
         return 0
     except KeyboardInterrupt:
-        print(f"\n{job.name}: {STOPPED}", file=sys.stderr)
-        return 130
+        return stopped(job.name)
     except Exception as error:
         from lora_diffusion.jobs.causes import explain, gone
 
@@ -110,6 +109,12 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
             raise
         print(f"{job.name}: {sentence}", file=sys.stderr)
         return 1 if mend else 3
+
+
+def stopped(name: str) -> int:
+    """The exit code of Ctrl-C, which is said in a line below the terminal's ^C."""
+    print(f"{chr(10) * sys.stderr.isatty()}{name}: {STOPPED}", file=sys.stderr)
+    return 130
 
 
 def check_places(config: Any) -> None:

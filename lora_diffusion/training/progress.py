@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 import time
 from typing import Any, TextIO
@@ -82,4 +83,5 @@ class Lines:
 
 
 def bar(total: int, unit: str, file: TextIO) -> Any:
-    return tqdm(total=total, unit=f" {unit}", file=file, dynamic_ncols=True, mininterval=0.2)
+    columns = min(shutil.get_terminal_size().columns, 120)
+    return tqdm(total=total, unit=f" {unit}", file=file, ncols=columns, mininterval=0.2)
