@@ -25,6 +25,14 @@ def terminal() -> Iterator[tuple[io.TextIOWrapper, int]]:
     os.close(outer)
 
 
+def shown_on(file: io.TextIOWrapper, outer: int) -> str:
+    print("the end", file=file, flush=True)
+    shown = b""
+    while not shown.endswith(b"the end\r\n"):  # what is written comes in pieces
+        shown += os.read(outer, 100_000)
+    return shown.decode().removesuffix("the end\r\n")
+
+
 def test_a_log_gets_lines_and_always_the_last_one() -> None:
     log = io.StringIO()
     progress = Progress(40, "people", every=1000, file=log)
@@ -44,8 +52,7 @@ def test_a_terminal_gets_a_bar(terminal: tuple[io.TextIOWrapper, int]) -> None:
     progress = Progress(4, "people", file=file)
     progress.add(3)
     progress.add(0, 1)
-    file.flush()
-    shown = os.read(outer, 100_000).decode()
+    shown = shown_on(file, outer)
     assert "0/4 [" in shown
     assert "4/4 [" in shown
     assert "1 failed" in shown
@@ -61,8 +68,7 @@ def test_steps_of_a_training_move_a_bar_and_what_is_worth_keeping_stays(terminal
     for line in said:
         show(line)
         plain(line)
-    file.flush()
-    shown = os.read(outer, 100_000).decode()
+    shown = shown_on(file, outer)
     for part in (said[0], said[2], said[4], "vae: ", " 5/20 [", "20/20 [", "loss 0.3"):
         assert part in shown
     assert said[1] not in shown
