@@ -252,9 +252,9 @@ def test_it_says_what_it_is() -> None:
 def test_a_device_that_is_not_there_is_told_with_those_that_are(device: str) -> None:
     from lora_diffusion.models.stable_diffusion import BaseModel
 
-    for load in (lambda: complete().to(device), lambda: BaseModel.from_pretrained("tiny-sd", device)):
+    for place in (lambda: complete().to(device), lambda: BaseModel.from_pretrained("tiny-sd", device)):
         with pytest.raises(ValueError, match=f"there is no device '{device}' here; torch sees cpu"):
-            load()
+            place()
     assert complete().to("auto").device.type == "cpu"
 
 
