@@ -26,6 +26,7 @@ from lora_diffusion.faces.photos import load_photos
 from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
 from lora_diffusion.faces.unit import unit
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
+from lora_diffusion.models.kinds import check_pointer
 from lora_diffusion.storage import Place, PlaceOrName, local_place, place_or_name
 
 Pixels = NDArray[np.uint8]
@@ -77,12 +78,21 @@ class FaceEmbedder:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         folder = model_folder(config)
-        app = FaceAnalysis(
-            name=str(folder),
-            allowed_modules=["detection", "recognition"],
-            providers=list(config.providers),
-            sess_options=options,
-        )
+        for path in folder.glob("*.onnx"):
+            check_pointer(path)
+        try:
+            app = FaceAnalysis(
+                name=str(folder),
+                allowed_modules=["detection", "recognition"],
+                providers=list(config.providers),
+                sess_options=options,
+            )
+        except AssertionError as error:  # insightface asserts that there is one, without a word
+            raise ValueError(
+                f"{folder} holds no detector that insightface knows, such as det_10g.onnx of buffalo_l: put one there"
+            ) from error
+        except Exception as error:  # of the dozen types of onnxruntime
+            raise ValueError(f"the models in {folder} cannot be loaded ({error}): get the files again") from error
         if "recognition" not in app.models:
             raise ValueError(f"{folder} holds a detector but no recognition model (an ONNX of 112 × 112 input).")
         side = config.det_size or (128 if config.model in BUNDLED else 640)

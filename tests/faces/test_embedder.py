@@ -159,6 +159,21 @@ def test_folders_that_hold_no_models_are_named(tmp_path: Path) -> None:
     shutil.copy(BUNDLED["tiny"] / "det.onnx", tmp_path / "det.onnx")
     with pytest.raises(ValueError, match="no recognition model"):
         FaceEmbedder(EmbedderConfig(model=str(tmp_path)))
+    (tmp_path / "det.onnx").unlink()
+    shutil.copy(BUNDLED["tiny"] / "rec.onnx", tmp_path / "rec.onnx")
+    with pytest.raises(ValueError, match="no detector that insightface knows"):
+        FaceEmbedder(EmbedderConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"version https://git-lfs.github.com/spec/v1", "git lfs pull"), (b"<html>", "cannot be loaded")],
+)
+def test_a_model_that_is_no_onnx_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    shutil.copytree(BUNDLED["tiny"], tmp_path / "pack")
+    (tmp_path / "pack" / "det.onnx").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        FaceEmbedder(EmbedderConfig(model=str(tmp_path / "pack")))
 
 
 @pytest.mark.parametrize(

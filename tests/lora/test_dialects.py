@@ -114,6 +114,28 @@ def test_stabilitys_names_are_those_of_diffusers_own_converter(family: str) -> N
     assert converted == {f"{name}.{end}": f"{name}.{end}" for _, name, end in wanted}
 
 
+def test_a_file_for_sdxl_has_the_names_of_kohyas_trainer_at_full_size(tmp_path: Path) -> None:
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "downsamplers.0.conv", "upsamplers.0.conv")
+    layout = LoRALayout.from_unet(meta_unet("sdxl"), rank=1, alpha=2.0, target_modules=targets)
+    vector = random_vector(layout)
+    path = save(vector, layout, tmp_path / "x.safetensors", "kohya")
+    layers = {key.split(".")[0] for key in load_file(path)}
+    assert len(layers) == len(layout.entries)
+    # as in files that people train: sd-scripts, networks/lora.py over library/sdxl_original_unet.py
+    assert layers > {
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_8_1_transformer_blocks_9_attn2_to_out_0",
+        "lora_unet_middle_block_1_proj_in",
+        "lora_unet_middle_block_2_in_layers_2",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v",
+        "lora_unet_output_blocks_8_0_in_layers_2",
+    }
+    assert not any("down_blocks" in layer or "up_blocks" in layer or "mid_block" in layer for layer in layers)
+    assert torch.equal(load(path, layout), vector)
+
+
 def test_shapes_that_hold_the_same_numbers_are_the_same(tmp_path: Path) -> None:
     """Stable Diffusion 1.5 has 1 x 1 convolutions where SDXL has linear layers; trainers write either as the other."""
     vector = random_vector()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +13,12 @@ import numpy as np
 import peft
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from ldm_names import ldm_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_xl import tiny_xl
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.make import LoRAMaker
@@ -25,7 +29,9 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.photo_data import PersonPhotos
 from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.lora.rendering import initial_noise, render
-from lora_diffusion.models.parts import is_xl
+from lora_diffusion.models.clip_tokenizer import clip_tokenizer
+from lora_diffusion.models.known_unets import meta_unet
+from lora_diffusion.models.parts import Parts, is_xl
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.serving.engine import Picture, RenderEngine
 
@@ -84,6 +90,17 @@ def test_the_mended_vae_runs_in_the_dtype_of_the_unet(tmp_path: Path) -> None:
     pipe.vae.register_to_config(force_upcast=False)
     pipe.save_pretrained(tmp_path)
     assert BaseModel.from_pretrained(str(tmp_path), dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+
+
+def test_another_size_is_a_line_of_the_unets_configuration(folder: Path, base: BaseModel, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "wide")
+    config = tmp_path / "wide" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 12}))
+    wide = BaseModel.from_pretrained(str(tmp_path / "wide"))
+    assert (wide.image_size, wide.fingerprint) == (48, base.fingerprint)
+    assert render(wide, None, PROMPTS[:1], [0], num_inference_steps=1).shape == (1, 48, 48, 3)
+    added = wide.conditioning(wide.encode_prompts(PROMPTS[:1]), torch.zeros(1, *wide.latent_shape))["added_cond_kwargs"]
+    assert added["time_ids"].tolist() == [[48, 48, 0, 0, 48, 48]]
 
 
 def test_prompts_are_encoded_as_diffusers_does(base: BaseModel, pipe: StableDiffusionXLPipeline) -> None:
@@ -221,3 +238,34 @@ def test_the_corpus_job_tries_a_step_of_its_work_on_it(
     maker = LoRAMaker(config)
     maker.try_out()
     assert maker.manifest().base["fingerprint"] == base.fingerprint
+
+
+def test_at_full_size_prompts_layers_and_gradients_fit() -> None:
+    """Without weights: what each part gives has the shape that the next one takes."""
+    sizes = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072}
+    second = {"num_hidden_layers": 32, "num_attention_heads": 20, "hidden_size": 1280, "intermediate_size": 5120}
+    with torch.device("meta"):
+        encoders = [
+            CLIPTextModel(CLIPTextConfig(**sizes)),
+            CLIPTextModelWithProjection(CLIPTextConfig(**second, projection_dim=1280)),
+        ]
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+    parts = meta_unet("sdxl"), vae, encoders[0], clip_tokenizer(), DDIMScheduler()
+    check = replace(Parts(*parts), text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer(pad_token="!"))
+    base = BaseModel.from_pipeline(check, "meta")
+    layout = LoRALayout.from_unet(base.unet, rank=1, target_modules=("to_q", "to_v"))
+    assert layout.size == 725_760
+    vectors_KN = torch.zeros(2, layout.size, device="meta", requires_grad=True)
+    latents = torch.zeros(2, 4, 128, 128, device="meta")
+    text = base.encode_prompts(PROMPTS)
+    with LoRABank(base.unet, layout).active(vectors_KN, 1):
+        answer = base.unet(latents, torch.zeros(2, device="meta"), **base.conditioning(text, latents)).sample
+        answer.sum().backward()
+    assert answer.shape == latents.shape
+    assert vectors_KN.grad is not None
+    assert base.pictures(answer).shape == (2, 3, 1024, 1024)
