@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"seconds by folder: {line}")
 
 
-pytest_plugins = ["serve_client"]  # the HTTP API in this process: `api`, `studio`, `synthesizer`
+pytest_plugins = ["serve_client", "chromium"]  # the HTTP API in this process: `api`, `studio`, `synthesizer`; `browser`
 
 
 _S3 = new_server()

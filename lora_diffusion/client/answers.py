@@ -120,6 +120,17 @@ Event = LoRA | Progress | Image | Pictures
 
 
 @dataclass(frozen=True)
+class Likeness:
+    """Cosines with the photos, on one scale: of faces drawn without a LoRA (base), with the nearest one in training and with the
+    person's own, and of the photos among each other. None: there is no table of the training, or one photo alone."""
+
+    base: float
+    nearest: float | None
+    lora: float
+    photos: float | None
+
+
+@dataclass(frozen=True)
 class Latent:
     """A person in the synthesiser's own code: small, and enough to make the LoRA again with the model that made it."""
 

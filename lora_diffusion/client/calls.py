@@ -34,7 +34,7 @@ class SamplingOptions(TypedDict, total=False):
     deviation_scale: float
 
 
-class ImageOptions(TypedDict, total=False):
+class DrawOptions(TypedDict, total=False):
     """How pictures are drawn. Picture i has image_seed + i."""
 
     negative_prompt: str
@@ -42,7 +42,17 @@ class ImageOptions(TypedDict, total=False):
     image_seed: int
     guidance_scale: float
     num_inference_steps: int
+
+
+class ImageOptions(DrawOptions, total=False):
+    """And what of the LoRA, in which format."""
+
     image_format: Literal["png", "jpeg", "webp"]
+    lora_scale: float
+
+
+class LikenessOptions(SamplingOptions, DrawOptions, total=False):
+    """As for a picture, without its format."""
 
 
 class PersonalizeOptions(SamplingOptions, ImageOptions, total=False):
@@ -173,6 +183,17 @@ def edit(person: Person, edits: Mapping[str, float], *, deviation_scale: float |
 def interpolate(a: Person, b: Person, positions: Sequence[float]) -> Call[list[answers.LoRA]]:
     """LoRAs on the way from a (0) to b (1)."""
     return Call("POST", "v1/interpolations", _loras, {"a": _person(a), "b": _person(b), "positions": list(positions)})
+
+
+def likeness(
+    photos: Photo | Sequence[Photo], prompt: str, **options: Unpack[LikenessOptions]
+) -> Call[answers.Likeness]:
+    """How like the person drawn faces are, with the landmarks to read it against."""
+
+    def parse(response: httpx.Response) -> answers.Likeness:
+        return answers.Likeness(**response.json())
+
+    return Call("POST", "v1/likeness", parse, {"prompt": prompt, **options}, read(photos))
 
 
 def model() -> Call[dict[str, Any]]:

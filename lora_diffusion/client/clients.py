@@ -111,6 +111,7 @@ class Client(_Shared):
     images = _now(calls.images)
     edit = _now(calls.edit)
     interpolate = _now(calls.interpolate)
+    likeness = _now(calls.likeness)
     model = _now(calls.model)
 
     def __init__(
@@ -177,6 +178,7 @@ class AsyncClient(_Shared):
     images = _awaited(calls.images)
     edit = _awaited(calls.edit)
     interpolate = _awaited(calls.interpolate)
+    likeness = _awaited(calls.likeness)
     model = _awaited(calls.model)
 
     def __init__(

@@ -49,15 +49,15 @@ def check_recogniser(fingerprint: str | None, ours: Mapping[str, str]) -> None:
         )
 
 
-def unit_embedding(values: Sequence[float], size: int) -> Floats:
+def unit_embedding(values: Sequence[float], size: int, name: str = "embedding") -> Floats:
     """(C,) of unit length. Raises ApiError for another length, and for one that points nowhere."""
     vector = np.asarray(values, np.float64)
     if len(vector) != size:
         raise ApiError(
-            "invalid_request", f"embedding has {len(vector)} numbers; the recogniser of this server gives {size}."
+            "invalid_request", f"{name} has {len(vector)} numbers; the recogniser of this server gives {size}."
         )
     largest = float(np.abs(vector).max())
     if largest < 1e-6:
-        raise ApiError("invalid_request", "embedding is zero: it shows nobody. Ask POST /v1/embeddings for one.")
+        raise ApiError("invalid_request", f"{name} is zero: it shows nobody. Ask POST /v1/embeddings for one.")
     # numbers near the end of the range must not overflow in the norm
     return unit(vector if largest <= 1 else vector / largest)

@@ -33,6 +33,7 @@ EXAMPLES: dict[str, Any] = {
     "LorasRequest": {"photos": [PHOTO], "seed": 7, "score": True},
     "ImagesRequest": {"lora": ID, "prompt": PROMPT, "num_images": 2, "image_seed": 11},
     "PersonalizeRequest": {"photos": [PHOTO], "prompt": PROMPT, "num_images": 4, "format": "diffusers"},
+    "LikenessRequest": {"photos": [PHOTO, PHOTO], "prompt": PROMPT, "num_images": 4},
     "EditsRequest": {"lora": ID, "edits": {"older": 2.0, "glasses": -1.0}},
     "InterpolationsRequest": {"a": {"lora": ID}, "b": {"lora": OTHER}, "num": 5},
     "EmbeddingsResponse": {"photos": [{"width": 160, "height": 180, "faces": [FACE]}]},
@@ -45,8 +46,9 @@ EXAMPLES: dict[str, Any] = {
         "images": [IMAGE],
         "file": {"name": "lora.safetensors", "media_type": "application/octet-stream", "data": "AAAA"},
     },
+    "LikenessResponse": {"base": 0.05, "nearest": 0.44, "lora": 0.61, "photos": 0.79},
     "ModelResponse": {
-        "base": {"name": "tiny-sd", "fingerprint": "12fd", "image_size": 64},
+        "base": {"name": "tiny-sd", "fingerprint": "12fd", "image_size": 64, "words": ["beach", "photo", "smiling"]},
         "layout": {"layout_id": "a1b2", "rank": 1, "alpha": 1.0, "size": 199680, "target_modules": ["to_q", "to_v"]},
         "synthesizer": {
             "id": LATENT["model"],
@@ -55,6 +57,7 @@ EXAMPLES: dict[str, Any] = {
             "attributes": ["glasses", "long hair", "older"],
         },
         "recogniser": "tiny",
+        "people": "rendered",
         "identity": {"base": {"name": "tiny-sd", "fingerprint": "12fd"}, "layout_id": "a1b2"},
         "formats": list(LORA["files"]),
         "limits": {"max_images": 8, "max_photos": 8},

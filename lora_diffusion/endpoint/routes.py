@@ -15,8 +15,9 @@ from lora_diffusion.endpoint.checks import check_limits, check_recogniser, unit_
 from lora_diffusion.endpoint.docs import LORA_FILES, PICTURES, WITH_PHOTOS, operation
 from lora_diffusion.endpoint.problems import PHOTO_REASONS, ApiError
 from lora_diffusion.endpoint.routing import Endpoint
-from lora_diffusion.endpoint.studio import Made, Sampled, Studio, new_seed, together
-from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, LatentTask, Owner
+from lora_diffusion.endpoint.studio import Made, Sampled, Studio, mean_cosine, new_seed, together
+from lora_diffusion.faces.embedder import BUNDLED
+from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, Floats, LatentTask, Owner
 
 # the API says it of latents where pictures have the same setting
 T = TypeVar("T")
@@ -87,6 +88,8 @@ class Routes:
                         )
                         for face in photo.faces
                     ],
+                    reason=photo.doubt.reason if photo.doubt else None,
+                    detail=f"The photo {photo.doubt.sentence}" if photo.doubt else None,
                 )
                 for photo in found
             ]
@@ -135,6 +138,19 @@ class Routes:
     async def personalize(self, asked: schemas.PersonalizeRequest, request: Request) -> Any:
         """LoRA and scored pictures in one go."""
         return await self._draw(asked, request, asked.format)
+
+    @route("POST", "/v1/likeness", "pictures", "How like the person", schemas.LikenessResponse, SAMPLED)
+    async def likeness(self, asked: schemas.LikenessRequest, request: Request) -> schemas.LikenessResponse:
+        """Base model, nearest LoRA of the training, the person's own LoRA and own photos, on one scale."""
+        photos = None
+        if asked.photos:
+            vectors = await self.studio.embeddings(asked.photos, asked.faces, deadline(request))
+            photos = mean_cosine(vectors)
+            asked = asked.model_copy(update={"embedding": np.mean(vectors, axis=0).tolist()})
+        (sampled,) = await self._samples(asked, request, 1)
+        task = replace(self._task(asked, "", 1.0), reference_C=sampled.embedding_C)
+        marks = await self.studio.landmarks(task, sampled, self._deviation(asked), deadline(request))
+        return schemas.LikenessResponse(**marks, photos=photos)
 
     @route("POST", "/v1/edits", "LoRAs", "The LoRA of a changed person", schemas.LorasResponse, CHANGED, status=201)
     async def edits(self, asked: schemas.EditsRequest, request: Request) -> schemas.LorasResponse:
@@ -195,6 +211,7 @@ class Routes:
             layout=about["layout"],
             synthesizer=about["synthesizer"],
             recogniser=self.config.embedder.get("model") or about["identity"]["recogniser"]["name"],
+            people="rendered" if about["identity"]["recogniser"]["name"] in BUNDLED else "photographed",
             formats=list(FILE_NAMES),
             limits={name: getattr(limits, name) for name in limits.__dataclass_fields__},
             defaults=defaults,
@@ -209,9 +226,8 @@ class Routes:
         if isinstance(asked, schemas.AnySource) and asked.latent is not None:
             return [Sampled(_code(asked.latent))]
         if isinstance(asked, schemas.FaceSource) and asked.embedding is not None:
-            about = self._about = self._about or await self.studio.denoiser.describe()  # a reload keeps the recogniser
-            check_recogniser(asked.recogniser, about["identity"]["recogniser"])
-            embedding_C = unit_embedding(asked.embedding, about["synthesizer"]["embedding_size"])
+            check_recogniser(asked.recogniser, (await self._known())["identity"]["recogniser"])
+            embedding_C = await self._embedding(asked.embedding)
         else:
             embedding_C = await self.studio.embedding(asked.photos or [], asked.faces, deadline(request))
         sampling = self.config.sampling
@@ -225,6 +241,13 @@ class Routes:
         )
         seeds = [(first + i) % (schemas.MAX_SEED + 1) for i in range(count)]
         return await self.studio.sample([replace(task, seed=seed) for seed in seeds], deadline(request))
+
+    async def _known(self) -> dict[str, Any]:
+        self._about = self._about or await self.studio.denoiser.describe()  # a reload keeps the recogniser
+        return self._about
+
+    async def _embedding(self, values: list[float], name: str = "embedding") -> Floats:
+        return unit_embedding(values, (await self._known())["synthesizer"]["embedding_size"], name)
 
     async def _make(
         self, asked: schemas.Sampling, request: Request, count: int, format: str | None = None
@@ -259,39 +282,38 @@ class Routes:
             )
         lora_id = asked.lora if isinstance(asked, schemas.ImagesRequest) else None
         made = Made(Decoded(lora_id)) if lora_id else (await self._make(asked, request, 1, format))[0]
+        reference_C = made.sampled.embedding_C if made.sampled else None
+        if isinstance(asked, schemas.ImagesRequest) and asked.reference is not None:
+            reference_C = await self._embedding(asked.reference, "reference")
+        task = replace(
+            self._task(asked, owner(request).place(made.decoded.lora_id), asked.lora_scale),
+            image_format=answers.image_format(request, asked),
+            record=made.record,
+            reference_C=reference_C,
+        )
+        return await answers.Pictures(self.studio, made, task, deadline(request), root_of(request), format).answer(how)
+
+    def _task(self, asked: schemas.DrawOptions, lora_id: str, lora_scale: float) -> DrawTask:
         first = new_seed() if asked.image_seed is None else asked.image_seed
         sampling = self.config.sampling
-        task = DrawTask(
-            lora_id=owner(request).place(made.decoded.lora_id),
+        return DrawTask(
+            lora_id=lora_id,
             prompt=asked.prompt,
             negative_prompt=_given(asked.negative_prompt, sampling.negative_prompt),
             seeds=tuple((first + i) % (schemas.MAX_SEED + 1) for i in range(asked.num_images)),
             guidance_scale=_given(asked.guidance_scale, sampling.guidance_scale),
             num_inference_steps=_given(asked.num_inference_steps, sampling.num_inference_steps),
-            image_format=answers.image_format(request, asked),
-            record=made.record,
-            reference_C=made.sampled.embedding_C if made.sampled else None,
+            lora_scale=lora_scale,
         )
-        return await answers.Pictures(self.studio, made, task, deadline(request), root_of(request), format).answer(how)
 
-    async def _score(self, made: Made, until: float) -> float | None:
+    async def _score(self, made: Made, until: float) -> float:
         """Similarity of one picture, drawn with the server's prompt for scores."""
         if made.sampled is None or made.sampled.embedding_C is None:
             raise ApiError("invalid_request", "score compares with photos or an embedding: give one of them.")
-        sampling = self.config.sampling
-        task = DrawTask(
-            lora_id=made.decoded.lora_id,
-            prompt=sampling.score_prompt,
-            negative_prompt=sampling.negative_prompt,
-            seeds=(0,),
-            guidance_scale=sampling.guidance_scale,
-            num_inference_steps=sampling.num_inference_steps,
-            record=made.record,
-            reference_C=made.sampled.embedding_C,
-        )
-        whole = await answers.Pictures(self.studio, made, task, until).answer("json")
-        similarity: float | None = whole.lora.similarity
-        return similarity
+        asked = schemas.DrawOptions.model_validate({"prompt": self.config.sampling.score_prompt, "image_seed": 0})
+        task = self._task(asked, made.decoded.lora_id, 1.0)
+        task = replace(task, record=made.record, reference_C=made.sampled.embedding_C)
+        return await self.studio.likeness(task, until)
 
     def _deviation(
         self, asked: schemas.Sampling | schemas.EditsRequest | schemas.InterpolationsRequest

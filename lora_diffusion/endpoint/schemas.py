@@ -147,7 +147,7 @@ class AnySource(FaceSource):
     )
 
 
-class ImageOptions(Request):
+class DrawOptions(Request):
     prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(
         description="call the person `sks person`", json_schema_extra={"minLength": 1}
     )
@@ -156,7 +156,11 @@ class ImageOptions(Request):
     image_seed: int | None = Field(None, ge=0, le=MAX_SEED)
     guidance_scale: Number | None = Field(None, ge=1)
     num_inference_steps: int | None = Field(None, ge=1)
+
+
+class ImageOptions(DrawOptions):
     image_format: ImageFormat = "png"
+    lora_scale: Number = Field(1.0, ge=0, le=2, description="of what the LoRA adds to the base model; 0: nothing")
 
 
 class EmbeddingsRequest(Request):
@@ -184,11 +188,20 @@ class ImagesRequest(AnySource, ImageOptions):
 
     one_of = ("lora", "lora_file", "latent", "embedding", "photos")
     lora: LoRAId | None = None
+    reference: Floats | None = Field(
+        None, description="embedding that drawn faces are compared with; left out: that of the photos or the embedding"
+    )
 
 
 class PersonalizeRequest(Sampling, ImageOptions):
     photos: Files = Field(description="photos of one person, base64")
     format: FileFormat | None = Field(None, description="put the LoRA file into the answer, too")
+
+
+class LikenessRequest(FaceSource, DrawOptions):
+    """Exactly one of photos and embedding."""
+
+    one_of = ("photos", "embedding")
 
 
 class EditsRequest(LatentOrLoRA):
@@ -223,7 +236,9 @@ class Face(BaseModel):
 class PhotoFaces(BaseModel):
     width: int
     height: int
-    faces: list[Face] = Field(description="largest first; empty if there is none")
+    faces: list[Face] = Field(description="largest first; empty if there is none that can be used")
+    reason: str | None = Field(None, description="why there is none, as other routes refuse such a photo")
+    detail: str | None = None
 
 
 class EmbeddingsResponse(BaseModel):
@@ -274,6 +289,15 @@ class Image(BaseModel):
     similarity: float | None = Field(None, description="cosine of the drawn face with the photo's, 0 without a face")
 
 
+class LikenessResponse(BaseModel):
+    """Cosines with the photos, on one scale: of faces drawn by the same prompt and seeds (0 without one), and of the photos."""
+
+    base: float = Field(description="without a LoRA: a stranger")
+    nearest: float | None = Field(description="with the LoRA of the nearest person in training; none without a table")
+    lora: float = Field(description="with the person's own LoRA")
+    photos: float | None = Field(description="among the person's photos; none for fewer than two")
+
+
 class ImagesResponse(BaseModel):
     lora: LoRA
     images: list[Image]
@@ -292,12 +316,13 @@ class PersonalizeResponse(ImagesResponse):
 class ModelResponse(BaseModel):
     """What this server serves."""
 
-    base: dict[str, Any] = Field(description="name, fingerprint, image_size (px)")
+    base: dict[str, Any] = Field(description="name, fingerprint, image_size (px), words (null: it knows a language)")
     layout: dict[str, Any] = Field(description="layout_id, rank, alpha, size (floats of a LoRA), target_modules")
     synthesizer: dict[str, Any] = Field(
         description="id, latent_size, embedding_size, attributes (for edits), latent_sampling (recommended)"
     )
     recogniser: str
+    people: Literal["rendered", "photographed"] = Field(description="whose photos the recogniser knows")
     identity: dict[str, Any] = Field(
         description="what LoRAs and embeddings of this server belong to: base and recogniser (name, fingerprint), layout_id, "
         "start, recipe_id"

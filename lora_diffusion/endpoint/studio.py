@@ -12,7 +12,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -98,11 +98,15 @@ class Studio:
 
     async def embedding(self, photos: Sequence[Upload], which: Which, deadline: float) -> Floats:
         """(C,) unit vector of the one person in the photos. Raises FaceError for no face, or several."""
+        return unit(np.mean(await self.embeddings(photos, which, deadline), axis=0))
+
+    async def embeddings(self, photos: Sequence[Upload], which: Which, deadline: float) -> list[Floats]:
+        """As `embedding`, of each photo."""
         vectors = []
         for i, found in enumerate(await self.faces(photos, deadline)):
             name = _name(photos[i], i, photos) or "The photo"
             vectors.append(choose_face(found.faces, found.doubt, which, name).embedding_C)
-        return unit(np.mean(vectors, axis=0))
+        return vectors
 
     async def sample(self, tasks: Sequence[LatentTask], deadline: float) -> list[Sampled]:
         answers = await together(self.denoiser.sample(task, deadline) for task in tasks)
@@ -168,6 +172,30 @@ class Studio:
                 await asyncio.sleep(PAUSE_SECONDS * attempt)
             finally:
                 await stream.aclose()
+
+    async def likeness(self, task: DrawTask, deadline: float) -> float:
+        """Mean similarity of the task's pictures with its reference; one without a face counts 0."""
+        drawn = [event async for event in self.draw(task, deadline) if isinstance(event, DrawnImage)]
+        return float(np.mean([image.similarity or 0.0 for image in drawn]))
+
+    async def landmarks(
+        self, task: DrawTask, person: Sampled, deviation_scale: float | None, deadline: float
+    ) -> dict[str, Any]:
+        """What the person's likeness is to be read against, by the same prompt and seeds: base, nearest and lora."""
+        assert task.reference_C is not None
+        near = await self.denoiser.neighbour(task.reference_C)
+        own = replace(task, record=LoRARecord(person.code, deviation_scale))
+        tasks = [replace(own, lora_scale=0.0), own]
+        if near is not None:
+            tasks.append(replace(task, record=LoRARecord(near, deviation_scale)))
+        base, lora, *nearest = await together(self.likeness(task, deadline) for task in tasks)
+        return {"base": base, "nearest": nearest[0] if nearest else None, "lora": lora}
+
+
+def mean_cosine(vectors: Sequence[Floats]) -> float | None:
+    """Of unit vectors, over all pairs; None for fewer than two."""
+    cosines = [float(a @ b) for i, a in enumerate(vectors) for b in vectors[:i]]
+    return float(np.mean(cosines)) if cosines else None
 
 
 def _name(photo: Upload, index: int, photos: Sequence[Upload]) -> str:

@@ -28,6 +28,7 @@ from lora_diffusion.storage import place_or_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = {"tiny-sd": ASSETS / "tiny-sd"}
+FEW_TOKENS = 10_000  # a tokenizer of fewer knows single words, no language
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -204,6 +205,14 @@ class BaseModel:
         if is_xl(self):
             return stable_diffusion_xl.conditioning(self, text_BSD, latents_BCHW)
         return {"encoder_hidden_states": text_BSD}
+
+    @property
+    def words(self) -> list[str] | None:
+        """The words that a prompt can be made of, where the model learnt few; None: its tokenizer knows a language."""
+        if len(self.tokenizer) > FEW_TOKENS:
+            return None
+        known = (token.removesuffix("</w>") for token in self.tokenizer.get_vocab() if token.endswith("</w>"))
+        return sorted(token for token in known if token.isascii() and token.isalpha())
 
 
 def count_parameters(module: nn.Module) -> int:

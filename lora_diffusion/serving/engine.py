@@ -28,7 +28,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Picture:
-    """What to draw. vector_N: the person's LoRA, float32 (N,)."""
+    """What to draw. vector_N: the person's LoRA, float32 (N,); lora_scale: of what it adds to the base model."""
 
     vector_N: NDArray[np.float32]
     prompt: str
@@ -36,6 +36,7 @@ class Picture:
     seed: int = 0
     guidance_scale: float = 3.0
     num_inference_steps: int = 20
+    lora_scale: float = 1.0
 
 
 @dataclass(eq=False)
@@ -85,7 +86,8 @@ class RenderEngine:
     def admit(self, pictures: list[Picture]) -> list[Row]:
         """Add the pictures of one request to the batch. Whatever their data makes raise, the batch is as it was."""
         vectors_BN = torch.from_numpy(np.stack([p.vector_N for p in pictures])).float().to(self.base.device)
-        self.layout.check(vectors_BN)
+        for _, B_BOR in self.layout.split(vectors_BN).values():  # views: the product B A scales with B
+            B_BOR *= torch.tensor([p.lora_scale for p in pictures], device=B_BOR.device).view(-1, 1, 1)
         prompts = [text for p in pictures for text in (p.negative_prompt, p.prompt)]
         text_BSD = self.base.encode_prompts(prompts).to(self.base.dtype)
         noise = initial_noise(self.base, [p.seed for p in pictures])

@@ -139,6 +139,14 @@ class LatentStage:
         a_Z, b_Z = (_of_size(code, model.code_size) for code in (a, b))
         return [Code(model.interpolate(a_Z, b_Z, t), a.model_id) for t in positions]
 
+    def neighbour(self, embedding_C: Floats) -> Code | None:
+        """The code of the nearest person of the corpus, or None if the synthesiser carries no table of them."""
+        model_id, model = self.models.current_id, self.models.current
+        if model.neighbours is None:
+            return None
+        (row,), _ = model.nearest(embedding_C)
+        return Code(model.neighbours.codes_PZ[row].float().cpu().numpy(), model_id)
+
 
 class VectorStage:
     """Codes -> LoRA vectors (N,), float32."""

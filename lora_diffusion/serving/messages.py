@@ -123,7 +123,8 @@ class Decoded:
 class DrawTask:
     """Pictures of one person. Picture i has the seed `seeds[i]`.
 
-    lora_id: its name in the library. record: of a LoRA that was made for this task, so that the library need not be asked.
+    lora_id: its name in the library. lora_scale: of what the LoRA adds to the base model; 0 draws with the base model alone.
+    record: of a LoRA that was made for this task, so that the library need not be asked.
     reference_C: the person's embedding, to score the pictures with; None: no scores.
     image_format: "png", "jpeg" or "webp".
     """
@@ -135,6 +136,7 @@ class DrawTask:
     guidance_scale: float
     num_inference_steps: int
     image_format: str = "png"
+    lora_scale: float = 1.0
     record: LoRARecord | None = None
     reference_C: Floats | None = None
 

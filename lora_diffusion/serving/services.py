@@ -66,6 +66,10 @@ class Denoiser:
     async def interpolate(self, a: Code, b: Code, positions: Sequence[float]) -> list[Code]:
         return await asyncio.to_thread(self._stage.interpolate, a, b, positions)
 
+    async def neighbour(self, embedding_C: Floats) -> Code | None:
+        """Code of the nearest person that the synthesiser was trained on; None where it carries no table of them."""
+        return await asyncio.to_thread(self._stage.neighbour, embedding_C)
+
     async def reconfigure(self, options: Mapping[str, Any]) -> None:
         """Serve calls this with `user_config`: `synthesizer` is served from now on, requests in hand keep theirs."""
         if "synthesizer" in options:
@@ -204,7 +208,15 @@ class Renderer:
             assert self._decoder is not None, "no decoder: every task must bring its vector"
             vector_N = await self._decoder.vector(task.lora_id, task.record, deadline)
         pictures = [
-            Picture(vector_N, task.prompt, task.negative_prompt, seed, task.guidance_scale, task.num_inference_steps)
+            Picture(
+                vector_N,
+                task.prompt,
+                task.negative_prompt,
+                seed,
+                task.guidance_scale,
+                task.num_inference_steps,
+                task.lora_scale,
+            )
             for seed in task.seeds
         ]
         async with aclosing(self._drawing.draw(pictures, deadline)) as events:
@@ -219,7 +231,12 @@ class Renderer:
 
     async def describe(self) -> dict[str, Any]:
         fingerprint = await asyncio.to_thread(lambda: self._base.fingerprint)
-        return {"name": self._base.name, "fingerprint": fingerprint, "image_size": self._base.image_size}
+        return {
+            "name": self._base.name,
+            "fingerprint": fingerprint,
+            "image_size": self._base.image_size,
+            "words": self._base.words,
+        }
 
     async def ready(self) -> bool:
         return True

@@ -96,6 +96,10 @@ def test_edits_interpolations_latents_and_uploads(client: Client) -> None:
     assert client.model()["synthesizer"]["attributes"] == ["smile", "age"]
     ((face,),) = client.embeddings([ADA])
     assert len(face.embedding) == 512
+    like = client.likeness([ADA, BOB], PROMPT, num_images=1, seed=0)
+    assert like.photos is not None
+    assert like.photos < 0.9
+    assert max(like.lora, like.base) <= 1
 
 
 def test_what_was_deleted_is_gone_and_deleting_it_again_is_no_error(client: Client) -> None:

@@ -208,7 +208,8 @@ def test_lora_that_was_just_made_is_drawn_although_the_library_lost_it(
 def test_model_tells_what_a_client_needs_to_know(api: Client) -> None:
     model = api("GET", "/v1/model").json()
     base = base_model()
-    assert model["base"] == {"name": "tiny-sd", "fingerprint": base.fingerprint, "image_size": 64}
+    shipped = {"name": "tiny-sd", "fingerprint": base.fingerprint, "image_size": 64, "words": base.words}
+    assert (model["base"], model["people"]) == (shipped, "rendered")
     assert model["layout"]["layout_id"] == LoRALayout.from_unet(base.unet).layout_id
     assert model["synthesizer"]["attributes"] == ["smile", "age"]
     assert model["limits"]["max_images"] == 4

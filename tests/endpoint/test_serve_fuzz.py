@@ -35,6 +35,7 @@ OPERATIONS = (
     ("/v1/personalize", "POST"),
     ("/v1/edits", "POST"),
     ("/v1/interpolations", "POST"),
+    ("/v1/likeness", "POST"),
     ("/v1/model", "GET"),
 )
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]

@@ -2,7 +2,8 @@
 
 const RETRIES = 4;
 let key = sessionStorage.getItem("api-key") ?? "";
-const deletionToken = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+const deletionToken = sessionStorage.getItem("deletion-token") ?? Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+sessionStorage.setItem("deletion-token", deletionToken);
 let askForKey = async () => "";
 
 export class Problem extends Error {
@@ -18,14 +19,10 @@ export function setUp({ ask }) {
   askForKey = ask;
 }
 
-/** Form data of plain values, JSON values and blobs; what is undefined, null or "" is left out. */
+/** Form data of blobs, several of a name. */
 export function form(values) {
   const data = new FormData();
-  for (const [name, value] of Object.entries(values)) {
-    if (value === undefined || value === null || value === "") continue;
-    if (value instanceof Blob) data.append(name, value, "photo");
-    else data.append(name, typeof value === "object" ? JSON.stringify(value) : String(value));
-  }
+  for (const [name, blobs] of Object.entries(values)) for (const blob of blobs) data.append(name, blob, "photo");
   return data;
 }
 
@@ -42,7 +39,7 @@ export async function fetchFile(path, options = {}) {
   return { blob: await response.blob(), name: name ?? "lora.safetensors" };
 }
 
-/** Calls onEvent(name, data) for each event; resolves after the last one. An event `problem` is thrown. */
+/** Calls onEvent(name, data), which may be async, for each event; resolves after the last one. An event `problem` is thrown. */
 export async function listen(path, { onEvent, ...options }) {
   const response = await send(path, { accept: "text/event-stream", ...options });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -64,7 +61,7 @@ export async function listen(path, { onEvent, ...options }) {
       const data = JSON.parse(fields.data);
       if (fields.event === "problem") throw new Problem(data);
       finished ||= fields.event === "done";
-      onEvent(fields.event, data);
+      await onEvent(fields.event, data);
     }
   }
   if (!finished) throw new Problem({ detail: "The connection broke off before all pictures were there. Draw again." });

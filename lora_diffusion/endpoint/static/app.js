@@ -1,311 +1,304 @@
 // The page: a photo becomes a person (one LoRA), the person is drawn, changed, and taken away as a file.
 
-import { Problem, ask, fetchFile, form, listen, setUp } from "./api.js";
+import { Problem, ask, fetchFile, listen } from "./api.js";
 import { startBlend } from "./blend.js";
-import { crop, prepare } from "./photos.js";
-import { clear, fill, make, place } from "./pictures.js";
+import { startCamera } from "./camera.js";
+import { startCode } from "./code.js";
+import { showLikeness } from "./likeness.js";
+import { startPeople } from "./people.js";
+import { learnFace, makeLoRA, newPerson } from "./person.js";
+import { prepare } from "./photos.js";
+import { blobOf, make, save, thumbnail, urlOf } from "./pictures.js";
+import * as session from "./session.js";
+import { SUBJECT, startSettings, toBody } from "./settings.js";
+import { startSliders } from "./sliders.js";
+import { startStage } from "./stage.js";
+import { answerOf, calm, copyText, duration, guard, listenToClose, progress, say, setWays, tell } from "./voice.js";
 
 const $ = (id) => document.getElementById(id);
-const SUBJECT = "sks person";
-const SLIDERS = 8;
-const IDEAS = {
-  "On a beach": "a photo of sks person, smiling, beach background",
-  "In a forest": "a photo of sks person, neutral, soft daylight, forest background",
-  "City at night": "a photo of sks person, slight smile, flash, night lights background",
-  "Studio portrait": "a photo of sks person, neutral, studio light, dark studio background",
-  "Laughing": "a photo of sks person, laughing, soft daylight, garden background",
-  "Surprised": "a photo of sks person, surprised, yellow wall background",
-};
+const MARKED = 2; // pictures that a landmark of the likeness is the mean of
 
 let model; // GET /v1/model
-let person; // {name, photo: Blob, url, base: LoRA of the photo, lora: the one shown, faces}
+let person; // see newPerson; marks: {key, base, nearest}
+let shown; // what was drawn last: {person, lora, strengths, settings, similarity}
 let drawing = new AbortController();
-const strengths = {}; // attribute -> standard deviations, only those that are not 0
+const bases = new Map(); // settings of a picture -> promise of the URL of the same without the LoRA
 
-// -- a photo -----------------------------------------------------------------------------------------------------------
+// -- photos ------------------------------------------------------------------------------------------------------------
 
-async function choose(file, name, faces = "one") {
-  if (!file) return;
-  if (file.type && !file.type.startsWith("image/")) {
-    return tell(new Problem({ detail: `${file.name || "This"} is not a picture. Choose a photo (JPEG, PNG or WebP).` }));
-  }
+async function choose(files, name, again) {
+  const photos = [...files].filter((file) => !file.type || file.type.startsWith("image/"));
+  if (!files.length) return;
+  if (!photos.length) throw new Problem({ detail: `${files[0].name || "This"} is not a picture. Choose a photo (JPEG, PNG or WebP).` });
   calm();
-  if (person) URL.revokeObjectURL(person.url);
-  const photo = await prepare(file);
-  person = { name: name ?? "Your person", photo, url: URL.createObjectURL(file), faces };
-  for (const attribute of Object.keys(strengths)) delete strengths[attribute];
-  showStudio();
+  const whose = photos.length > 1 ? await answerOf("several") : "one";
+  if (whose === "many") return (leave(), people.start(photos));
+  if (whose === "one") await meet(photos, name, again);
+}
+
+async function meet(photos, name = "Your person", again = undefined) {
+  enter(newPerson(name, [URL.createObjectURL(photos[0])]));
+  say("Reading the face");
+  const met = await learnFace(person, await Promise.all(photos.map(prepare)), model, again);
+  if (!met) return startAgain();
+  showPhoto();
   await draw();
 }
 
-function showStudio() {
-  $("start").hidden = true;
-  $("studio").hidden = $("again").hidden = false;
-  $("photo").src = person.url;
-  $("photo").alt = `The photo: ${person.name}`;
+/** Into the studio with a person, whose LoRA may be there already. */
+function enter(next) {
+  leave();
+  person = next;
+  $("studio").hidden = false;
+  if (people.any()) $("again").textContent = "Back to the people";
   $("name").textContent = person.name;
-  $("likeness").hidden = true;
-  for (const input of $("change").querySelectorAll("input")) setSlider(input, 0);
-  blend.leave();
+  showPhoto();
+  sliders.set({});
+  tellLikeness();
   ready(false);
-  clear($("pictures"));
   window.scrollTo({ top: 0 });
   $("name").focus({ preventScroll: true });
 }
 
-function startAgain() {
+function showPhoto() {
+  const [first] = person.photos;
+  $("photo").parentElement.hidden = !first;
+  if (first) $("photo").src = first;
+  $("photo").alt = `The photo: ${person.name}`;
+  $("photo-caption").textContent = person.photos.length > 1 ? `One of ${person.photos.length} photos` : "Photo";
+}
+
+/** Away from what is shown, whatever that is. */
+function leave() {
   drawing.abort();
   blend.leave();
+  people.hide();
   calm();
-  $("studio").hidden = $("again").hidden = true;
-  $("start").hidden = false;
+  stage.clear();
+  for (const url of bases.values()) url.then((made) => made && URL.revokeObjectURL(made));
+  bases.clear();
+  person = shown = undefined;
+  sliders.setScale(1);
+  $("start").hidden = $("studio").hidden = true;
+  $("again").hidden = false;
+  $("again").textContent = "Another person";
   $("file").value = "";
-  clear($("pictures"));
-  person = undefined;
+  say("");
+}
+
+function startAgain() {
+  leave();
+  people.leave();
+  session.leave();
+  $("again").hidden = true;
+  $("start").hidden = false;
   $("file").focus();
 }
 
-/** Several faces in the photo: let the person choose one, by its picture. */
-async function chooseFace() {
-  const { photo, name } = person;
-  const { photos } = await ask("v1/embeddings", { body: form({ photo }) });
-  const crops = await Promise.all(photos[0].faces.map((face) => crop(photo, face.box)));
-  $("found").replaceChildren(
-    ...crops.map((blob, i) => {
-      const button = make("button", { type: "button" });
-      button.append(make("img", { src: URL.createObjectURL(blob), alt: `Face ${i + 1} of ${crops.length}` }));
-      button.addEventListener("click", () => ($("faces").close(), choose(blob, name, "largest")));
-      const item = make("li");
-      item.append(button);
-      return item;
-    }),
-  );
-  $("faces").showModal();
+/** Back to an entry of the history, or to what a link names. */
+async function open(entry) {
+  const known = session.personOf(entry);
+  if (!known || known.id !== person?.id) enter(known ? { ...known } : { ...newPerson(entry.name), base: entry.lora });
+  settings.write({ strength: 1, ...entry.settings });
+  sliders.setScale(entry.settings.strength ?? 1);
+  sliders.set(entry.strengths);
+  await draw();
 }
 
 // -- drawing -----------------------------------------------------------------------------------------------------------
 
 async function draw() {
+  if (!person) return;
   drawing.abort();
   drawing = new AbortController();
   const { signal } = drawing;
-  const count = Number($("count").value);
-  const places = Array.from({ length: count }, place);
-  clear($("pictures"));
-  $("pictures").append(...places);
+  const asked = { person, strengths: sliders.strengths(), settings: settings.read() };
+  const count = Number(asked.settings.count);
+  stage.wait(count);
   calm();
   progress(0);
-  say(person.base ? "Drawing" : "Reading the face");
+  say("Drawing");
   try {
-    const changed = Object.keys(strengths).length > 0;
-    if (changed) person.lora = await changedLoRA(signal);
-    const [path, source] = changed ? ["v1/images", { lora: person.lora.id }] : ["v1/personalize", photoSource()];
-    const body = form({ ...source, ...imageOptions(), num_images: count });
-    let drawn = 0;
-    await listen(path, {
-      body,
-      signal,
-      onWait: (seconds) => say(`The server is busy; asking again in ${Math.ceil(seconds)} s`),
-      onEvent(event, data) {
-        if (signal.aborted) return;
-        if (event === "lora" && !changed) haveLoRA(data);
-        if (event === "lora") say("Drawing");
-        if (event === "progress") progress(data.done / data.total);
-        if (event === "image") {
-          fill(places[data.index], data, { alt: describe(data.seed), saveAs: `${person.name.toLowerCase().replaceAll(" ", "-")}-${data.seed}.${data.media_type.split("/")[1]}` });
-          say(`${++drawn} of ${count} ${count === 1 ? "picture" : "pictures"} drawn`);
-        }
-        if (event === "done" && !changed) showLikeness(data.lora);
-      },
+    await remade(async () => {
+      asked.lora = await loraOf(asked.strengths, signal);
+      asked.similarity = await drawWith(asked.lora, asked.settings, signal);
     });
+    shown = asked;
+    await keep();
     say(count === 1 ? "Your picture is ready" : `Your ${count} pictures are ready`);
-    if (changed) $("likeness").hidden = true;
+    tellLikeness();
     ready(true);
+    afterwards(signal, asked);
   } catch (error) {
     if (signal.aborted) return;
-    for (const item of places) if (item.className === "waiting") item.remove();
     say("");
     tell(error);
   } finally {
-    if (!signal.aborted) progress(null);
+    if (!signal.aborted) {
+      progress(null);
+      guard(stage.settle)();
+    }
   }
 }
 
-function photoSource() {
-  return { photo: person.photo, faces: person.faces, seed: Number($("variant").value) || 0 };
+/** Draws into the stage; resolves to the mean likeness of the pictures, or null. */
+async function drawWith(lora, settings_, signal) {
+  let drawn = 0;
+  let similarity = null;
+  const count = Number(settings_.count);
+  await listen("v1/images", {
+    body: { ...toBody(settings_), lora: lora.id, reference: person.reference ?? undefined },
+    signal,
+    onWait: (seconds) => say(`The server is busy; asking again in ${Math.ceil(seconds)} s`),
+    async onEvent(event, data) {
+      if (event === "progress") progress(data.done / data.total);
+      if (event === "done") similarity = data.lora.similarity;
+      if (event !== "image") return;
+      const url = await urlOf(blobOf(data));
+      if (signal.aborted) return URL.revokeObjectURL(url);
+      const alt = `Drawn: ${settings_.prompt.replace(SUBJECT, person.name)}; seed ${data.seed}`;
+      stage.put(data.index, { url, seed: data.seed, similarity: data.similarity, alt, name: `${fileName(person.name)}-${data.seed}.png` });
+      say(`${++drawn} of ${count} ${count === 1 ? "picture" : "pictures"} drawn`);
+    },
+  });
+  return similarity;
 }
 
-function imageOptions() {
-  return {
-    prompt: $("prompt").value.trim(),
-    image_seed: Number($("seed").value) || 0,
-    num_inference_steps: $("steps").value,
-    guidance_scale: $("guidance").value,
-    negative_prompt: $("negative").value.trim(),
-  };
+/** The LoRA with these changes of the face. */
+async function loraOf(strengths, signal) {
+  if (!person.base) {
+    person.base = await makeLoRA(person, signal);
+    $("expires").textContent = `after ${duration(person.base.expires_in)}`;
+  }
+  if (!Object.keys(strengths).length) return person.base;
+  return (await ask("v1/edits", { body: { lora: person.base.id, edits: strengths }, signal })).loras[0];
 }
 
-/** The LoRA of the person with the sliders' changes. If the server has forgotten the person, it is told again. */
-async function changedLoRA(signal) {
-  const change = async () => (await ask("v1/edits", { body: { lora: person.base.id, edits: { ...strengths } }, signal })).loras[0];
+/** A LoRA that the server has forgotten is made again, where the face is known. */
+async function remade(act) {
   try {
-    return await change();
+    return await act();
   } catch (error) {
-    if (error.reason !== "unknown_lora") throw error;
-    person.base = (await ask("v1/loras", { body: form(photoSource()), signal })).loras[0];
-    return change();
+    if (error.reason !== "unknown_lora" || !person.face) throw error;
+    person.base = null;
+    return act();
   }
 }
 
-function haveLoRA(lora) {
-  person.base = person.lora = lora;
-  $("expires").textContent = `after ${duration(lora.expires_in)}`;
-  ready(true);
+/** What need not be waited for: landmarks of the likeness, and the blend with the changed face. */
+function afterwards(signal, asked) {
+  const { strengths, lora } = asked;
+  const changed = JSON.stringify([asked.person.base.id, strengths, toBody(asked.settings)]);
+  if (changed !== afterwards.last) guard(blend.again)();
+  afterwards.last = changed;
+  landmarks(signal, asked).catch((error) => error.name === "AbortError" || console.warn(`no landmarks for ${lora.id}: ${error.message}`));
 }
 
-function showLikeness({ similarity, nearest }) {
-  $("likeness").hidden = similarity === null;
-  if (similarity === null) return;
-  const shown = Math.max(0, similarity).toFixed(2);
-  $("likeness-number").textContent = shown;
-  $("likeness-meter").setAttribute("aria-valuenow", shown);
-  $("likeness-meter").firstElementChild.style.width = `${100 * shown}%`;
-  const control = nearest ? ` Nearest person in training: ${nearest.similarity.toFixed(2)}.` : "";
-  $("likeness-text").textContent = `Of the drawn faces to the photo’s: 0 is a stranger, 1 the same photo.${control}`;
+async function landmarks(signal, asked) {
+  const { num_images, image_seed, lora_scale, ...body } = toBody(asked.settings);
+  const key = JSON.stringify(body);
+  if (!asked.person.reference || asked.person.marks?.key === key) return;
+  const given = { ...body, image_seed, num_images: Math.min(MARKED, num_images), embedding: asked.person.reference, seed: asked.person.seed };
+  const { base, nearest } = await ask("v1/likeness", { body: given, signal });
+  asked.person.marks = { key, base, nearest };
+  if (asked.person === person) tellLikeness();
+}
+
+/** The URL of what the seed draws without the LoRA, by the settings of what is shown; undefined where that fails. */
+function baseOf(seed) {
+  if (!shown) return undefined;
+  const { num_images, image_seed, lora_scale, ...same } = toBody(shown.settings);
+  const body = { ...same, image_seed: seed, lora_scale: 0, lora: shown.lora.id };
+  const key = JSON.stringify({ ...body, lora: "" });
+  if (!bases.has(key)) bases.set(key, ask("v1/images", { body }).then(({ images }) => urlOf(blobOf(images[0])), () => void bases.delete(key)));
+  return bases.get(key);
+}
+
+// -- files, links, memory ----------------------------------------------------------------------------------------------
+
+async function download(lora, format, name) {
+  const { blob } = await fetchFile(`v1/loras/${lora.id}?format=${format}`);
+  const url = URL.createObjectURL(blob);
+  save(url, `${fileName(name)}-${format}.safetensors`);
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+async function forget() {
+  const gone = person;
+  await Promise.all([...new Set([person.base.id, shown?.lora.id ?? person.base.id])].map((id) => ask(`v1/loras/${id}`, { method: "DELETE" }).catch((error) => {
+    if (error.reason !== "unknown_lora") throw error;
+  })));
+  startAgain();
+  session.forget(gone);
+  showDrawn();
+}
+
+async function keep() {
+  const { person: whose, lora, strengths, settings: drawn } = shown;
+  const { marks, ...known } = whose;
+  session.remember(known, { lora, strengths, settings: drawn, thumb: await thumbnail(stage.first()), told: drawn.prompt.replace(SUBJECT, whose.name) });
+  showDrawn();
+}
+
+function showDrawn() {
+  $("history").hidden = session.drawn().length === 0;
+  $("drawn").replaceChildren(
+    ...session.drawn().map((entry) => {
+      const link = make("a", { href: entry.link, title: entry.told });
+      link.append(make("img", { src: entry.thumb, alt: entry.told, width: 96, height: 96 }));
+      link.addEventListener("click", guard((event) => (event.preventDefault(), open(entry))));
+      const item = make("li");
+      item.append(link);
+      return item;
+    }),
+  );
+}
+
+const fileName = (name) => name.toLowerCase().replace(/[^\p{L}\d]+/gu, "-").replace(/^-|-$/g, "") || "person";
+
+// -- what the page says ------------------------------------------------------------------------------------------------
+
+function tellLikeness() {
+  $("likeness").hidden = $("likeness-title").hidden = !person.reference && person.base !== null;
+  const mine = shown?.person === person ? shown.similarity : undefined;
+  showLikeness($("likeness"), { photos: person.own, lora: mine ?? undefined, nearest: person.marks?.nearest, base: person.marks?.base });
 }
 
 function ready(whether) {
   for (const button of document.querySelectorAll("[data-format]")) button.disabled = !whether;
   $("forget").disabled = !whether;
-  const changed = Object.keys(strengths).length > 0;
-  $("reset").disabled = !changed;
-  $("which").textContent = changed ? "This is the LoRA of the changed face." : "kohya is for WebUI and ComfyUI.";
+  const changed = Object.keys(sliders.strengths()).length > 0;
+  $("which").textContent = changed ? "This is the LoRA of the changed face." : "For ComfyUI, A1111 and Forge; or with the names of diffusers.";
+  code.tell();
 }
 
-// -- files -------------------------------------------------------------------------------------------------------------
-
-async function download(lora, format, name) {
-  const { blob } = await fetchFile(`v1/loras/${lora.id}?format=${format}`);
-  const url = URL.createObjectURL(blob);
-  make("a", { href: url, download: `${name}-${format}.safetensors` }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000);
-}
-
-async function forget() {
-  const ids = new Set([person.base.id, person.lora.id]);
-  await Promise.all([...ids].map((id) => ask(`v1/loras/${id}`, { method: "DELETE" }).catch((error) => {
-    if (error.reason !== "unknown_lora") throw error;
-  })));
-  startAgain();
-}
-
-// -- what the page says ------------------------------------------------------------------------------------------------
-
-const say = (text) => ($("status").textContent = text);
-
-function progress(share) {
-  $("progress").hidden = share === null;
-  $("progress").setAttribute("aria-valuenow", Math.round(100 * (share ?? 0)));
-  $("progress").firstElementChild.style.width = `${100 * (share ?? 0)}%`;
-}
-
-function tell(error) {
-  if (error.name === "AbortError") return;
-  if (!(error instanceof Problem)) console.error(error);
-  const actions = [];
-  const action = (text, act) => {
-    const button = make("button", { type: "button", className: "button", textContent: text });
-    button.addEventListener("click", () => (calm(), guard(act)()));
-    actions.push(button);
-  };
-  if (error.reason === "several_faces") action("Choose the face", chooseFace);
-  else if (!model) action("Try again", learnModel);
-  else if (person && !person.base && [413, 415, 422].includes(error.status)) action("Take another photo", startAgain);
-  else if (person) action("Draw again", draw);
-  $("alert-text").textContent =
-    error.reason === "several_faces" ? "The photo shows several faces." : error instanceof Problem ? error.message : "Something went wrong in this page. Load it again.";
-  $("alert-actions").replaceChildren(...actions);
-  $("alert").hidden = false;
-}
-
-const calm = () => ($("alert").hidden = true);
-
-/** An event listener whose errors are told. */
-function guard(act) {
-  return async (...values) => {
-    try {
-      await act(...values);
-    } catch (error) {
-      tell(error);
-    }
-  };
-}
-
-const describe = (seed) => `Drawn: ${$("prompt").value.trim().replace(SUBJECT, person.name)}; seed ${seed}`;
-const duration = (seconds) => (seconds >= 5400 ? `${Math.round(seconds / 3600)} hours` : seconds >= 120 ? `${Math.round(seconds / 60)} minutes` : `${Math.round(seconds)} seconds`);
-
-// -- sliders -----------------------------------------------------------------------------------------------------------
-
-/** One for each attribute that the model knows; those beyond the first eight are folded away. */
-function addSliders(attributes) {
-  $("change").hidden = attributes.length === 0;
-  const rows = attributes.map((attribute, i) => {
-    const row = make("div", { className: "slider" });
-    const input = make("input", { type: "range", id: `slider-${i}`, min: -3, max: 3, step: 0.5, value: 0 });
-    input.dataset.attribute = attribute;
-    const output = make("output", { htmlFor: input.id });
-    row.append(make("label", { htmlFor: input.id, textContent: attribute.replaceAll("_", " ") }), input, output);
-    input.addEventListener("input", () => setSlider(input, Number(input.value)));
-    input.addEventListener("change", guard(draw));
-    setSlider(input, 0);
-    return row;
-  });
-  $("sliders").replaceChildren(...rows.slice(0, SLIDERS));
-  $("more-sliders").replaceChildren(...rows.slice(SLIDERS));
-  $("more-sliders").parentElement.hidden = rows.length <= SLIDERS;
-}
-
-function setSlider(input, strength) {
-  input.value = strength;
-  const text = strength > 0 ? `+${strength}` : String(strength).replace("-", "−");
-  input.nextElementSibling?.replaceChildren(text);
-  input.setAttribute("aria-valuetext", strength === 0 ? "as in the photo" : `${text} standard deviations`);
-  if (strength === 0) delete strengths[input.dataset.attribute];
-  else strengths[input.dataset.attribute] = strength;
+/** The ways out of an error: texts of buttons, and what they do. */
+function waysOut(error) {
+  if (!model) return { "Try again": learnModel };
+  if (person && !person.base && [413, 415, 422].includes(error.status)) return { "Take another photo": startAgain };
+  return person ? { "Draw again": draw } : {};
 }
 
 // -- the start ---------------------------------------------------------------------------------------------------------
 
-const fetchSample = async (button) => choose(await (await fetch(button.dataset.photo)).blob(), button.dataset.name);
+const photoAt = async (address) => (await fetch(address)).blob();
+
+async function takeSample({ dataset }) {
+  const [photo, again] = await Promise.all([dataset.photo, dataset.again].map(photoAt));
+  await choose([photo], dataset.name, again);
+}
 
 function listenToEverything() {
-  $("file").addEventListener("change", guard(() => choose($("file").files[0])));
-  for (const button of $("samples").querySelectorAll("button")) button.addEventListener("click", guard(() => fetchSample(button)));
-  $("again").addEventListener("click", startAgain);
-  $("form").addEventListener("submit", guard((event) => (event.preventDefault(), draw())));
-  $("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) (event.preventDefault(), $("form").requestSubmit());
-  });
-  $("prompt").addEventListener("input", () => $("prompt-hint").classList.toggle("wrong", !$("prompt").value.includes(SUBJECT)));
-  $("dice").addEventListener("click", guard(() => (($("seed").value = Math.floor(Math.random() * 100_000)), draw())));
-  $("reset").addEventListener("click", guard(() => {
-    for (const input of $("change").querySelectorAll("input")) setSlider(input, 0);
-    return draw();
-  }));
+  $("file").addEventListener("change", guard(() => choose($("file").files)));
+  for (const button of $("samples").querySelectorAll("button")) button.addEventListener("click", guard(() => takeSample(button)));
+  $("again").addEventListener("click", () => (person && people.any() ? (leave(), people.show()) : startAgain()));
   $("forget").addEventListener("click", guard(forget));
+  $("copy-link").addEventListener("click", () => copyText(location.href, $("copy-link")));
   for (const button of document.querySelectorAll("[data-format]")) {
-    button.addEventListener("click", guard(() => download(person.lora, button.dataset.format, person.name.toLowerCase().replaceAll(" ", "-"))));
+    button.addEventListener("click", guard(() => download(shown.lora, button.dataset.format, person.name)));
   }
-  for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close(""));
-  for (const [title, prompt] of Object.entries(IDEAS)) {
-    const button = make("button", { type: "button", className: "chip", textContent: title });
-    button.addEventListener("click", guard(() => (($("prompt").value = prompt), $("prompt-hint").classList.remove("wrong"), draw())));
-    $("ideas").append(button);
-  }
-  document.addEventListener("paste", guard((event) => {
-    const file = [...event.clipboardData.files].find((candidate) => candidate.type.startsWith("image/"));
-    return file && choose(file);
-  }));
+  window.addEventListener("hashchange", guard(() => session.linked() && open(session.linked())));
+  document.addEventListener("paste", guard((event) => choose([...event.clipboardData.files].filter(({ type }) => type.startsWith("image/")))));
   let inside = 0; // dragenter and dragleave come for every element on the way
   const drag = (step) => (event) => {
     if (event.dataTransfer.types.includes("Files")) document.body.classList.toggle("dragging", (inside += step) > 0);
@@ -317,35 +310,31 @@ function listenToEverything() {
     event.preventDefault();
     inside = 0;
     document.body.classList.remove("dragging");
-    return choose(event.dataTransfer.files[0]);
+    return choose(event.dataTransfer.files);
   }));
-}
-
-function askForKey() {
-  $("key-value").value = "";
-  $("key").returnValue = "";
-  $("key").showModal();
-  return new Promise((resolve) => {
-    $("key").addEventListener("close", () => resolve($("key").returnValue === "ok" ? $("key-value").value : ""), { once: true });
-  });
 }
 
 async function learnModel() {
   model = await ask("v1/model");
-  const { limits, defaults, base } = model;
-  const counts = [1, 2, 4, 6, 8].filter((count) => count <= limits.max_images);
-  $("count").replaceChildren(...counts.map((count) => new Option(count, count, false, count === Math.min(4, counts.at(-1)))));
-  $("prompt").maxLength = limits.max_prompt_chars;
-  Object.assign($("steps"), { max: limits.max_inference_steps, placeholder: defaults.num_inference_steps });
-  Object.assign($("guidance"), { max: limits.max_guidance_scale, placeholder: defaults.guidance_scale });
-  $("about").textContent = `Base model: ${base.name}, ${base.image_size} px.${model.licence ? ` Licence of the LoRAs: ${model.licence}.` : ""}`;
-  $("pictures").classList.toggle("tiny", base.image_size <= 128);
-  addSliders(model.synthesizer.attributes ?? []);
+  const { base, licence, people: whom } = model;
+  settings.learn(model);
+  sliders.learn(model.synthesizer.attributes ?? []);
+  $("knows").hidden = whom !== "rendered";
+  $("knows").textContent = `This server knows rendered people only, at ${base.image_size} px. Photographs of real people are refused.`;
+  $("about").textContent = `Base model: ${base.name}, ${base.image_size} px.${licence ? ` Licence of the LoRAs: ${licence}.` : ""}`;
+  if (session.linked()) await open(session.linked());
 }
 
-$("count").replaceChildren(new Option(4, 4, true, true)); // until the model is known
-$("variant").value = crypto.getRandomValues(new Uint16Array(1))[0]; // so that strangers with the same photo share no LoRA
-setUp({ ask: askForKey });
-const blend = startBlend({ $, person: () => person, base: async (signal) => (person.base ??= (await ask("v1/loras", { body: form(photoSource()), signal })).loras[0]), imageOptions, download, guard, tell });
+const redraw = guard(draw);
+setWays(waysOut, () => model?.people === "rendered");
+listenToClose();
+const stage = startStage({ baseOf, guard });
+const sliders = startSliders({ onChange: redraw });
+const settings = startSettings({ onDraw: redraw });
+const code = startCode({ now: () => ({ ...shown, person, model }), copyText });
+const blend = startBlend({ first: () => ({ person, settings: settings.read(), lora: (signal) => loraOf(sliders.strengths(), signal) }), model: () => model, take: (next) => (enter(next), draw()), download, guard, tell });
+const people = startPeople({ model: () => model, settings: settings.read, open: (next) => (enter(next), draw()), download, guard });
 listenToEverything();
+showDrawn();
+startCamera({ onPhoto: (photo) => choose([photo]), guard });
 guard(learnModel)();

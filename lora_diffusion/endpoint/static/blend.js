@@ -1,31 +1,42 @@
 // From one person to another: the LoRAs on the way, one picture each, drawn together and walked with a slider.
 
-import { ask, form, listen } from "./api.js";
+import { ask, listen } from "./api.js";
+import { learnFace, makeLoRA, newPerson } from "./person.js";
 import { prepare } from "./photos.js";
-import { blobOf, make, show } from "./pictures.js";
+import { blobOf, make, save, urlOf } from "./pictures.js";
+import { toBody } from "./settings.js";
 
+const $ = (id) => document.getElementById(id);
 const STEPS = 9;
 
-/** `person()`: the first person; `base(signal)`: their LoRA. Returns {leave}: forget the second person. */
-export function startBlend({ $, person, base, imageOptions, download, guard, tell }) {
-  let frames = []; // {lora, url} at each position
-  let other; // {name, photo: Blob}
+/**
+ * first(): {person, lora: async (signal), settings}; take(person): go on with a person of the way.
+ * Returns {again: after the first person has changed, leave: forget the second}.
+ */
+export function startBlend({ first, model, take, download, guard, tell }) {
+  let frames = []; // {lora, url, similarity} at each position
+  let other; // a person
   let blending = new AbortController();
 
   for (const sample of $("samples").querySelectorAll("button")) {
     const button = sample.cloneNode(true);
     button.setAttribute("aria-pressed", "false");
-    button.addEventListener("click", guard(async () => start({ name: button.dataset.name, photo: await (await fetch(button.dataset.photo)).blob() }, button)));
+    button.addEventListener("click", guard(async () => start(button.dataset.name, await (await fetch(button.dataset.photo)).blob(), button)));
     add(button);
   }
   const input = make("input", { type: "file", id: "other-file", accept: "image/*", className: "hidden-visually" });
   const label = make("label", { htmlFor: "other-file", className: "tile", textContent: "Photo" });
-  input.addEventListener("change", guard(async () => input.files[0] && start({ name: "the other", photo: await prepare(input.files[0]) })));
+  input.addEventListener("change", guard(async () => input.files[0] && start("the other", await prepare(input.files[0]))));
   add(input, label);
   $("position").addEventListener("input", showFrame);
+  $("blend-save").addEventListener("click", () => save(frame().url, "blend.png"));
+  $("blend-take").addEventListener("click", guard(() => take(blended())));
   for (const button of document.querySelectorAll("[data-blend-format]")) {
-    button.addEventListener("click", guard(() => download(frames[$("position").value].lora, button.dataset.blendFormat, "blend")));
+    button.addEventListener("click", guard(() => download(frame().lora, button.dataset.blendFormat, "blend")));
   }
+
+  const frame = () => frames[$("position").value];
+  const say = (text) => ($("blend-status").textContent = text);
 
   function add(...elements) {
     const item = make("li");
@@ -33,28 +44,38 @@ export function startBlend({ $, person, base, imageOptions, download, guard, tel
     $("others").append(item);
   }
 
-  async function start(chosen, button) {
+  async function start(name, photo, button) {
     leave();
-    other = chosen;
     button?.setAttribute("aria-pressed", "true");
-    blending = new AbortController();
-    const { signal } = blending;
+    other = newPerson(name);
     $("blended").hidden = false;
-    $("blend-a").textContent = person().name;
+    $("blend-a").textContent = first().person.name;
     $("blend-b").textContent = other.name;
     showFrame();
     try {
+      if (!(await learnFace(other, [photo], model()))) return leave();
+    } catch (error) {
+      leave();
+      return tell(error);
+    }
+    await draw();
+  }
+
+  async function draw() {
+    blending.abort();
+    blending = new AbortController();
+    const { signal } = blending;
+    const { person, lora, settings } = first();
+    try {
       say("Finding the way from one face to the other");
-      const [first, second] = await Promise.all([
-        base(signal),
-        ask("v1/loras", { body: form({ photo: other.photo, seed: 0, faces: "largest" }), signal }).then(({ loras }) => loras[0]),
-      ]);
+      const [a, b] = await Promise.all([lora(signal), (other.base ??= await makeLoRA(other, signal))]);
       const positions = Array.from({ length: STEPS }, (_, i) => i / (STEPS - 1));
-      const { loras } = await ask("v1/interpolations", { body: { a: { lora: first.id }, b: { lora: second.id }, positions }, signal });
+      const { loras } = await ask("v1/interpolations", { body: { a: { lora: a.id }, b: { lora: b.id }, positions }, signal });
       let drawn = 0;
       // From the middle outwards: what the slider shows first is drawn first.
       const order = [...loras.keys()].sort((i, j) => Math.abs(i - (STEPS - 1) / 2) - Math.abs(j - (STEPS - 1) / 2));
-      await Promise.all(order.map((i) => drawFrame(loras[i], i, signal, () => say(`${++drawn} of ${STEPS} steps drawn`))));
+      const options = { ...toBody({ ...settings, count: 1 }), reference: person.reference ?? undefined };
+      await Promise.all(order.map((i) => drawFrame(loras[i], i, options, signal, () => say(`${++drawn} of ${STEPS} steps drawn`))));
       say("Move the slider to walk from one to the other.");
     } catch (error) {
       if (signal.aborted) return;
@@ -63,52 +84,58 @@ export function startBlend({ $, person, base, imageOptions, download, guard, tel
     }
   }
 
-  async function drawFrame(lora, i, signal, whenDone) {
+  async function drawFrame(lora, i, options, signal, whenDone) {
     await listen("v1/images", {
-      body: { lora: lora.id, ...numbers(imageOptions()), num_images: 1 },
+      body: { lora: lora.id, ...options },
       signal,
-      onEvent(event, data) {
-        if (event !== "image" || signal.aborted) return;
-        frames[i] = { lora, url: URL.createObjectURL(blobOf(data)) };
+      async onEvent(event, data) {
+        if (event !== "image") return;
+        const url = await urlOf(blobOf(data));
+        if (signal.aborted) return URL.revokeObjectURL(url);
+        if (frames[i]) URL.revokeObjectURL(frames[i].url);
+        frames[i] = { lora, url, similarity: data.similarity };
         whenDone();
         showFrame();
       },
     });
   }
 
+  const shares = () => {
+    const share = Math.round((100 * $("position").value) / (STEPS - 1));
+    return [100 - share, share];
+  };
+
   function showFrame() {
-    const position = Number($("position").value);
-    const frame = frames[position];
-    const share = Math.round((100 * position) / (STEPS - 1));
-    const text = `${100 - share} % ${person().name}, ${share} % ${other.name}`;
+    const [a, b] = shares();
+    const text = `${a} % ${first().person.name}, ${b} % ${other.name}`;
     $("position").setAttribute("aria-valuetext", text);
-    $("blend-share").textContent = text;
-    for (const button of document.querySelectorAll("[data-blend-format]")) button.disabled = !frame;
-    if (!frame) return;
+    const similarity = frame()?.similarity ?? null;
+    $("blend-share").textContent = text + (similarity === null ? "" : ` · likeness to ${first().person.name} ${similarity.toFixed(2)}`);
+    for (const button of $("blended").querySelectorAll("button")) button.disabled = !frame();
+    if (!frame()) return;
     $("blend-picture").alt = `Drawn: ${text}`;
-    show($("blend-picture"), frame.url);
+    $("blend-picture").src = frame().url;
+  }
+
+  /** The person at the slider's place: their LoRA is made already, and drawn faces are compared with the first one's photo. */
+  function blended() {
+    const { person } = first();
+    const [a, b] = shares();
+    const { photos, reference } = person;
+    return { ...newPerson(`${person.name} ${a} %, ${other.name} ${b} %`, photos), reference, base: frame().lora };
   }
 
   function leave() {
     blending.abort();
-    for (const frame of frames) if (frame) URL.revokeObjectURL(frame.url);
+    for (const one of frames) if (one) URL.revokeObjectURL(one.url);
     frames = [];
     other = undefined;
     $("blended").hidden = true;
+    say("");
     $("blend-picture").removeAttribute("src");
     $("position").value = (STEPS - 1) / 2;
     for (const button of $("others").querySelectorAll("[aria-pressed]")) button.setAttribute("aria-pressed", "false");
   }
 
-  const say = (text) => ($("blend-status").textContent = text);
-  return { leave };
-}
-
-/** Settings of a form as JSON wants them: numbers, and without what was left empty. */
-function numbers({ prompt, image_seed, num_inference_steps, guidance_scale, negative_prompt }) {
-  const given = { prompt, image_seed };
-  if (num_inference_steps) given.num_inference_steps = Number(num_inference_steps);
-  if (guidance_scale) given.guidance_scale = Number(guidance_scale);
-  if (negative_prompt) given.negative_prompt = negative_prompt;
-  return given;
+  return { again: () => other?.face && draw(), leave };
 }

@@ -1,7 +1,8 @@
-// Photos on their way to the server: made smaller, without their metadata, cropped to one face if there are several.
+// Photos on their way to the server: made smaller, without their metadata; and the small copies that the page shows.
 
 const MAX_SIDE = 1600; // px: more than a recogniser looks at
 const SMALL = 200_000; // bytes: goes as it is
+const SHOWN = 256; // px, of the copy
 const MARGIN = 0.6; // of a face's box, around it: hair and chin
 
 /** The photo as a blob that is quick to send. A kind that the browser cannot read goes as it is: the server knows more. */
@@ -14,19 +15,27 @@ export async function prepare(file) {
   }
   const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
   if (scale === 1 && file.size < SMALL) return file;
-  return draw(bitmap, 0, 0, bitmap.width, bitmap.height, scale);
+  return blob(draw(bitmap, 0, 0, bitmap.width, bitmap.height, scale));
 }
 
-/** The part of a photo around a box [x1, y1, x2, y2] in px. */
-export async function crop(file, [x1, y1, x2, y2]) {
-  const bitmap = await createImageBitmap(file);
-  const margin = MARGIN * Math.max(x2 - x1, y2 - y1);
-  const left = Math.max(0, x1 - margin);
-  const top = Math.max(0, y1 - margin);
-  const width = Math.min(bitmap.width, x2 + margin) - left;
-  const height = Math.min(bitmap.height, y2 + margin) - top;
-  return draw(bitmap, left, top, width, height, 1);
+/** A small square copy as a data URL, or "" of a kind that the browser cannot read. box: x1, y1, x2, y2 of the face, px. */
+export async function copy(file, box) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    return "";
+  }
+  const { width, height } = bitmap;
+  const face = box ? Math.max(box[2] - box[0], box[3] - box[1]) * (1 + 2 * MARGIN) : Infinity;
+  const side = Math.min(width, height, face);
+  const [x, y] = box ? [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2] : [width / 2, height / 2];
+  const [left, top] = [clamp(x - side / 2, width - side), clamp(y - side / 2, height - side)];
+  return draw(bitmap, left, top, side, side, Math.min(1, SHOWN / side)).toDataURL("image/jpeg", 0.88);
 }
+
+const clamp = (value, most) => Math.max(0, Math.min(most, value));
+const blob = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.94));
 
 function draw(bitmap, left, top, width, height, scale) {
   const canvas = document.createElement("canvas");
@@ -36,5 +45,5 @@ function draw(bitmap, left, top, width, height, scale) {
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, left, top, width, height, 0, 0, canvas.width, canvas.height);
   bitmap.close();
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.94));
+  return canvas;
 }

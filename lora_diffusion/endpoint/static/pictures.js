@@ -1,58 +1,39 @@
-// Pictures on the page: places that fill as pictures become ready, and what can be done with each.
+// Pictures of the API: their bytes, enlarged where they are small, and saved.
 
 const SMOOTH_UP_TO = 128; // px: smaller pictures are enlarged with a better filter than the browser's
 const ENLARGED = 512; // px
-
-/** A list item that waits for a picture. */
-export function place() {
-  const item = document.createElement("li");
-  item.className = "waiting";
-  item.append(make("div", { className: "picture" }));
-  return item;
-}
-
-/** Put a picture of the API ({seed, media_type, data, similarity}) into its place. `saveAs`: name of the file. */
-export function fill(item, image, { alt, saveAs }) {
-  const blob = blobOf(image);
-  const url = URL.createObjectURL(blob);
-  const picture = make("img", { className: "picture", alt });
-  show(picture, url);
-  const caption = make("p", { className: "row spread small soft" });
-  const told = make("span", { className: "number", textContent: `seed ${image.seed}` });
-  if (image.similarity !== null && image.similarity !== undefined) {
-    told.append(" · ", make("span", { className: "hidden-visually", textContent: "likeness " }), image.similarity.toFixed(2));
-    told.title = "seed · likeness to the photo";
-  }
-  caption.append(
-    told,
-    make("a", { href: url, download: saveAs, textContent: "Save", ariaLabel: `Save the picture of seed ${image.seed}` }),
-  );
-  item.className = "";
-  item.replaceChildren(picture, caption);
-  item.dataset.url = url;
-}
-
-/** Empty a list and free what its pictures held. */
-export function clear(list) {
-  for (const item of list.children) if (item.dataset.url) URL.revokeObjectURL(item.dataset.url);
-  list.replaceChildren();
-}
 
 export function blobOf({ data, media_type }) {
   const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
   return new Blob([bytes], { type: media_type });
 }
 
-/** Show a picture in an <img>; a small one enlarged, so that 64 px are neither a blur nor a mosaic. */
-export async function show(element, url) {
-  element.src = url;
-  await element.decode().catch(() => {});
-  if (element.naturalWidth > SMOOTH_UP_TO || element.src !== url) return;
-  const sharp = enlarge(element, Math.floor(ENLARGED / element.naturalWidth));
-  if (element.src === url) element.src = sharp;
+/** The URL of a picture as it is shown and saved: a small one enlarged, so that 64 px are neither a blur nor a mosaic. */
+export async function urlOf(blob) {
+  const url = URL.createObjectURL(blob);
+  const image = make("img", { src: url });
+  await image.decode();
+  if (image.naturalWidth > SMOOTH_UP_TO) return url;
+  URL.revokeObjectURL(url);
+  return URL.createObjectURL(await enlarge(image, Math.floor(ENLARGED / image.naturalWidth)));
 }
 
-/** A data URL of the picture `times` as large, by Lanczos' filter (3 lobes): clearer edges than a browser's bilinear one. */
+/** A JPEG of `side` px as a data URL: small enough to be kept by the hundred. */
+export async function thumbnail(url, side = 96) {
+  const image = make("img", { src: url });
+  await image.decode();
+  const canvas = make("canvas", { width: side, height: side });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, 0, 0, side, side);
+  return canvas.toDataURL("image/jpeg", 0.85);
+}
+
+export function save(url, name) {
+  make("a", { href: url, download: name }).click();
+}
+
+/** A PNG of the picture `times` as large, by Lanczos' filter (3 lobes): clearer edges than a browser's bilinear one. */
 function enlarge(image, times) {
   const [width, height] = [image.naturalWidth, image.naturalHeight];
   const canvas = make("canvas", { width, height });
@@ -64,7 +45,7 @@ function enlarge(image, times) {
   canvas.width = width * times;
   canvas.height = height * times;
   context.putImageData(new ImageData(Uint8ClampedArray.from(tall), canvas.width, canvas.height), 0, 0);
-  return canvas.toDataURL();
+  return new Promise((resolve) => canvas.toBlob(resolve));
 }
 
 /** Rows of RGBA, `length` long and `rows` many, made `times` as long; the result is transposed, so that calling twice is 2-D. */
