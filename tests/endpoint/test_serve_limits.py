@@ -19,6 +19,7 @@ from serve_client import ADA, FAST, PROMPT, Client, pixels, problem, variant
 
 from lora_diffusion.endpoint.middleware import Deadline
 from lora_diffusion.endpoint.studio import Studio
+from lora_diffusion.lora import formats
 from lora_diffusion.serving.config import AccessConfig, LimitsConfig
 from lora_diffusion.serving.errors import deadline_exceeded
 from lora_diffusion.serving.faces import Embedder
@@ -359,3 +360,22 @@ def test_a_photo_that_takes_long_holds_up_nobody(studio: Studio) -> None:
     assert order[0] == "light"
     assert light.status_code == 200
     assert {answer.json()["reason"] for answer in heavy} <= {"deadline_exceeded", "unreadable"}
+
+
+def test_a_lora_of_enormous_numbers_spoils_its_own_pictures_only(api: Client, studio: Studio) -> None:
+    """What no check refuses, as each number is finite, overflows in the batch: in its own row."""
+    layout = studio.decoder._stage.layout  # type: ignore[attr-defined]
+    file = formats.to_bytes(np.full(layout.size, 1e30, np.float32), layout, "vector")
+    person = {"prompt": PROMPT, "embedding": [1.0] * 512, "seed": 1, "image_seed": 2, **FAST}
+    alone = api.json("/v1/images", **person).json()["images"][0]["data"]
+
+    async def at_once() -> list[httpx.Response]:
+        poison = {"prompt": PROMPT, "num_inference_steps": "3"}
+        bad = api.client.post("/v1/images", files={"lora_file": ("x", file)}, data=poison)
+        return await asyncio.gather(bad, *(api.client.post("/v1/images", json=person) for _ in range(3)))
+
+    bad, *good = api.loop.run_until_complete(at_once())
+    assert bad.status_code in (200, 422)
+    for answer in good:
+        drawn = pixels(answer.json()["images"][0]["data"]).astype(int)
+        assert np.abs(drawn - pixels(alone).astype(int)).max() <= 1
