@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from lora_diffusion.storage import SYNTHETIC, local_place, place, place_or_name
 Config = TypeVar("Config")
 
 CONFIGS = Path(__file__).parent / "configs"
+_SHORT = reprlib.Repr()  # YAML anchors make a value of billions of words from a few lines
+_SHORT.maxstring = _SHORT.maxother = 200
 _NONE_WORDS = frozenset({"", "null", "none", "~"})
 
 
@@ -294,7 +297,7 @@ def _parse(text: str) -> Any:
 
 def _wrong(where: str, expected: str, value: Any) -> ValueError:
     return ValueError(
-        f"config key {where!r} must be {expected}, not {str(value) if isinstance(value, _Text) else value!r}"
+        f"config key {where!r} must be {expected}, not {str(value) if isinstance(value, _Text) else _SHORT.repr(value)}"
     )
 
 

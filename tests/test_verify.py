@@ -145,3 +145,24 @@ def test_the_command_says_what_it_found_and_fails(corpus: Path, capsys: pytest.C
     ]
     with pytest.raises(SystemExit, match="holds no corpus, training run or synthesiser"):
         main(["verify", str(corpus / "plan")])
+
+
+@pytest.mark.s3
+def test_a_corpus_in_a_bucket_is_looked_at_and_repaired_as_well(bucket: str) -> None:
+    place = f"s3://{bucket}/corpus"
+    store = open_store(place)
+    build(store, NAMES)
+    assert list(examine(place)) == []
+    whole = bytearray(store.read("shards/00001.parquet"))
+    whole[len(whole) // 2] ^= 1
+    store.write("shards/00001.parquet", bytes(whole))
+    store.write("shards/mine.txt", b"mine")
+    found = list(examine(place))
+    assert {finding.name: finding.kind for finding in found} == {
+        "shards/00001.parquet": "damaged",
+        "shards/mine.txt": "foreign",
+    }
+    assert repair(place, found) == ["shards/00001.parquet"]
+    store.delete("shards/mine.txt")
+    build(store, NAMES)
+    assert list(examine(place)) == []

@@ -156,7 +156,7 @@ def read_identity(synthesizer: str | Path) -> Identity:
     try:
         config = open_store(SHIPPED_SYNTHESIZERS.get(str(synthesizer), synthesizer)).read_json("config.json")
         return provenance_identity(config["provenance"], config["layout_id"])
-    except (FileNotFoundError, KeyError, TypeError) as error:
+    except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
         raise no_synthesizer(synthesizer) from error
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.corpus import manifest as manifests
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.plan import CorpusError, Plan, ShardPlan, file_index, shard_name
@@ -58,10 +59,16 @@ def read_statistics(store: Store, names: Sequence[str], size: int) -> Statistics
 
 
 @contextmanager
-def opened(store: Store, name: str) -> Iterator[IO[bytes]]:
-    """A Parquet file. Raises CorpusError with its name for whatever a damaged one makes Arrow raise inside."""
+def opened(store: Store, name: str, whole: bool = False) -> Iterator[IO[bytes]]:
+    """A Parquet file. Raises CorpusError with its name for whatever a damaged one makes Arrow raise inside.
+
+    whole: all of it is read at once, and the checksum of the file compared; else those of the pages that are asked for.
+    """
     try:
-        with store.open(name) as file:
+        if whole:
+            data = store.read(name)
+            checksum.check_parquet(data)
+        with pa.BufferReader(data) if whole else store.open(name) as file:
             yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"{store.uri}/{name} does not exist") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from small_corpus import NAMES, build
 from lora_diffusion.artifacts.checksum import PARQUET_MARK, check, check_parquet, seal, seal_parquet
 from lora_diffusion.corpus import CorpusReader, Statistics
 from lora_diffusion.storage import open_store
+from lora_diffusion.synthesis.training.dataset import read_rows
+from lora_diffusion.synthesis.training.snapshot import take_snapshot
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +63,18 @@ def test_a_sealed_parquet_file_is_one_for_everybody(corpus: Path, tmp_path: Path
     path.write_bytes(seal_parquet(path.read_bytes()))
     assert pq.read_table(path).equals(table)
     assert path.read_bytes().count(PARQUET_MARK) == 1
+
+
+def test_a_training_refuses_a_shard_with_a_changed_byte_wherever_it_lies(corpus: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    shard, rng = folder / "shards/00001.parquet", np.random.default_rng(0)
+    whole = shard.read_bytes()
+    vectors = pq.ParquetFile(shard).metadata.row_group(0).column(pq.read_schema(shard).names.index("vector"))
+    areas = (
+        range(len(whole)),
+        range(vectors.data_page_offset, vectors.data_page_offset + vectors.total_compressed_size),
+    )
+    for at in (int(rng.choice(area)) for _ in range(50) for area in areas):
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ int(rng.integers(1, 256))]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"00001"):
+            list(read_rows(take_snapshot(str(folder)), 1))

@@ -206,6 +206,7 @@ def _checkpoint(folder: Path) -> list[bytes]:
 
 def _yaml_seeds(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(CONFIGS.glob("*.yaml"))] + [
+        b"a: &a0 [x, x]\nbase: &b [" + b", ".join(b"&a%d [*a%d, *a%d]" % (i + 1, i, i) for i in range(30)) + b"]\n",
         b"a: &a {b: *a}\nfinetune: *a\n", b"finetune: !!bool x\n", b"device: !!int ''\n", b"base: !!timestamp x\n", b"? [1]\n: 2\n",
     ]  # fmt: skip
 

@@ -81,10 +81,12 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
     store = store or open_store(snapshot.uri)
     slot = snapshot.starts[index]
     try:
-        with opened(store, f"shards/{shard_name(index)}.parquet") as file:
+        with opened(store, f"shards/{shard_name(index)}.parquet", whole=True) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, columns=list(COLUMNS)).replace_schema_metadata(None)
+                if lost := set(COLUMNS) - {"photo_embeddings"} - set(table.column_names):
+                    raise CorpusError(f"shard {shard_name(index)} of {snapshot.uri} lacks the column {min(lost)}")
                 if "photo_embeddings" not in table.column_names:
                     table = table.append_column("photo_embeddings", _in_lists(table["embedding"]))
                 slots = pa.array(range(slot, slot + len(table)), pa.int64())

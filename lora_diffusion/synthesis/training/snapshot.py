@@ -22,7 +22,10 @@ from lora_diffusion.corpus.schema import parquet_metadata
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import open_store
 
-MADE_ANEW = "Run its jobs/build_corpus.py command again: it makes damaged shards anew"
+MADE_ANEW = (
+    "Run `lora-diffusion verify` with --repair on the corpus, then its jobs/build_corpus.py command again: it makes damaged "
+    "shards anew"
+)
 
 
 @dataclass(frozen=True)
