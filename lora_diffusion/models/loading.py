@@ -61,14 +61,17 @@ def _local(place: str) -> Path:
 
     here = here_only_now()
     try:
-        unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-        return Path(DiffusionPipeline.download(place, use_safetensors=True, local_files_only=here, **unused))
+        index = dict(DiffusionPipeline.load_config(place, local_files_only=here))
+        if not _trouble(index):  # else its gigabytes need not be fetched
+            unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+            return Path(DiffusionPipeline.download(place, use_safetensors=True, local_files_only=here, **unused))
     except Exception as error:  # of a dozen types, among them those of HTTP libraries
         if here:
             raise NotHereError(
                 f"base model {place} is not on this machine yet: the hub would be asked for it"
             ) from error
         raise ValueError(f"there is no such folder here, and the hub does not give it ({_first(error)})") from error
+    raise ValueError(_trouble(index))
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:
@@ -76,12 +79,10 @@ def _check_folder(folder: Path) -> dict[str, Any]:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"it is {kind_of_folder(folder)}")
     index = read_json(folder / "model_index.json")
-    pipeline = kind_of_class(str(index.get("_class_name", "")))
-    classes = _classes(index)
-    given = [part for part in _XL_CLASSES if (index.get(part) or [None])[0]]
-    if "transformer" in index or given != list(classes):
-        missing = [part for part in classes if part not in given]
-        raise ValueError(f"it is {pipeline}" + f" without {', '.join(missing)}" * ("transformer" not in index))
+    trouble = _trouble(index)
+    if trouble:
+        raise ValueError(trouble)
+    pipeline, classes = kind_of_class(str(index.get("_class_name", ""))), _classes(index)
     for part, wanted in classes.items():
         config = read_json(folder / part / "config.json")
         found = str(config.get("_class_name") or (config.get("architectures") or [wanted])[0])
@@ -95,6 +96,15 @@ def _check_folder(folder: Path) -> dict[str, Any]:
                 "one was made of"
             )
     return index
+
+
+def _trouble(index: dict[str, Any]) -> str:
+    """What the pipeline is instead, or which part it lacks; "" if model_index.json tells of nothing wrong."""
+    pipeline = kind_of_class(str(index.get("_class_name", "")))
+    missing = [part for part in _classes(index) if not (index.get(part) or [None])[0]]
+    if "transformer" in index:
+        return f"it is {pipeline}"
+    return f"it is {pipeline} without {', '.join(missing)}" if missing else ""
 
 
 def _classes(index: dict[str, Any]) -> dict[str, str]:

@@ -306,14 +306,14 @@ def test_people_who_are_not_there_are_not_rendered_into_a_bucket(
 def test_a_dry_run_finds_what_would_fail_for_everybody(
     config: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(world / "base", tmp_path / "sdxl")
-    index = tmp_path / "sdxl" / "model_index.json"
-    two = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModel"]}
-    index.write_text(json.dumps(json.loads(index.read_text()) | two))
+    shutil.copytree(world / "base", tmp_path / "flux")
+    index = tmp_path / "flux" / "model_index.json"
+    other = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | other))
     shutil.copytree(world / "base", tmp_path / "silent")
     shutil.rmtree(tmp_path / "silent" / "tokenizer")
     for words, message in (
-        ([f"base={tmp_path}/sdxl"], "it is a Stable Diffusion XL model"),
+        ([f"base={tmp_path}/flux"], "it is a FLUX model, a transformer"),
         ([f"base={tmp_path}/silent"], "its tokenizer/ is missing"),
         (["dtype=float16"], "the base model is in float16"),
         (["lora.target_modules=[to_x]"], "target module 'to_x' matches no module"),

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from ldm_names import ldm_checkpoint
 from tiny_pipeline import tiny_pipeline
+from tiny_xl import tiny_xl
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_diffusion.models.clip_tokenizer import clip_tokenizer
@@ -398,14 +399,32 @@ def test_a_place_that_is_not_there_is_one_sentence(place: str, tmp_path: Path, m
     assert "\n" not in str(refused.value)
 
 
-def test_a_hub_id_that_was_fetched_before_loads_without_network(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of someone/model in a cache of the hub, which is not to be asked."""
     cache = tmp_path / "hub" / "models--someone--model"
-    shutil.copytree(folder, cache / "snapshots" / "0123")
-    (cache / "refs").mkdir()
+    (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0123")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return cache / "snapshots" / "0123"
+
+
+def test_a_hub_id_of_another_family_is_told_by_its_index_alone(hub: Path) -> None:
+    """Before gigabytes are fetched."""
+    hub.mkdir(parents=True)
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (hub / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="it is a FLUX model, a transformer"):
+        BaseModel.from_pretrained("someone/model")
+
+
+def test_a_hub_id_that_was_fetched_before_loads_without_network(folder: Path, hub: Path) -> None:
+    shutil.copytree(folder, hub)
     same_tensors(load_parts("someone/model").unet, BaseModel.from_pretrained(str(folder)).unet)
+
+
+def test_xl_of_the_hub_that_was_fetched_before_loads_without_network(hub: Path) -> None:
+    tiny_xl().save_pretrained(hub)
+    assert load_parts("someone/model").text_encoder_2 is not None
