@@ -27,7 +27,10 @@ from lora_diffusion.serving.messages import Owner
 
 MAX_CALLERS = 10_000
 UPLOADS_FOR_EACH = 4  # bodies that may arrive, for each request that may be worked on
-SLOW_SECONDS, SLOW_BODIES = 1.0, 8  # a body is slow after that long; so many of one caller may be
+SLOW_SECONDS, SLOW_BODIES = (
+    1.0,
+    8,
+)  # a body is slow after that long; so many of one caller may be, others end as long after
 FORWARDED = re.compile(r"^(?:\[([^]]*)\](?::\d+)?|([^:]*):\d+)$")  # an address with its port
 DELETION_TOKEN, TOKEN = "X-Deletion-Token", re.compile("[0-9a-f]{32,64}")
 WRONG_KEYS = 10  # of an address: at once, and a minute
@@ -208,7 +211,9 @@ class SlowBodies:
         def look() -> None:
             nonlocal slow
             if self._arriving[caller] >= SLOW_BODIES:
-                timeout.reschedule(loop.time())
+                timeout.reschedule(
+                    loop.time() + SLOW_SECONDS
+                )  # what is there already is still read, if the loop was busy
             else:
                 slow = True
                 self._arriving[caller] += 1

@@ -76,7 +76,9 @@ async def read_body(request: Request, limits: LimitsConfig, watched: Watched) ->
                     if len(data) > limits.max_body_bytes:
                         raise too_large
     except TimeoutError:
-        within = f"within {limits.body_seconds:g} s, or within {SLOW_SECONDS:g} s beside {SLOW_BODIES} others of yours"
+        within = (
+            f"within {limits.body_seconds:g} s, or within {2 * SLOW_SECONDS:g} s beside {SLOW_BODIES} others of yours"
+        )
         raise ApiError("slow_body", f"The body did not arrive {within}. Send fewer at a time.") from None
     if coding == "identity":
         return bytes(data)

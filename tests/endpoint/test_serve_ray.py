@@ -222,9 +222,7 @@ def test_slow_uploads_hold_up_nobody(server: Server) -> None:
         writers = []
         for i in range(8):
             _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            head = (
-                b"POST /v1/loras HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-            )
+            head = b"POST /v1/loras HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
             writer.write(head if i % 2 else head[: 20 + i])  # within the body, or within the headers
             writers.append(writer)
         async with httpx.AsyncClient(timeout=PATIENCE) as client:
