@@ -318,6 +318,9 @@ def make_here(args: argparse.Namespace) -> Outcome:
     personalizer = Personalizer(args.synthesizer, args.base, recogniser=args.recogniser, device=args.device)
     identity = personalizer.synthesizer.identity
     say(f"for {identity.base_name}, faces by {identity.recogniser_name} ({time.monotonic() - started:.1f} s)")
+    for name, text in (("prompt", args.prompt), ("negative prompt", args.negative_prompt or "")):
+        if args.num_images and (unread := personalizer.base.unread(text)):
+            say(f"the {name} is too long, and its end is not read: {unread}")
     bar = Lines(sys.stderr)
     what = "a LoRA" + f" and {args.num_images} picture{'s' * (args.num_images != 1)} of: {args.prompt}" * bool(
         args.num_images

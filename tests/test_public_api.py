@@ -59,3 +59,18 @@ def test_every_public_name_loads_and_is_documented(name: str) -> None:
 def test_an_unknown_name_says_which_there_are() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'Synthesiser'; there are .*Synthesizer"):
         lora_diffusion.Synthesiser  # noqa: B018
+
+
+def test_what_a_notebook_shows_of_an_object_is_one_short_line() -> None:
+    from lora_diffusion import BaseModel, FaceEmbedder, LoRABank, LoRALayout
+
+    base = BaseModel.from_pretrained("tiny-sd")
+    layout = LoRALayout.from_unet(base.unet)
+    for thing, part in (
+        (base, "BaseModel('tiny-sd', 64 px, torch.float32, device='cpu')"),
+        (layout, f"rank={layout.rank}, alpha={layout.alpha:g}, size={layout.size})"),
+        (LoRABank(base.unet, layout), f"LoRABank(LoRALayout({layout.layout_id}: "),
+        (FaceEmbedder("tiny"), "FaceEmbedder('tiny', "),
+    ):
+        assert part in repr(thing)
+        assert len(repr(thing)) < 200

@@ -105,6 +105,9 @@ class CorpusReader:
             ) from error
         self.layout = LoRALayout.from_dict(self.manifest.layout)
 
+    def __repr__(self) -> str:
+        return f"CorpusReader({self.store.uri!r}, {self.manifest.state})"
+
     @cached_property
     def plan(self) -> Plan:
         """Who lies where."""

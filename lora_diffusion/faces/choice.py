@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 FaceReason = Literal["no_face", "not_upright", "face_too_small", "face_cut_off", "unfamiliar_face", "several_faces"]
 Which = Literal["one", "largest"]
@@ -32,6 +32,8 @@ class Doubt:
 
 def choose_face(faces: Sequence[Face], doubt: Doubt | None, which: Which, photo: str = "The photo") -> Face:
     """The person's face among `faces`, largest first. Raises FaceError where there is none, or several and `which` is "one"."""
+    if which not in get_args(Which):
+        raise ValueError(f"faces is {which!r}: it is one of {', '.join(get_args(Which))}")
     if not faces:
         doubt = doubt or Doubt("no_face", "shows no face.")
         raise FaceError(doubt.reason, f"{photo} {doubt.sentence}")

@@ -64,11 +64,12 @@ class EmbedderConfig:
 class FaceEmbedder:
     """Detects the one face of a photo and embeds it. Not thread-safe; build one for each worker.
 
-    maps: feature maps of a recogniser of which `known.npz` is yet to be measured.
+    config: or the name alone of its `model`. maps: feature maps of a recogniser of which `known.npz` is yet to be measured.
     """
 
-    def __init__(self, config: EmbedderConfig | None = None, maps: Sequence[str] = ()) -> None:
-        self.config = config = config or EmbedderConfig()
+    def __init__(self, config: EmbedderConfig | str | None = None, maps: Sequence[str] = ()) -> None:
+        config = EmbedderConfig(model=config) if isinstance(config, str) else config or EmbedderConfig()
+        self.config = config
         _check(config)
         import onnxruntime
         from insightface.app import FaceAnalysis
@@ -100,6 +101,9 @@ class FaceEmbedder:
         self.detector = Detector(app.det_model, side)
         self.recogniser = Recogniser(app.models["recognition"], options, config.providers, maps)
         self._search = FaceSearch(self.detector, self.recogniser, config.min_face)
+
+    def __repr__(self) -> str:
+        return f"FaceEmbedder({self.name!r}, {self.fingerprint})"
 
     @property
     def name(self) -> str:

@@ -44,6 +44,9 @@ class LoRABank:
         self._layers = {e.name: _layer_of(modules.get(e.name), e, layout) for e in layout.entries}
         self._state: _State | None = None
 
+    def __repr__(self) -> str:
+        return f"LoRABank({self.layout!r})"
+
     @contextmanager
     def active(
         self, vectors_KN: Tensor, samples_per_identity: int | Sequence[int] = 1, *, train_A: bool = True

@@ -56,7 +56,7 @@ LayerShape: TypeAlias = tuple[int, int] | tuple[int, int, tuple[int, int]]
 """(features in, features out) of a linear layer; (channels in, channels out, (height, width)) of a convolution."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoRALayout:
     """The map between a vector of N floats and the (A, B) pairs of the adapted layers.
 
@@ -68,6 +68,9 @@ class LoRALayout:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"LoRALayout({self.layout_id}: {len(self.entries)} layers, rank={self.rank}, alpha={self.alpha:g}, size={self.size})"
 
     @classmethod
     def from_unet(

@@ -81,6 +81,8 @@ def render(
     the base model alone. A picture is the same alone as in any batch, to float error (its noise comes from its own seed,
     and the sampler is deterministic). ``max_batch`` bounds memory: people are drawn in groups.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text: give a list with a prompt for each picture")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed for each picture")
     if vectors_KN is None:
@@ -91,6 +93,8 @@ def render(
         if bank is None:
             raise ValueError("vectors are given, so a LoRABank of this base model is needed to draw them")
         vectors_KN = torch.as_tensor(np.asarray(vectors_KN) if not isinstance(vectors_KN, Tensor) else vectors_KN)
+        if vectors_KN.ndim != 2:
+            raise ValueError(f"vectors_KN has shape {tuple(vectors_KN.shape)}: give (K, N), one row for each person")
         people = len(vectors_KN)
         if people == 0 or len(prompts) % people:
             raise ValueError(f"{len(prompts)} pictures cannot be shared evenly by {people} people")

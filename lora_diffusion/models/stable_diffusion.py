@@ -7,6 +7,7 @@ Axes: B batch, C latent channels, H/W pixels or latent cells, S token positions,
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,7 +41,7 @@ def resolve_model(name_or_path: str) -> str:
     return str(fetch_folder(name) if name.startswith("s3://") else EMBEDDED.get(name, name))
 
 
-@dataclass
+@dataclass(repr=False)
 class BaseModel:
     """The parts of a ``StableDiffusionPipeline`` or a ``StableDiffusionXLPipeline``, frozen, on one device.
 
@@ -100,6 +101,9 @@ class BaseModel:
         if overflows_in_half(pipe):
             nn.Module.float(pipe.vae)
         return base
+
+    def __repr__(self) -> str:
+        return f"BaseModel({self.name!r}, {self.image_size} px, {self.dtype}, device={str(self.device)!r})"
 
     @property
     def device(self) -> torch.device:
@@ -193,6 +197,16 @@ class BaseModel:
         parts = [self._encode(distinct[i : i + 64]) for i in range(0, len(distinct), 64)]
         embeddings = torch.cat(parts)
         return embeddings[[distinct.index(prompt) for prompt in prompts]]
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is longer than what the text encoder reads; "" of one that is read whole."""
+        words = prompt.split()
+
+        def length(count: int) -> int:
+            return len(self.tokenizer(" ".join(words[:count]), truncation=False).input_ids)
+
+        read = bisect_right(range(len(words) + 1), self.tokenizer.model_max_length, key=length) - 1
+        return " ".join(words[read:])
 
     def _encode(self, texts: list[str]) -> Tensor:
         if is_xl(self):

@@ -180,15 +180,8 @@ class Synthesizer:
         """Codes (B, Z), one for each embedding and seed."""
         condition = torch.from_numpy(self.check_embeddings(embeddings_BC)).to(self.device)
         how = self._how(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, temperature=temperature)
-        codes = sample_codes(
-            self.denoiser,
-            condition,
-            seeds_B,
-            how.guidance_scale,
-            how.num_inference_steps,
-            how.temperature,
-            diffusion=self.diffusion,
-        )
+        settings = how.guidance_scale, how.num_inference_steps, how.temperature
+        codes = sample_codes(self.denoiser, condition, seeds_B, *settings, diffusion=self.diffusion)
         return _numpy(codes)
 
     def _how(self, **given: Any) -> LatentSampling:
@@ -323,17 +316,10 @@ class Synthesizer:
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the folder (local or s3://; see `folder.py`). `dtype` float16 halves it."""
-        parts = Parts(
-            self.layout,
-            self.codes,
-            self.denoiser,
-            self.diffusion,
-            self.provenance,
-            self.directions,
-            self.neighbours,
-            self.latent_sampling,
+        trained = self.layout, self.codes, self.denoiser, self.diffusion
+        write_folder(
+            path, Parts(*trained, self.provenance, self.directions, self.neighbours, self.latent_sampling), dtype
         )
-        write_folder(path, parts, dtype)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Synthesizer:
