@@ -11,6 +11,7 @@ from small_corpus import LAYOUT as CORPUS_LAYOUT
 from small_corpus import NAMES, build
 
 from lora_diffusion import cli
+from lora_diffusion.cli_files import layout_like
 from lora_diffusion.lora.formats import FORMATS, load, read_metadata, save
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.known_unets import meta_unet
@@ -69,10 +70,10 @@ def test_a_strangers_file_gets_no_trigger_that_is_ours_and_is_brought_to_a_layou
 
 def test_a_layout_comes_from_a_corpus_or_a_synthesiser_too(tmp_path: Path) -> None:
     build(open_store(tmp_path / "corpus"), NAMES)
-    assert cli.layout_like(str(tmp_path / "corpus")) == CORPUS_LAYOUT
-    assert cli.layout_like("tiny").size > 0
+    assert layout_like(str(tmp_path / "corpus")) == CORPUS_LAYOUT
+    assert layout_like("tiny").size > 0
     with pytest.raises(ValueError, match="no synthesiser at"):
-        cli.layout_like(str(tmp_path))
+        layout_like(str(tmp_path))
 
 
 def test_what_cannot_be_converted_is_one_line(tmp_path: Path) -> None:

@@ -154,10 +154,14 @@ def test_the_command_makes_the_same_here_and_on_a_server(
     main(["personalize", str(ADA), *FIXED, "--out", str(tmp_path / "there"), "--server", address])
     told = capsys.readouterr().out
     main(["personalize", str(ADA), *FIXED, "--out", str(tmp_path / "here"), "--synthesizer", str(synthesizer)])
-    assert told.count("similarity") == capsys.readouterr().out.count("similarity") == 2
+    here = capsys.readouterr()
+    assert told.count("similarity") == here.out.count("similarity") == 2
+    said = here.err.splitlines()
+    assert said[0] == f"loading the synthesiser {synthesizer} and its models"
+    assert f"1 photo -> a LoRA and 2 pictures of: {PROMPT}" in said
     layout = LoRALayout.from_unet(base_model().unet)
-    there, here = (formats.load(tmp_path / name / "lora.safetensors", layout) for name in ("there", "here"))
-    assert torch.allclose(there, here, atol=1e-5)
+    there, made = (formats.load(tmp_path / name / "lora.safetensors", layout) for name in ("there", "here"))
+    assert torch.allclose(there, made, atol=1e-5)
     for name in ("5.png", "6.png"):
         a, b = (np.asarray(Image.open(tmp_path / where / name)).astype(int) for where in ("there", "here"))
         assert np.abs(a - b).max() <= 1
@@ -215,3 +219,24 @@ def test_wrong_words_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["personalize", str(ADA), *(["--out", "x"] if words else []), *words])
     assert exit.value.code == 2
+
+
+def test_the_end_of_a_prompt_that_is_not_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = f"{PROMPT} {'forest ' * 120}at night"
+    main(["personalize", str(ADA), "--out", str(tmp_path), "--steps", "1", "--negative-prompt", prompt])
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "too long" in line]
+    assert re.fullmatch("the negative prompt is too long, and its end is not read: (forest )+at night", told)
+
+
+def test_ctrl_c_is_one_line_and_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_diffusion.personalize.Personalizer.__call__", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        main(["personalize", str(ADA), "--out", str(tmp_path / "out")])
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "lora-diffusion: Stopped. The same command goes on."
+    assert not (tmp_path / "out").exists()
