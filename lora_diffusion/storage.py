@@ -17,11 +17,12 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, TypeVar
 from urllib.parse import unquote
 
 from lora_diffusion.extras import needs
@@ -29,6 +30,8 @@ from lora_diffusion.extras import needs
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # what `_write_local` writes under, and nobody else
 _UPLOAD_BYTES = 2**26  # of one part of a large upload; S3 takes 10,000 parts
 Buffer = bytes | memoryview
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 _ATTEMPTS = 8  # pauses double from 1 s to at most 20 s, times a random factor: about 40 s in all
 
 # What a configuration's text names, for `config.placed`: something to read, something to write, or a path or else a name.
@@ -103,9 +106,8 @@ class Store:
             raise ValueError(f"{self.uri}/{name} is not valid JSON: {error}") from error
 
     def read_many(self, names: Iterable[str], threads: int = 16) -> Iterator[bytes]:
-        """Contents in the order of `names`, fetched side by side."""
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(self.read, names)
+        """Contents in the order of `names`, fetched side by side: at most two for each thread lie in memory."""
+        yield from side_by_side(self.read, names, threads)
 
     def open(self, name: str) -> IO[bytes]:
         """A seekable stream: reads only the parts that are asked for (a Parquet footer, one column)."""
@@ -266,6 +268,18 @@ class Store:
     def _error(self, verb: str, name: str, error: Exception) -> StoreError:
         where = f"{self.uri}/{name}" if name else self.uri
         return StoreError(f"cannot {verb} {where}: {_reason(error, self.local)}")
+
+
+def side_by_side(work: Callable[[Item], Done], items: Iterable[Item], threads: int = 16) -> Iterator[Done]:
+    """`work` of each item, in their order, by threads. At most two answers for each thread wait, however slow the caller is."""
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[Done]] = deque()
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) >= 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def place(text: str | os.PathLike[str]) -> str:

@@ -164,3 +164,18 @@ def test_throttling_and_broken_connections_are_tried_again(s3: S3Server, endpoin
         assert set(store.files()) == set(contents)
         assert {name: store.read(name) for name in contents} == contents
     assert min(proxy.counts.values()) > 0, f"every kind of fault must have happened: {proxy.counts}"
+
+
+def test_many_files_are_read_ahead_but_never_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus of 65,000 people has 10 GB of statistics; who merges them is slower than who reads."""
+    store = open_store(tmp_path)
+    names = [f"{i:03d}" for i in range(100)]
+    for name in names:
+        store.write(name, name.encode())
+    started: list[str] = []
+    read = store.read
+    monkeypatch.setattr(store, "read", lambda name: started.append(name) or read(name))  # type: ignore[func-returns-value]
+    contents = store.read_many(names, threads=4)
+    assert next(contents) == b"000"
+    assert len(started) <= 8
+    assert [b"000", *contents] == [name.encode() for name in names]

@@ -16,7 +16,6 @@ two bytes loses only the work of that shard. Readers look at `failures/` only wh
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -38,7 +37,7 @@ from lora_diffusion.corpus.schema import (
     person_schema,
 )
 from lora_diffusion.corpus.statistics import Statistics
-from lora_diffusion.storage import Store
+from lora_diffusion.storage import Store, side_by_side
 
 
 class CorpusConflict(CorpusError):
@@ -125,10 +124,8 @@ def finish_corpus(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) 
     indices = [info.index for info in infos]
     if indices != list(range(len(indices))):
         raise CorpusError(f"the corpus at {store.uri} is not complete: it has shards {indices}, in this order")
-    with ThreadPoolExecutor(16) as pool:
-        total = Statistics.merged(
-            pool.map(lambda info: _statistics(store, info, manifest), infos), manifest.vector_size
-        )
+    parts = side_by_side(lambda info: _statistics(store, info, manifest), infos)
+    total = Statistics.merged(parts, manifest.vector_size)
     store.write("statistics.safetensors", total.to_bytes())
     manifest = replace(manifest, state="complete", counts=count(infos))
     write_card(store, manifest, infos)
