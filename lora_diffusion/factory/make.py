@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,14 @@ from lora_diffusion.lora.shared_start import load_start
 from lora_diffusion.models.stable_diffusion import BaseModel
 
 _CLASS_SEED = 500_000  # far from those of scoring, and from what a user would type
+
+
+class Maker(Protocol):
+    """What a worker needs of a `LoRAMaker`."""
+
+    def manifest(self, there: Manifest | None = None) -> Manifest: ...
+
+    def __call__(self, people: Sequence[EmbeddedPerson]) -> list[Person | Failure]: ...
 
 
 class LoRAMaker:

@@ -10,7 +10,7 @@ from lora_diffusion.factory.attempts import Attempts
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.factory.isolate import make_group
-from lora_diffusion.factory.make import LoRAMaker
+from lora_diffusion.factory.make import LoRAMaker, Maker
 from lora_diffusion.storage import open_store
 
 
@@ -26,13 +26,15 @@ class ShardReport:
 class ShardMaker:
     """Fine-tunes, scores and commits whole shards. One for each worker; memory does not grow with the shards done.
 
+    `maker`: what makes the LoRAs; default: the one of `config`.
+
     Raises ValueError if this worker's base model or recogniser is not the one that the corpus is made with.
     """
 
-    def __init__(self, config: CorpusConfig, attempts: Attempts) -> None:
+    def __init__(self, config: CorpusConfig, attempts: Attempts, maker: Maker | None = None) -> None:
         self.config = config
         self.attempts = attempts
-        self.maker = LoRAMaker(config)
+        self.maker = maker or LoRAMaker(config)
         store = open_store(config.output)
         there = CorpusReader(store).manifest
         differences = there.differences(self.maker.manifest(there))

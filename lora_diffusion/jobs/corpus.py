@@ -91,8 +91,18 @@ def run(config: CorpusConfig, ray_address: str) -> None:
     finish(begun, progress)
 
 
-def make(begun: CorpusRun, picture_size: int, workers: int, progress: Progress) -> None:
-    """Read, embed, fine-tune, score and commit. One row and one block of Ray Data is one shard."""
+def make(
+    begun: CorpusRun,
+    picture_size: int,
+    workers: int,
+    progress: Progress,
+    stages: tuple[type[Any], type[Any]] | None = None,
+) -> None:
+    """Read, embed, fine-tune, score and commit. One row and one block of Ray Data is one shard.
+
+    stages: in place of `Embed` and `Make` (benchmarks/simulated_cluster.py, where nothing is fine-tuned).
+    """
+    embed, tune = stages or (Embed, Make)
     config, need = begun.config, begun.config.workers
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     ledger = ray.remote(InMemoryAttempts).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -100,7 +110,7 @@ def make(begun: CorpusRun, picture_size: int, workers: int, progress: Progress) 
     dataset = (
         ray.data.from_arrow([pack(work) for work in begun.work()])
         .map_batches(
-            Embed,
+            embed,
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=need.embed_min, max_size=need.embed_max),
@@ -108,7 +118,7 @@ def make(begun: CorpusRun, picture_size: int, workers: int, progress: Progress) 
             fn_constructor_args=(config, picture_size, ledger),
         )
         .map_batches(
-            Make,
+            tune,
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=min(need.finetune_min, workers), max_size=workers, initial_size=workers),
@@ -179,8 +189,8 @@ class Make:
         return pa.Table.from_pylist([dataclasses.asdict(done)])
 
 
-def finish(begun: CorpusRun, progress: Progress) -> None:
-    """Check that nobody is missing, merge statistics, report. Raises RunAgain if somebody is in no shard."""
+def finish(begun: CorpusRun, progress: Progress, draw: bool = True) -> None:
+    """Check that nobody is missing, merge statistics, report, `draw` a contact sheet. Raises RunAgain if somebody is in no shard."""
     config, store, shards = begun.config, begun.store, begun.plan.shards
     reader = CorpusReader(store)
     infos, damaged = reader.verify(shards)
@@ -198,7 +208,7 @@ def finish(begun: CorpusRun, progress: Progress) -> None:
     print(text)
     if pending:
         store.write(SUMMARY, (text + "\n").encode())
-        if any(info.num_people for info in infos):
+        if draw and any(info.num_people for info in infos):
             sheet = small_task(config, config.workers.finetune_gpus)(draw_contact_sheet)
             store.write(CONTACT_SHEET, ray.get(sheet.remote(config, list(begun.people.values()))))
             print(f"contact sheet: {store.uri}/{CONTACT_SHEET}")
