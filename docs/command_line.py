@@ -12,8 +12,8 @@ from pathlib import Path
 TARGET = Path(__file__).parent / "reference" / "command-line.md"
 HEAD = """# Command line
 
-What each command says to `--help`. In the repository, `jobs/build_corpus.py`, `jobs/train.py`, `jobs/evaluate.py`, `jobs/ablate.py` and
-`jobs/publish.py` are the same commands as scripts, for `ray job submit`. Settings are the [keys of the configuration](configuration.md).
+What each command says to `--help`. In the repository, `jobs/build_corpus.py`, `jobs/train.py`, `jobs/evaluate.py`, `jobs/ablate.py`,
+`jobs/publish.py` and `jobs/import_weights2weights.py` are the same commands as scripts, for `ray job submit`. Settings are the [keys of the configuration](configuration.md).
 This page is written by `docs/command_line.py`: do not edit it. What a command returns: [exit codes](exit-codes.md).
 """
 

@@ -19,6 +19,7 @@ from typing import Any
 from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.weights2weights import ImportConfig
 from lora_diffusion.jobs.serve import Config as CommandConfig
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.synthesis.training.train_config import TrainConfig
@@ -29,6 +30,7 @@ JOBS = {
     "jobs/train.py": TrainConfig,
     "jobs/evaluate.py": EvaluationConfig,
     "jobs/ablate.py": AblationConfig,
+    "jobs/import_weights2weights.py": ImportConfig,
     "serve/app.py": ServeConfig,
 }
 HEAD = """# Configuration

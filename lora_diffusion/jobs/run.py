@@ -38,13 +38,15 @@ PATIENCE = 10.0  # seconds without a word
 @dataclass(frozen=True)
 class Job:
     """module: a `JobModule`, whose docstring is the help. config: the YAML file of configs/ if none is named. extra: of this
-    package, which brings what the job imports. claims: the setting of what it writes to, for which it must be the only driver."""
+    package, which brings what the job imports. claims: the setting of what it writes to, for which it must be the only driver.
+    first: the key of a word that is neither a setting nor a YAML file."""
 
     name: str
     module: str
     config: str | None = None
     extra: str = "ray"
     claims: str = "output"
+    first: str = ""
 
 
 class JobModule(Protocol):
@@ -68,6 +70,8 @@ JOBS = {
         Job("evaluate", "lora_diffusion.jobs.evaluate", "evaluate.yaml"),
         Job("ablate", "lora_diffusion.jobs.ablate", "ablate.yaml", claims="evaluation.output"),
         Job("publish", "lora_diffusion.jobs.publish"),
+        Job("import-weights2weights", "lora_diffusion.jobs.import_weights2weights", first="weights"),
+        Job("export", "lora_diffusion.jobs.export", extra="torch", first="corpus"),
         Job("serve", "lora_diffusion.jobs.serve", "serve_tiny.yaml", "serve"),
     )
 }
@@ -190,6 +194,8 @@ def read_options(job: Job, words: Sequence[str]) -> Options:
             overrides.append(word)
         elif word.endswith((".yaml", ".yml")):
             files.append(word)
+        elif job.first and not any(setting.startswith(f"{job.first}=") for setting in overrides):
+            overrides.append(f"{job.first}={word}")
         else:
             raise ValueError(f"{word!r} is neither a setting (key=value, such as finetune.steps=80) nor a YAML file")
     if len(files) > 1:

@@ -40,6 +40,7 @@ DRAWS = {"README.md", "docs/guides/notebook.md", "docs/explanations/page.md"}  #
 SCRIPTS = {
     "jobs/build_corpus.py": "corpus",
     **{f"jobs/{job}.py": job for job in ("train", "evaluate", "ablate", "publish")},
+    "jobs/import_weights2weights.py": "import-weights2weights",
 }
 
 

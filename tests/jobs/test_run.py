@@ -21,7 +21,11 @@ from lora_diffusion.jobs.run import JOBS, Job, main, read_options, run_job
 from lora_diffusion.storage import Output
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"build_corpus": "corpus", "train": "train", "evaluate": "evaluate", "ablate": "ablate", "publish": "publish"}
+SCRIPTS = {
+    "build_corpus": "corpus",
+    "import_weights2weights": "import-weights2weights",
+    **{job: job for job in ("train", "evaluate", "ablate", "publish")},
+}
 
 
 @dataclass(frozen=True)

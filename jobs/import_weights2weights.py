@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""`lora-diffusion import-weights2weights`, as a file for `ray job submit`: lora_diffusion/jobs/import_weights2weights.py says what it does and how."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # Ray runs this file with jobs/ on the path, not the repository
+
+from lora_diffusion.jobs.run import main
+
+if __name__ == "__main__":
+    sys.exit(main("import-weights2weights"))

@@ -1,0 +1,92 @@
+"""A corpus -> the files that weights2weights' code reads: all_weights.pt, mean.pt, std.pt, identity_df.csv, and embeddings.npy.
+
+    lora-diffusion export runs/sd15/corpus output=files
+    lora-diffusion export s3://bucket/corpus output=files rescale=true dtype=float16
+
+Rows are written as they are read: memory is that of one shard, the disk needs the file twice for a moment. The other way:
+lora-diffusion import-weights2weights.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import torch
+
+from lora_diffusion.corpus import CorpusReader, matrix
+from lora_diffusion.factory.weights2weights import layout
+from lora_diffusion.lora.weights2weights import to_weights2weights
+from lora_diffusion.storage import Output, Place, local_place
+from lora_diffusion.training.meter import in_bytes
+
+
+@dataclass(frozen=True)
+class Config:
+    """corpus: of rank 1 on `to_q` and `to_v` of Stable Diffusion 1.5. output: a folder on this machine.
+
+    rescale: of a corpus whose alpha is not 27, fold the difference into B.
+    """
+
+    corpus: Place
+    output: Output
+    format: Literal["weights2weights"] = "weights2weights"
+    dtype: Literal["float32", "float16"] = "float32"
+    rescale: bool = False
+
+
+def dry_run(config: Config) -> str:
+    reader, _ = checked(config)
+    size = len(reader) * reader.layout.size * np.dtype(config.dtype).itemsize
+    return f"{len(reader):,} rows of {config.corpus}, {in_bytes(size)} -> {config.output}"
+
+
+def run(config: Config, ray_address: str) -> None:
+    reader, folder = checked(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype, count, raw = getattr(torch, config.dtype), len(reader), folder / ".all_weights.tmp"
+    statistics = reader.statistics()
+    names: list[str] = []
+    embeddings = []
+    try:
+        rows_MN = torch.from_file(str(raw), shared=True, size=count * reader.layout.size, dtype=dtype).view(count, -1)
+        for table in reader.tables(["identity", "embedding", "vector"]):
+            for row, vector_N in enumerate(matrix(table["vector"]), len(names)):
+                rows_MN[row] = to_weights2weights(vector_N, reader.layout, rescale=config.rescale).to(dtype)
+            names += table["identity"].to_pylist()
+            embeddings.append(matrix(table["embedding"]))
+        save(rows_MN, folder / "all_weights.pt")
+    finally:
+        raw.unlink(missing_ok=True)
+    for name in ("mean", "std"):
+        values_N = torch.from_numpy(getattr(statistics, name)).float()
+        save(to_weights2weights(values_N, reader.layout, rescale=config.rescale), folder / f"{name}.pt")
+    np.save(folder / "embeddings.npy", np.concatenate(embeddings))
+    pa.csv.write_csv(pa.table({"identity": names}), folder / "identity_df.csv")
+    print(f"{count:,} rows of {reader.layout.size:,} {config.dtype}: {folder}/all_weights.pt")
+
+
+def checked(config: Config) -> tuple[CorpusReader, Path]:
+    """Raises ValueError for LoRAs that their code has no place for."""
+    reader, theirs = CorpusReader(config.corpus), layout()
+    if (reader.layout.entries, reader.layout.rank) != (theirs.entries, theirs.rank):
+        raise ValueError(
+            f"the corpus at {reader.store.uri} has N = {reader.layout.size:,}, rank {reader.layout.rank}; weights2weights' code takes "
+            f"{theirs.size:,} numbers: rank 1 on to_q and to_v of Stable Diffusion 1.5 (configs/sd15.yaml)"
+        )
+    if not len(reader):
+        raise ValueError(f"nobody in the corpus at {reader.store.uri} has a LoRA")
+    to_weights2weights(torch.zeros(theirs.size), reader.layout, rescale=config.rescale)
+    return reader, local_place(config.output, "output")
+
+
+def save(tensor: torch.Tensor, path: Path) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(tensor, temporary)
+    os.replace(temporary, path)
