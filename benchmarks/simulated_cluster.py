@@ -33,12 +33,13 @@ import numpy as np
 
 from lora_diffusion.config import load_config
 from lora_diffusion.corpus import CorpusReader, Failure, Manifest, Person
-from lora_diffusion.factory import planning, report
+from lora_diffusion.factory import planning
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.factory.planning import Listed
 from lora_diffusion.storage import open_store
+from lora_diffusion.training.progress import Progress
 
 SLEEP = 0.2  # seconds of "fine-tuning" a group
 BASE = {"name": "none", "fingerprint": "0" * 20}
@@ -183,7 +184,7 @@ def simulate(args: argparse.Namespace, output: str) -> dict[str, Any]:
     config, people = settings(output), listed(args.people)
     found: dict[str, Any] = {"people": args.people}
     found["begin_seconds"], begun = timed(lambda: planning.begin(config, manifest(config), people))
-    progress = report.Progress(args.people)
+    progress = Progress(args.people, "people")
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
     stages = (SleepEmbed, SleepMake)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_diffusion.config import load_config
 from lora_diffusion.evaluation import EvaluationConfig
@@ -26,6 +25,7 @@ from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.synthesis.training.train_config import TrainConfig
 from lora_diffusion.training.meter import duration
 
+ROOT = Path(__file__).resolve().parents[1]
 MATRIX_TFLOPS = 150.0  # sustained by the training of large linear layers in bfloat16, assumed
 STEP_SECONDS = 0.005  # launching a training step's kernels and AdamW, assumed
 DECODER_TFLOP = 7.5  # the VAE's decoder at 512 px: 2.5 forward, three times that with the backward
@@ -49,7 +49,9 @@ def costs(people: int, held_out: int, picture_steps: int) -> list[Cost]:
     drawn = 1 / result["render"]["images_per_second"]["bank"]
     pictures = len(corpus.score.prompts) * corpus.score.seeds_per_prompt
     each = corpus.finetune.steps * tuned + pictures * drawn
-    told = f"measured: {corpus.finetune.steps} steps x {1000 * tuned:.1f} ms, {pictures} pictures x {drawn:.2f} s a person"
+    told = (
+        f"measured: {corpus.finetune.steps} steps x {1000 * tuned:.1f} ms, {pictures} pictures x {drawn:.2f} s a person"
+    )
     forward = drawn / (result["render"]["steps"] * 2)  # with guidance, and the decoder's share
     learned = tuned / (corpus.finetune.batch_size + corpus.finetune.prior_batch_size)
     p, rows = train.pictures, train.pictures_training.batch_size * train.pictures.pictures_each
@@ -65,7 +67,14 @@ def costs(people: int, held_out: int, picture_steps: int) -> list[Cost]:
         how = f"estimate: {rows} pictures x {picture:.2f} s a step, of which UNet passes are measured and the decoder is assumed"
         found.append(Cost("pictures", picture_steps * rows * picture, how))
     shown = METHODS * min(limit, held_out) * 4
-    return [*found, Cost("evaluation", shown * drawn, f"{METHODS} methods x {min(limit, held_out)} people x 4 pictures, measured each")]
+    return [
+        *found,
+        Cost(
+            "evaluation",
+            shown * drawn,
+            f"{METHODS} methods x {min(limit, held_out)} people x 4 pictures, measured each",
+        ),
+    ]
 
 
 def trained(name: str, train: TrainConfig, parameters: int) -> Cost:
@@ -94,7 +103,9 @@ def main() -> None:
     clock = sum(cost.seconds / (1 if cost.step in alone else args.gpus) for cost in found)
     money = "" if args.price is None else f"{total / 3600 * args.price:>10,.2f}"
     print(f"{'in all':16}{total:>12,.0f} s{total / 3600:>9.2f} GPU-h{money}")
-    print(f"by the clock: {duration(clock)} on {args.gpus} GPUs, the training on one of them. Seconds of an NVIDIA H200,")
+    print(
+        f"by the clock: {duration(clock)} on {args.gpus} GPUs, the training on one of them. Seconds of an NVIDIA H200,"
+    )
     print("without the start of machines, the class images of each worker and the loading of models.")
 
 

@@ -18,13 +18,14 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
-from lora_diffusion.factory import planning, report
+from lora_diffusion.factory import planning
 from lora_diffusion.factory.attempts import InMemoryAttempts
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.factory.weights2weights import ImportConfig, ShardImporter, Source
 from lora_diffusion.jobs.corpus import Embed, finish, pack, unpack
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
 from lora_diffusion.training.meter import in_bytes
+from lora_diffusion.training.progress import Progress
 
 Config = ImportConfig
 PICTURE_SIZE = 64  # px of the pictures that come with an embedding; nobody looks at them
@@ -40,7 +41,7 @@ def run(config: ImportConfig, ray_address: str) -> None:
     source = Source(config)
     begun = planning.begin(config.corpus, source.manifest(), source.people())
     print(told(begun, source), flush=True)
-    progress = report.Progress(sum(len(shard.identities) for shard in begun.todo))
+    progress = Progress(sum(len(shard.identities) for shard in begun.todo), "people")
     if begun.todo:
         workers = min(config.workers or min(8, os.cpu_count() or 1), len(begun.todo))
         stages = 2 if config.photos else 1
@@ -58,7 +59,7 @@ def told(begun: CorpusRun, source: Source) -> str:
     )
 
 
-def copy(begun: CorpusRun, config: ImportConfig, workers: int, progress: report.Progress) -> None:
+def copy(begun: CorpusRun, config: ImportConfig, workers: int, progress: Progress) -> None:
     """One row and one block of Ray Data is one shard."""
     dataset: ray.data.Dataset = ray.data.from_arrow([pack(work) for work in begun.work()])
     pools: list[tuple[Any, tuple[Any, ...]]] = [(Import, (config,))]
@@ -75,8 +76,7 @@ def copy(begun: CorpusRun, config: ImportConfig, workers: int, progress: report.
             fn_constructor_args=arguments,
         )
     for row in rows_of(dataset):
-        if line := progress.add(row["num_people"], row["num_failed"]):
-            print(line, flush=True)
+        progress.add(row["num_people"], row["num_failed"])
 
 
 class Import:
