@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
 
-if [ "${1:-}" = --dry-run ]; then
+if [ "${1:-}" = "--dry-run" ]; then
   exec "$python" runs/sd15_cost.py --people "${PEOPLE:-2000}" --gpus "${GPUS:-8}" "${@:2}"
 fi
 
