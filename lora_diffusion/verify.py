@@ -26,10 +26,13 @@ from lora_diffusion.storage import Store, StoreError, open_store
 
 AT_ONCE = 4  # files in memory
 CLAIM = "claim.json"  # of a job that is at work
-_CORPUS = re.compile(rf"corpus\.json|{CLAIM}|statistics\.safetensors|README\.md|summary\.txt|contact_sheet\.png")
+_CORPUS = re.compile(
+    rf"corpus\.json|{CLAIM}|statistics\.safetensors|README\.md|summary\.txt|contact_sheet\.png|(plan|shards|failures|statistics)/"
+)
 _RUN = re.compile(
     rf"data\.json|config\.yaml|{CLAIM}|statistics\.safetensors|pca\.safetensors|explained_variance\.(json|png)"
     r"|linear_guess\.safetensors|metrics\.jsonl|results\.json|checkpoints/[a-z]+(-best)?\.safetensors|plots/\w+\.png"
+    r"|(checkpoints|plots|tensorboard|ray|synthesizer|before_pictures)/"
 )
 _SYNTHESIZER = re.compile(r"config\.json|(codes|denoiser|edits|neighbours)\.safetensors|README\.md")
 
@@ -73,7 +76,7 @@ def repair(uri: str, findings: Iterable[Finding]) -> list[str]:
 
 
 def _corpus(store: Store) -> Iterator[Finding]:
-    yield from _foreign(store, "", _CORPUS)
+    yield from _foreign(store, "", _CORPUS.fullmatch)
     try:
         reader = CorpusReader(store)
         written = store.read_json("corpus.json")
@@ -96,15 +99,12 @@ def _corpus(store: Store) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("missing", "plan", _reason(error))
         return
-    for folder, suffix in (
-        ("plan", "parquet"),
-        ("shards", "parquet"),
-        ("failures", "parquet"),
-        ("statistics", "safetensors"),
-    ):
-        most = len(parts) if folder == "plan" else len(shards)
-        ours = {f"{shard_name(index)}.{suffix}" for index in range(most)}
-        yield from _foreign(store, folder, re.compile("|".join(map(re.escape, ours)) or r"(?!)"))
+    ours = {f"plan/{shard_name(index)}.parquet" for index in range(len(parts))}
+    for shard in shards:
+        ours |= {f"{folder}/{shard.name}.parquet" for folder in ("shards", "failures")}
+        ours.add(f"statistics/{shard.name}.safetensors")
+    for folder in ("plan", "shards", "failures", "statistics"):
+        yield from _foreign(store, folder, ours.__contains__)
     there = {f"{folder}/{name}" for folder in ("shards", "failures", "statistics") for name in store.files(folder)}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for found in pool.map(lambda shard: list(_shard(reader, shard, there, problems.get(shard.index, ""))), shards):
@@ -178,7 +178,7 @@ def _run(store: Store) -> Iterator[Finding]:
     from lora_diffusion.synthesis.training.train_config import BEFORE_PICTURES, SYNTHESIZER
 
     for folder in ("", "checkpoints", "plots"):
-        yield from _foreign(store, folder, _RUN)
+        yield from _foreign(store, folder, _RUN.fullmatch)
     files, folders = store.files_and_folders()
     snapshot = None
     if "data.json" in files:
@@ -233,7 +233,7 @@ def _rows_key(meta: dict[str, Any]) -> str | None:
 def _synthesizer(store: Store) -> Iterator[Finding]:
     from lora_diffusion.synthesis.folder import read_folder
 
-    yield from _foreign(store, "", _SYNTHESIZER)
+    yield from _foreign(store, "", _SYNTHESIZER.fullmatch)
     config = _try("config.json", lambda name: _checked(store.read_json(name)))
     if isinstance(config, Finding):
         yield config
@@ -266,11 +266,13 @@ def _checked(values: Any) -> dict[str, Any]:
 # -- all ---------------------------------------------------------------------------------------------------------------
 
 
-def _foreign(store: Store, folder: str, ours: re.Pattern[str]) -> Iterator[Finding]:
-    for name in sorted(store.files(folder)):
+def _foreign(store: Store, folder: str, ours: Callable[[str], object]) -> Iterator[Finding]:
+    """`ours`: of a path below the place, that of a folder with / at its end."""
+    files, folders = store.files_and_folders(folder)
+    for name in sorted([*files, *(f"{name}/" for name in folders)]):
         path = f"{folder}/{name}" if folder else name
-        if not ours.fullmatch(path) and not ours.fullmatch(name):
-            yield Finding("foreign", path, "no file of ours; left alone")
+        if not ours(path):
+            yield Finding("foreign", path, "not ours; left alone")
 
 
 def _try(name: str, read: Callable[[str], Any]) -> Any:

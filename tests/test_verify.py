@@ -71,8 +71,12 @@ def test_what_is_missing_foreign_or_of_another_recipe_is_named(corpus: Path) -> 
     (corpus / ".DS_Store").write_bytes(b"")
     (corpus / "statistics/00001.safetensors").unlink()
     os.mkfifo(corpus / "pipe.parquet")
+    (corpus / "shards/old").mkdir()
+    (corpus / "notes").mkdir()
     assert found(corpus) == {
         ".DS_Store": "foreign",
+        "notes/": "foreign",
+        "shards/old/": "foreign",
         "shards/00000 (1).parquet": "foreign",
         "shards/00007.parquet": "foreign",
         "shards/00002.parquet": "other recipe",

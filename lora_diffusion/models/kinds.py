@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent.name}/{path.name} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.parent.name}/{path.name} holds no JSON object")
