@@ -36,8 +36,7 @@ class PhotoConfig:
     """Which photos of a person are used, and how they become square.
 
     crop: "centre" takes the largest central square; "face" a square around the detected face, its side `face_margin`
-    times the longer side of the face's box (2.5 shows head and shoulders). same_person: null keeps every photo; no two
-    people of a usual recogniser have so much in common.
+    times the longer side of the face's box (2.5 shows head and shoulders).
     """
 
     min_photos: int = 1  # people with fewer usable photos fail
@@ -45,7 +44,7 @@ class PhotoConfig:
     max_pixels: int = 50_000_000  # larger photos are left out
     crop: Literal["centre", "face"] = "centre"
     face_margin: float = 2.5  # side of the square around a face, in longer sides of its box
-    same_person: float | None = 0.2  # photos whose cosine with the mean of most photos is lower are left out
+    same_person: float | None = 0.2  # photos of a lower cosine with the mean of most are left out; null keeps all
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_photos <= self.max_photos:
