@@ -39,11 +39,12 @@ _JPEG_SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that say how 
 
 
 def load_photo_within(
-    data: bytes, seconds: float = SECONDS, *, max_pixels: int = MAX_PIXELS, faults: list[PhotoReason] | None = None
+    data: bytes, seconds: float | None = None, *, max_pixels: int = MAX_PIXELS, faults: list[PhotoReason] | None = None
 ) -> Pixels:
     """`load_photo`, which ends: PhotoError "unreadable" where decoding takes longer than `seconds`, or ends its process."""
     if is_light(data):
         return load_photo(data, max_pixels=max_pixels, faults=faults)
+    seconds = SECONDS if seconds is None else seconds
     command = [sys.executable, "-m", __name__, str(max_pixels), str(math.ceil(seconds))]
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     try:

@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_pipeline import tiny_pipeline
 
 from lora_diffusion.corpus import CorpusReader, Failure, Person, ShardPlan, open_corpus
+from lora_diffusion.faces import apart
 from lora_diffusion.faces.embedder import mean_embedding
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.factory.attempts import InMemoryAttempts
@@ -105,6 +106,21 @@ def test_each_bad_photo_is_a_row_with_its_reason_and_the_good_ones_are_used(
     assert boxes_P4 is not None
     assert boxes_P4.shape == (len(GOOD), 4)
     assert (boxes_P4[:, 2:] - boxes_P4[:, :2] > 4).all(), "px of the pictures of 16 × 16"
+
+
+def test_a_photo_that_takes_too_long_is_a_row_and_the_others_are_used(
+    config: CorpusConfig, photo: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "SECONDS", 0.05)
+    store = open_store(tmp_path / "people")
+    store.write("ada/large.jpg", encode(Image.new("RGB", (4100, 4000)), "JPEG"))
+    for kind in ("PNG", "JPEG"):
+        store.write(f"ada/usual.{kind}", encode(photo, kind))
+    person = PersonEmbedder(dataclasses.replace(config, people=str(tmp_path / "people")), 16)(0, PersonRef("ada"))
+    (failure,) = person.failures
+    assert (failure.photo, failure.stage, failure.reason) == ("large.jpg", "read", "unreadable")
+    assert "takes more than 0.05 s" in failure.message
+    assert person.usable
 
 
 FACES = Path(__file__).resolve().parents[1] / "data" / "faces"
