@@ -8,7 +8,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo serve test test-fast browser lint docs examples bench clean
+.PHONY: demo serve test test-fast chaos browser lint docs examples bench clean
 
 # torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast, with hashes checked.
 # --no-deps: requirements.txt is complete, and torch is there already. It has hashes for Linux; elsewhere pip resolves.
@@ -55,6 +55,12 @@ browser:
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
 	       && timeout 300 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 \
 	  || echo "no Chromium, and none could be installed: the tests of the page will be skipped"
+
+# Kills at random until SECONDS are over: make chaos SECONDS=3600 SEED=7. The table of docs/RELIABILITY.md.
+SECONDS ?= 600
+SEED ?= 0
+chaos: $(READY)
+	$(BIN)/python tests/chaos/chaos.py --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -346,7 +346,7 @@ def local_place(text: str | os.PathLike[str], what: str) -> Path:
     return Path(found)
 
 
-def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seconds: float = 60) -> Store:
+def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seconds: float = 30) -> Store:
     """The store at `place(uri)`. Touches nothing yet. Raises ValueError.
 
     attempts: how often an S3 request is tried. read_seconds: how long one may wait for the next bytes.

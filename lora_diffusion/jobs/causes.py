@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 
@@ -59,7 +60,8 @@ def gone(error: BaseException) -> str | None:
         if isinstance(item, RunAgain):
             return str(item)
         if any(kind.__name__ in _GONE for kind in type(item).__mro__) and "creation task" not in str(item):
-            return f"a part of Ray ended ({str(item).strip().partition(chr(10))[0].rstrip('.')}): run the same command again"
+            what = "".join(re.findall(r"class_name: (\w+)", str(item))[:1]) or "a part of Ray"
+            return f"{what} ended ({str(item).strip().partition(chr(10))[0].rstrip('.')}): run the same command again"
     return None
 
 
@@ -83,7 +85,8 @@ def _wrappers() -> tuple[type[BaseException], ...]:
 
 def _out_of_memory(error: BaseException) -> bool:
     """Python's, torch's on a GPU and on a CPU (a plain RuntimeError), and Ray's, whose monitor ends a worker in time."""
-    words = ("can't allocate memory", "memory usage threshold", "OOM")
+    # not OOM, which Ray names as a possible cause of any death
+    words = ("can't allocate memory", "memory usage threshold")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ in ("OutOfMemoryError", "_ArrayMemoryError")

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.jobs.watch import PATIENCE, said_after
 from lora_diffusion.storage import Store, StoreError, open_store
 
 FILE = "claim.json"
@@ -34,7 +35,7 @@ def claimed(uri: str, job: str) -> Iterator[None]:
 
     Raises ValueError if another driver works on it, or took it over meanwhile; StoreError if it cannot be written.
     """
-    claim = Claim(open_store(uri, attempts=3, read_seconds=10), job)
+    claim = Claim(open_store(uri, read_seconds=10), job)
     claim.take()
     try:
         yield
@@ -113,7 +114,8 @@ class Claim:
 
     def _keep(self) -> None:
         while not self._over.wait(BEAT):
-            with suppress(StoreError):  # a store that is away for a while
+            waiting = f"waiting for {self.store.uri}: no answer for {PATIENCE:g} s"
+            with suppress(StoreError), said_after(PATIENCE, waiting):  # a store that is away for a while
                 there = self._read()
                 if there is not None and not self._is_mine(there):
                     self._stop(there)

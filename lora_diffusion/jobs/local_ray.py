@@ -16,7 +16,7 @@ import ray
 import ray.data
 from ray.data import DataContext
 
-from lora_diffusion.jobs.run import PATIENCE
+from lora_diffusion.jobs.watch import PATIENCE
 
 PLURAL = {"CPU": "CPUs", "GPU": "GPUs"}
 

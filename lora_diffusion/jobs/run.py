@@ -21,7 +21,6 @@ import importlib.util
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from typing import Any, NoReturn, Protocol, cast
 
 from lora_diffusion.extras import needs
 from lora_diffusion.jobs.noise import without_noise
+from lora_diffusion.jobs.watch import PATIENCE, said_after, watching_ray
 
 STOPPED = "Stopped. The same command goes on."
-PATIENCE = 10.0  # seconds without a word
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
                 print(to_yaml(given))
                 print(module.dry_run(config))
             elif job.extra == "ray":
-                with without_noise(), claims(job, config):
+                with without_noise(), claims(job, config), watching_ray(job.name):
                     module.run(config, options.ray_address)
             else:
                 module.run(config, options.ray_address)
@@ -148,18 +147,6 @@ def claims(job: Job, config: Any) -> Iterator[None]:
             if key == job.claims:
                 stack.enter_context(claimed(address, job.name))
         yield
-
-
-@contextmanager
-def said_after(seconds: float, line: str) -> Iterator[None]:
-    """Print `line` if the block takes longer than `seconds`."""
-    timer = threading.Timer(seconds, print, (line,), {"flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from s3_faults import faulty
+from s3_server import S3Server
 
 from lora_diffusion.jobs import claim
 from lora_diffusion.jobs.claim import Claim, claimed
@@ -148,3 +150,20 @@ def test_nothing_is_left_but_what_the_job_wrote(tmp_path: Path) -> None:
     with claimed(str(tmp_path / "a" / "b"), "corpus"):
         open_store(tmp_path / "a" / "b").write("x", b"")
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "x"]
+
+
+@pytest.mark.s3
+def test_a_store_that_falls_silent_under_a_job_is_named(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claim, "PATIENCE", 0.3)
+    with faulty(s3.endpoint, hung=0.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with claimed(f"s3://{bucket}/corpus", "corpus"):
+            proxy.shares["hung"] = 1.0
+            said = ""
+            while "waiting for" not in said:  # the test's own time limit ends this
+                time.sleep(0.1)
+                said += capsys.readouterr().out
+            proxy.shares["hung"] = 0.0
+    assert f"waiting for s3://{bucket}/corpus: no answer for 0.3 s" in said

@@ -154,6 +154,12 @@ def test_a_store_that_does_not_answer_gets_a_word_and_then_an_end(
             assert not asked
 
 
+LEDGER_DIED = """The actor died unexpectedly before finishing this task.
+\tclass_name: InMemoryAttempts
+The actor is dead because its worker process has died. Some common causes include: (1) the process was killed by the OOM killer
+due to high memory usage, (2) ray stop --force was called"""
+
+
 def _raise(error: BaseException) -> Callable[[], None]:
     def run() -> None:
         raise error
@@ -164,6 +170,8 @@ def _raise(error: BaseException) -> Callable[[], None]:
 def test_the_exit_code_says_what_happened(
     job: Callable[..., tuple[Job, list[_Config]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    died = ray.exceptions.ActorDiedError()
+    died.error_msg = LEDGER_DIED
     for error, code, message in (
         (ValueError("a, not b: give b"), 1, "job: a, not b: give b\n"),
         (OSError("the disk is full"), 1, "job: the disk is full\n"),
@@ -171,6 +179,11 @@ def test_the_exit_code_says_what_happened(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "job: memory ended"),
         (RunAgain("3 people are in no shard: run the same command again"), 3, "job: 3 people are in no shard"),
         (ray.exceptions.ActorDiedError(), 3, "job: a part of Ray ended (The actor died unexpectedly"),
+        (
+            died,
+            3,
+            "job: InMemoryAttempts ended (The actor died unexpectedly before finishing this task): run the same",
+        ),
         (KeyboardInterrupt(), 130, "job: Stopped. The same command goes on.\n"),
     ):
         made, _ = job(_raise(error))

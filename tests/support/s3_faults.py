@@ -1,4 +1,4 @@
-"""A small TCP proxy in front of an S3 server that answers 503 SlowDown or breaks connections, as busy stores do."""
+"""A small TCP proxy in front of an S3 server that answers 503 SlowDown or 500, hangs or breaks connections, as busy stores do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
+HANG = 2.0
 _SLOW_DOWN_BODY = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>'
 )
@@ -18,18 +20,18 @@ _SLOW_DOWN = (
 
 
 class FaultyProxy:
-    """Forwards to `target`, one request for each connection; a share of them fails in one of three ways.
+    """Forwards to `target`, one request for each connection; a share of them fails in one of five ways.
 
-    `throttled`: 503 before the server sees the request. `refused`: the connection is reset at once. `cut`: the request
-    reaches the server, and its answer breaks off in the middle.
+    `throttled`, `failed`: 503 or 500 before the server sees the request. `refused`: the connection is reset at once. `hung`: it is
+    silent for HANG seconds, and then reset. `cut`: the request reaches the server, and its answer breaks off in the middle.
     """
 
-    def __init__(self, target: str, seed: int, throttled: float = 0, refused: float = 0, cut: float = 0) -> None:
+    def __init__(self, target: str, seed: int, **shares: float) -> None:
         host, _, port = target.rpartition("//")[2].rpartition(":")
         self._target = (host, int(port))
         self._random = random.Random(seed)
-        self._shares = {"throttled": throttled, "refused": refused, "cut": cut}
-        self.counts = {"passed": 0, "throttled": 0, "refused": 0, "cut": 0}
+        self.shares = shares
+        self.counts = dict.fromkeys(("passed", *shares), 0)
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -49,7 +51,7 @@ class FaultyProxy:
     def _draw(self) -> str:
         with self._lock:
             number, fate = self._random.random(), "passed"
-            for name, share in self._shares.items():
+            for name, share in self.shares.items():
                 if number < share:
                     fate = name
                     break
@@ -65,7 +67,10 @@ class FaultyProxy:
             fate = self._draw()
             if fate == "throttled":
                 client.sendall(_SLOW_DOWN)
-            elif fate == "refused":
+            elif fate == "failed":
+                client.sendall(_SLOW_DOWN.replace(b"503 Slow Down", b"500 Internal Server Error"))
+            elif fate in ("refused", "hung"):
+                time.sleep(HANG if fate == "hung" else 0)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # RST instead of FIN
             else:
                 self._forward(client, request, cut=fate == "cut")

@@ -62,58 +62,68 @@ def new_server() -> S3Server:
     return S3Server(f"http://127.0.0.1:{free_port()}", "test" + secrets.token_hex(8), secrets.token_hex(16))
 
 
+class Weed:
+    """The server's process, with its data in `folder`: it can be killed and started again."""
+
+    def __init__(self, server: S3Server, folder: Path) -> None:
+        self.server, self.log = server, folder / "log"
+        identities = [
+            {"name": key, "credentials": [{"accessKey": key, "secretKey": server.secret_key}], "actions": actions}
+            for key, actions in (
+                (server.access_key, ["Admin", "Read", "Write", "List", "Tagging"]),
+                (server.reader_access_key, ["Read", "List"]),
+            )
+        ]
+        (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+        self.command = [
+            str(Path(sys.executable).with_name("weed")),
+            "-logtostderr=true",
+            *("server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-master.port={free_port()}", f"-volume.port={free_port()}", "-filer", f"-filer.port={free_port()}"),
+            *("-s3", f"-s3.port={server.endpoint.rpartition(':')[2]}", f"-s3.config={folder / 'identities.json'}"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+            *("-master.volumeSizeLimitMB=256", "-volume.max=20", "-master.telemetry=false"),
+        ]
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.server.endpoint, timeout=2)
+            except urllib.error.HTTPError as error:
+                if error.code == 403:  # it is up, and wants credentials
+                    return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise RuntimeError(f"SeaweedFS did not start:\n{self.log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        """Its data is this session's: a gentle end takes ten seconds."""
+        self.process.kill()
+        self.process.wait()
+
+
 @contextlib.contextmanager
-def running(server: S3Server, folder: Path) -> Iterator[S3Server]:
+def running(server: S3Server, folder: Path) -> Iterator[Weed]:
     """The server, with its data in `folder`, one bucket, and the AWS variables of this process set to it."""
-    identities = [
-        {"name": key, "credentials": [{"accessKey": key, "secretKey": server.secret_key}], "actions": actions}
-        for key, actions in (
-            (server.access_key, ["Admin", "Read", "Write", "List", "Tagging"]),
-            (server.reader_access_key, ["Read", "List"]),
-        )
-    ]
-    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
-    command = [
-        str(Path(sys.executable).with_name("weed")),
-        "-logtostderr=true",
-        *("server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-        *(f"-master.port={free_port()}", f"-volume.port={free_port()}", "-filer", f"-filer.port={free_port()}"),
-        *("-s3", f"-s3.port={server.endpoint.rpartition(':')[2]}", f"-s3.config={folder / 'identities.json'}"),
-        *("-s3.port.iceberg=0", "-s3.port.lance=0"),
-        *("-master.volumeSizeLimitMB=256", "-volume.max=20", "-master.telemetry=false"),
-    ]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    weed = Weed(server, folder)
     saved = {name: os.environ.get(name) for name in server.env}
     os.environ.update(server.env)
     try:
-        _wait_until_ready(server, process, folder / "log")
+        weed.start()
         _make_bucket()
-        yield server
+        yield weed
     finally:
-        process.kill()  # its data is this session's: nothing to save, and a gentle end takes ten seconds
-        process.wait()
+        weed.kill()
         for name, value in saved.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(server.endpoint, timeout=2)
-        except urllib.error.HTTPError as error:
-            if error.code == 403:  # it is up, and wants credentials
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError(f"SeaweedFS did not start:\n{log.read_text()[-3000:]}")
 
 
 def _make_bucket() -> None:

@@ -1,0 +1,76 @@
+"""The whole corpus job on a Ray of its own, of which one part is killed: what it says, and what the same command makes of it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from drivers import driver
+from factory_world import make_world, settings
+
+from lora_diffusion.corpus import CorpusReader
+
+JOB = Path(__file__).parents[2] / "jobs" / "build_corpus.py"
+# a part of the job -> the word in its command line, and the exit code that follows
+PARTS = {
+    "embedding worker": ("MapBatches(Embed)", 0),
+    "fine-tuning worker": ("MapBatches(Make)", 0),
+    "ledger": ("ray::InMemoryAttempts", 3),
+    "raylet": ("raylet/raylet", 3),
+    "GCS": ("gcs_server", 3),
+    "agent": ("ray::RuntimeEnvAgent", 3),
+    "driver": (JOB.name, -9),
+}
+
+
+def outcome(place: Path) -> dict[str, Any]:
+    """All of a corpus but the seconds that it took."""
+    reader = CorpusReader(place)
+    infos, problems = reader.verify()
+    assert not problems
+    assert len(infos) == len(reader.plan.shards)
+    table = reader.table()
+    rows = table.drop_columns([name for name in table.column_names if name.endswith("_seconds")]).to_pylist()
+    there = [row["identity"] for row in rows] + [f.identity for f in reader.failures() if f.photo is None]
+    return {
+        "everybody": sorted(there),
+        "rows": str(rows),  # NaN equals itself in text
+        "vectors": reader.vectors().tobytes(),
+        "statistics": reader.store.read("statistics.safetensors"),
+        "counts": reader.manifest.counts,
+        "left": sorted(reader.store.files()),
+    }
+
+
+def prepare(folder: Path) -> list[str]:
+    """A world in `folder`; the words of the command but for the output."""
+    folder.mkdir(parents=True)
+    make_world(folder)
+    values = {**settings(folder), "people": str(folder / "people"), "output": "nowhere"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return ["--config", str(folder / "config.yaml")]
+
+
+def run(words: list[str], output: Path, log: Path, part: str = "", shards: int = 1) -> tuple[int, str, float]:
+    """Exit code, last line, and seconds from the kill to the end. `part` is killed when `shards` are there."""
+    word = PARTS[part][0] if part else ""
+    with driver(JOB, [*words, f"output={output}"], {}, log) as process:
+        killed = not part
+        while process.poll() is None and not killed:
+            time.sleep(0.05)
+            if len(list(output.glob("shards/*.parquet"))) >= shards:
+                with suppress(psutil.Error):
+                    whole = psutil.Process(process.pid)
+                    for found in [whole] if part == "driver" else whole.children(recursive=True):
+                        title = " ".join(found.cmdline())
+                        if word in title and "IDLE" not in title and not killed:
+                            found.kill()
+                            killed = True
+        begin = time.monotonic()
+        code = process.wait(timeout=900)
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return (code if killed else 99), (lines or [""])[-1], time.monotonic() - begin
