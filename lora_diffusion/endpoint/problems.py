@@ -49,6 +49,20 @@ PROBLEMS = {
     "deadline_exceeded": (504, "The request's time was up. Allow it more time, or ask for less."),
 }
 """reason -> status, and how its detail may read. Reasons that are not here, as those of unreadable photos, are 422."""
+WORDS = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float", "int_parsing_size"), "is no whole number"),
+    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "is no number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "is neither true nor false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "is no object of names and values"),
+    "string_type": "is no text",
+    "list_type": "is no list",
+    "literal_error": "is none of {expected}",
+    "greater_than_equal": "is below {ge}",
+    "less_than_equal": "is above {le}",
+    "too_short": "is empty: at least {min_length} is needed",
+    "too_long": "has too many entries: at most {max_length} are read",
+}
+"""Kind of pydantic's error -> how we say it, after the name of the field."""
 PHOTO_REASONS = (*get_args(FaceReason), *get_args(PhotoReason))
 TITLES = {422: "Unprocessable request", 413: "Content too large"}
 
@@ -128,4 +142,6 @@ def _message(error: Any, schema: type[BaseModel] | None) -> str:
     if kind == "string_pattern_mismatch":
         digits = error["ctx"]["pattern"].rpartition("{")[2].rstrip("}$")
         return f"is no id: an id has {digits} hexadecimal digits, as in the answer that gave it"
-    return str(error["msg"]).removeprefix("Value error, ")
+    bounds = {name: f"{bound:g}" if isinstance(bound, float) else f"{bound:,}" if isinstance(bound, int) else bound
+              for name, bound in error.get("ctx", {}).items()}  # fmt: skip
+    return WORDS[kind].format(**bounds) if kind in WORDS else str(error["msg"]).removeprefix("Value error, ")

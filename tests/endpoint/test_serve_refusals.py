@@ -264,3 +264,27 @@ def test_problems_do_not_repeat_what_was_sent(api: Client) -> None:
     response = api.json("/v1/images", prompt=[secret], embedding=[secret] * 512, wish=secret)
     problem(response, 422, "invalid_request")
     assert secret not in response.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        ({"seed": "abc"}, "seed: is no whole number"),
+        ({"seed": 1.5}, "seed: is no whole number"),
+        ({"seed": -1}, "seed: is below 0"),
+        ({"seed": 2**60}, "seed: is above 9,007,199,254,740,991"),
+        ({"temperature": "x"}, "temperature: is no number"),
+        ({"temperature": 9}, "temperature: is above 2"),
+        ({"embedding": "x"}, "embedding: is no list"),
+        ({"embedding": []}, "embedding: is empty: at least 1 is needed"),
+        ({"embedding": ["a"]}, "embedding.0: is no number"),
+        ({"embedding": [0] * 65_537}, "embedding: has too many entries: at most 65,536 are read"),
+        ({"format": "x"}, "format: is none of 'diffusers', 'peft', 'kohya', 'vector' or 'latent'"),
+        ({"score": "maybe"}, "score: is neither true nor false"),
+        ({"recogniser": 1}, "recogniser: is no text"),
+        ({"embedding": None, "latent": 3}, "latent: is no object of names and values"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_told_in_words(api: Client, fields: dict[str, Any], detail: str) -> None:
+    told = problem(api.json("/v1/loras", **{"embedding": [1.0] * 512, **fields}), 422, "invalid_request")
+    assert told["detail"] == detail
