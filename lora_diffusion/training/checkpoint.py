@@ -101,7 +101,8 @@ class SavedTensors:
             found = {key: (_DTYPES[of["dtype"]], of["shape"], *of["data_offsets"]) for key, of in header.items()}
             self._where = dict(sorted(found.items(), key=lambda item: item[1][2:]))  # as they lie
             for key, (dtype, shape, begin, end) in self._where.items():
-                if math.prod(shape) * dtype.itemsize != end - begin or min(shape, default=0) < 0:
+                whole_numbers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+                if not whole_numbers or math.prod(shape) * dtype.itemsize != end - begin:
                     raise ValueError(f"its header gives {key} {end - begin} bytes for the shape {shape}")
 
     @classmethod
