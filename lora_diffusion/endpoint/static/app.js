@@ -125,6 +125,7 @@ async function draw() {
     });
     shown = asked;
     await keep();
+    if (signal.aborted) return;
     say(count === 1 ? "Your picture is ready" : `Your ${count} pictures are ready`);
     tellLikeness();
     ready(true);
