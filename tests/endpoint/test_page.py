@@ -12,7 +12,6 @@ import pytest
 from chromium import PEOPLE, PHOTO, contents, opened, ready, redrawing, same
 from http_endpoint import in_process
 from PIL import Image
-from serve_world import save_synthesizer
 
 from lora_diffusion.endpoint.local import local_api
 from lora_diffusion.serving.config import LimitsConfig, SamplingConfig, ServeConfig
@@ -27,12 +26,9 @@ SCREENS = {
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = save_synthesizer(tmp_path_factory.mktemp("synthesizer"))
+def address() -> Iterator[str]:
     limits = LimitsConfig(max_images=4, default_seconds=240.0)
-    config = ServeConfig(
-        synthesizer=str(folder), limits=limits, sampling=SamplingConfig(num_inference_steps=3, latent_inference_steps=3)
-    )
+    config = ServeConfig(limits=limits, sampling=SamplingConfig(num_inference_steps=5))
     with in_process(local_api(config)) as address:
         yield address
 
