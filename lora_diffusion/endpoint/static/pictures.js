@@ -11,8 +11,7 @@ export function blobOf({ data, media_type }) {
 /** The URL of a picture as it is shown and saved: a small one enlarged, so that 64 px are neither a blur nor a mosaic. */
 export async function urlOf(blob) {
   const url = URL.createObjectURL(blob);
-  const image = make("img", { src: url });
-  await image.decode();
+  const image = await loaded(url);
   if (image.naturalWidth > SMOOTH_UP_TO) return url;
   URL.revokeObjectURL(url);
   return URL.createObjectURL(await enlarge(image, Math.floor(ENLARGED / image.naturalWidth)));
@@ -20,13 +19,20 @@ export async function urlOf(blob) {
 
 /** A JPEG of `side` px as a data URL: small enough to be kept by the hundred. */
 export async function thumbnail(url, side = 96) {
-  const image = make("img", { src: url });
-  await image.decode();
+  const image = await loaded(url);
   const canvas = make("canvas", { width: side, height: side });
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.drawImage(image, 0, 0, side, side);
   return canvas.toDataURL("image/jpeg", 0.85);
+}
+
+/** The image at a URL. Not `decode()`, which waits for the page to be painted. */
+function loaded(url) {
+  return new Promise((resolve, reject) => {
+    const image = make("img", { onload: () => resolve(image), onerror: () => reject(new Error("a picture cannot be read")) });
+    image.src = url;
+  });
 }
 
 export function save(url, name) {
