@@ -16,7 +16,7 @@ from PIL import Image
 from lora_diffusion.endpoint.local import local_api
 from lora_diffusion.serving.config import LimitsConfig, SamplingConfig, ServeConfig
 
-pytestmark = [pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 PHONE = {"device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 SCREENS = {
     "desktop": {"viewport": {"width": 1280, "height": 800}},
