@@ -136,7 +136,7 @@ def test_a_renderer_refuses_another_base_model(folder: Path, other_base: Path) -
     with pytest.raises(Mismatch, match=message):
         Renderer(replace(config, base=str(other_base)), library, None)  # type: ignore[arg-type]
     about = asyncio.run(Renderer(replace(config, dtype="float16"), library, None).describe())  # type: ignore[arg-type]
-    assert about == {"name": "tiny-sd", "fingerprint": base_model().fingerprint, "image_size": 64}
+    assert {"name": "tiny-sd", "fingerprint": base_model().fingerprint, "image_size": 64}.items() <= about.items()
 
 
 def test_a_new_synthesiser_of_another_recogniser_or_base_is_not_taken_while_serving(
