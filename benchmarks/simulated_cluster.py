@@ -18,9 +18,9 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,6 @@ class SleepMaker:
 
     def __init__(self, there: Manifest) -> None:
         self.there = there
-        self.row_N = np.random.default_rng(0).normal(0, 0.01, there.vector_size).astype(np.float16)
 
     def manifest(self, there: Manifest | None = None) -> Manifest:
         return self.there
@@ -105,7 +104,7 @@ class SleepMaker:
         for person in people:
             assert person.embedding is not None
             assert person.photo_embeddings is not None
-            vector_N = np.roll(self.row_N, person.position)
+            vector_N = np.random.default_rng(person.position).standard_normal(self.there.vector_size, np.float32) / 100
             measured = {
                 "similarity": nan,
                 "base_similarity": nan,
@@ -172,25 +171,19 @@ def simulate(args: argparse.Namespace, output: str) -> dict[str, Any]:
     nodes = [in_time(lambda: cluster.add_node(num_cpus=1, **memory)) for _ in range(args.nodes)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     connect("auto")
-    over, lost = threading.Event(), 0
-
-    def lose() -> None:
-        nonlocal lost
-        while not over.wait(args.lose_every):
-            cluster.remove_node(nodes.pop(random.Random(lost).randrange(len(nodes))), allow_graceful=False)
-            lost += 1
-            nodes.append(in_time(lambda: cluster.add_node(num_cpus=1, **memory)))
-
+    lost = 0
     config, people = settings(output), listed(args.people)
     found: dict[str, Any] = {"people": args.people}
     found["begin_seconds"], begun = timed(lambda: planning.begin(config, manifest(config), people))
     progress = Progress(args.people, "people")
-    thread = threading.Thread(target=lose, daemon=True)
-    thread.start()
     stages = (SleepEmbed, SleepMake)
-    found["make_seconds"], _ = timed(lambda: corpus.make(begun, 512, args.nodes, progress, stages))
-    over.set()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:  # nodes can be added by the main thread alone
+        job = pool.submit(timed, lambda: corpus.make(begun, 512, args.nodes, progress, stages))
+        while wait([job], args.lose_every).not_done:
+            cluster.remove_node(nodes.pop(random.Random(lost).randrange(len(nodes))), allow_graceful=False)
+            lost += 1
+            nodes.append(in_time(lambda: cluster.add_node(num_cpus=1, **memory)))
+        found["make_seconds"], _ = job.result()
     found["driver_peak_mb"] = peak_mb()
     found["nodes_lost"] = lost
     found["shards"] = len(begun.plan.shards)
@@ -214,7 +207,8 @@ def plan_alone(count: int) -> str:
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         config = settings(f"{folder}/corpus")
-        seconds, _ = timed(lambda: [pack(w) for w in planning.begin(config, manifest(config), listed(count)).work()])
+        wanted = manifest(config)
+        seconds, _ = timed(lambda: [pack(w) for w in planning.begin(config, wanted, listed(count)).work()])
     return f"{seconds} {peak_mb()}"
 
 

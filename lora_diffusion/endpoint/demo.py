@@ -62,7 +62,14 @@ def start_service(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "lora_diffusion.cli", "serve", *words]
     with log.open("wb") as output:
         env = {"RAY_ADDRESS": "local", **os.environ}
-        return subprocess.Popen(command, env=env, stdout=output, stderr=output)
+        # where the shell that started us runs in the background, Ctrl-C is ignored, and would be by the service
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdout=output,
+            stderr=output,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
 
 def wait_until_ready(address: str, service: subprocess.Popen[bytes], log: Path) -> None:
