@@ -17,13 +17,13 @@ from lora_diffusion.corpus import CorpusReader
 JOB = Path(__file__).parents[2] / "jobs" / "build_corpus.py"
 # a part of the job -> the word in its command line, and the exit code that follows
 PARTS = {
-    "embedding worker": ("MapBatches(Embed)", 0),
-    "fine-tuning worker": ("MapBatches(Make)", 0),
     "ledger": ("ray::InMemoryAttempts", 3),
     "raylet": ("raylet/raylet", 3),
+    "fine-tuning worker": ("MapBatches(Make)", 0),
     "GCS": ("gcs_server", 3),
-    "agent": ("ray::RuntimeEnvAgent", 3),
     "driver": (JOB.name, -9),
+    "embedding worker": ("MapBatches(Embed)", 0),
+    "agent": ("ray::RuntimeEnvAgent", 3),
 }
 
 
