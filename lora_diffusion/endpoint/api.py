@@ -24,9 +24,8 @@ from lora_diffusion.endpoint.middleware import TIMEOUT, Deadline, Errors, FixedH
 from lora_diffusion.endpoint.problems import ApiError, invalid
 from lora_diffusion.endpoint.routes import Routes
 from lora_diffusion.endpoint.routing import Gate, Route, public
-from lora_diffusion.endpoint.studio import Studio, together
+from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.errors import ServingError
-from lora_diffusion.serving.stages import Stage
 
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 EXPOSED = [
@@ -104,10 +103,9 @@ def _add_operations(app: FastAPI, studio: Studio) -> None:
     @app.get("/readyz", **told("All stages answer", "not_ready"))
     @public
     async def readyz() -> schemas.Status:
-        stages: list[Stage] = [studio.embedder, studio.denoiser, studio.decoder, studio.renderer, studio.library]
         try:
             async with asyncio.timeout(READY_SECONDS):
-                await together(stage.ready() for stage in stages)
+                await studio.ready()
         except (TimeoutError, ServingError):
             raise ApiError("not_ready", headers={"Retry-After": "2"}) from None
         return schemas.Status(status="ready")

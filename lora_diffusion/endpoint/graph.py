@@ -30,6 +30,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lora_diffusion.config import load_config, placed
 from lora_diffusion.endpoint.access import read_keys, refuse_open_door
+from lora_diffusion.endpoint.announce import announced
 from lora_diffusion.endpoint.api import build_api
 from lora_diffusion.endpoint.local import local_stages
 from lora_diffusion.endpoint.logs import set_up_logs
@@ -66,7 +67,7 @@ class Gateway:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._studio, echo_request_id=False)
+        return announced(build_api(self._studio, echo_request_id=False), self._studio)
 
 
 @serve.ingress()
@@ -81,7 +82,7 @@ class FusedGateway:
         self._studio = Studio(config, Metrics(), renderer=drawing, **self._stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._studio, echo_request_id=False)
+        return announced(build_api(self._studio, echo_request_id=False), self._studio)
 
     async def reconfigure(self, options: Mapping[str, Any]) -> None:
         """Serve calls this with `user_config`, as the stages'."""

@@ -38,7 +38,7 @@ from lora_diffusion.serving.messages import (
     Owner,
     Progress,
 )
-from lora_diffusion.serving.stages import DecoderStage, DenoiserStage, EmbedderStage, LibraryStage, RendererStage
+from lora_diffusion.serving.stages import DecoderStage, DenoiserStage, EmbedderStage, LibraryStage, RendererStage, Stage
 
 T = TypeVar("T")
 
@@ -83,6 +83,11 @@ class Studio:
         self.decoder = decoder
         self.renderer = renderer
         self.library = library
+
+    async def ready(self) -> None:
+        """Returns when all stages have answered; raises what keeps one from it."""
+        stages: list[Stage] = [self.embedder, self.denoiser, self.decoder, self.renderer, self.library]
+        await together(stage.ready() for stage in stages)
 
     async def faces(self, photos: Sequence[Upload], deadline: float) -> list[FoundFaces]:
         """Raises PhotoError, which names the photo."""

@@ -10,7 +10,6 @@ On a cluster deploy/serve.yaml starts it: docs/guides/serve.md.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shlex
@@ -19,9 +18,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,22 +112,12 @@ def run(config: Config, ray_address: str) -> None:
         app.write_text(yaml.safe_dump(application), encoding="utf-8")
         env[HANDED_ON] = f"config={shlex.quote(str(settings))}"
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        threading.Thread(target=announce, args=(address(config),), daemon=True).start()
         try:
             code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)
         finally:
             end_haproxy(Path(folder))
     if code:
         raise ValueError(f"`serve run` ended with {code}: its last lines say why")
-
-
-def announce(address: str) -> None:
-    """One line when all stages answer."""
-    while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/readyz", timeout=10):
-            print(f"LoRA Diffusion is ready. Page: {address}   API: {address}/docs   Ctrl-C ends it.", flush=True)
-            return
-        time.sleep(0.5)
 
 
 def until_it_ends(command: list[str], env: dict[str, str]) -> int:

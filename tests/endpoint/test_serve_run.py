@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import re
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,13 @@ PATIENCE = 240.0  # seconds for anything: the machine may be busy
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the endpoint's log."""
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings = {
         "synthesizer": str(save_synthesizer(tmp_path_factory.mktemp("synthesizer"))),
         "sampling.num_inference_steps": 3,
@@ -44,7 +51,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "limits.default_seconds": PATIENCE,
         "limits.max_in_flight": 12,
     }
-    with lora_diffusion_serve(tmp_path_factory.mktemp("serve"), settings) as address:
+    with lora_diffusion_serve(folder, settings) as address:
         yield address
 
 
@@ -55,6 +62,13 @@ def proxies() -> list[psutil.Process]:
 async def ask(client: httpx.AsyncClient, address: str) -> httpx.Response:
     data = {"prompt": "a photo of sks person", "num_inference_steps": "3"}
     return await client.post(f"{address}/v1/personalize", files={"photo": ("p", PHOTO.read_bytes())}, data=data)
+
+
+def test_one_line_says_that_it_is_ready_and_where(address: str, folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE  # Ray brings a replica's lines to the terminal in its own time
+    while "is ready" not in (log := (folder / "serve.log").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert log.count(f"LoRA Diffusion is ready.  Page: {address}   API: {address}/docs  Ctrl-C ends it.") == 1
 
 
 @behind_haproxy
