@@ -61,7 +61,7 @@ class CorpusRun:
         if self.people.found:
             lines.append(f"{self.config.people}: {self.people.found}")
         lines.append(
-            f"{len(plan.identities)} people of {self.config.people} in {len(plan.shards)} shards of "
+            f"{len(plan.identities)} people of {self.config.people} in {len(plan.shards)} shard{'s' * (len(plan.shards) != 1)} of "
             f"{plan.people_per_shard}, {len(self.done)} of them done -> {self.config.output}"
         )
         if manifest is not None:

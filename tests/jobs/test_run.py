@@ -310,7 +310,7 @@ def test_a_dry_run_touches_nothing_and_fetches_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "is not on this machine yet" in done.stdout
-    assert f"1 people of {tmp_path}/people in 1 shards of 16, 0 of them done -> {tmp_path}/out" in done.stdout
+    assert f"1 people of {tmp_path}/people in 1 shard of 16, 0 of them done -> {tmp_path}/out" in done.stdout
     assert "cost: 1 LoRAs × 18.00 s (stated by seconds_per_lora)" in done.stdout
     assert f"40 synthetic people, rendered to {tmp_path}/out-people unless they are there" in done.stdout
     assert done.stderr.count("no corpus at") == 2
