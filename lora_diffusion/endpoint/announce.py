@@ -34,15 +34,16 @@ async def _announce(studio: Studio) -> None:
         await asyncio.sleep(PAUSE_SECONDS)
     where = ""
     with suppress(Exception):  # Serve has no public way to ask where its proxy listens
-        where = f"  {await asyncio.to_thread(_address)}"
-    print(f"LoRA Diffusion is ready.{where}  Ctrl-C ends it.", flush=True)
+        page = await asyncio.to_thread(_page)
+        where = f": {page} (API: {page}/docs)"
+    print(f"LoRA Diffusion is ready{where}. Ctrl-C ends it.", flush=True)
 
 
-def _address() -> str:
+def _page() -> str:
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
     assert client is not None
     http = client.http_config
     host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host
-    return f"Page: http://{host}:{http.port}   API: http://{host}:{http.port}/docs"
+    return f"http://{host}:{http.port}"

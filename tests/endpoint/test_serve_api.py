@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
-from serve_client import ADA, ADA_AGAIN, BOB, FAST, PROMPT, Client, latent_of, pixels, problem
+from serve_client import ADA, ADA_AGAIN, BOB, FAST, LOOP, PROMPT, Client, latent_of, pixels, problem
 from serve_world import base_model, recogniser_id
 
+from lora_diffusion.endpoint.announce import announced
+from lora_diffusion.endpoint.api import build_api
 from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.lora import formats
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.serving.errors import ServingError
 from lora_diffusion.serving.messages import LoRARecord
 
 
@@ -242,3 +247,30 @@ def test_docs_load_nothing_from_elsewhere(api: Client) -> None:
     assert len(sources) == 3
     for source in sources:
         assert source.startswith("data:") or api("GET", f"/{source}").status_code == 200
+
+
+def test_it_says_once_that_all_stages_answer(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    class Late:
+        """A stage that is still loading when it is first asked."""
+
+        asked = 0
+
+        async def ready(self) -> bool:
+            self.asked += 1
+            if self.asked == 1:
+                raise ServingError("overloaded", "not yet")
+            return True
+
+    late: Any = Late()
+    names = ("embedder", "denoiser", "decoder", "library")
+    waiting = Studio(studio.config, studio.metrics, renderer=late, **{name: getattr(studio, name) for name in names})
+    app = announced(build_api(waiting), waiting)
+
+    async def start() -> None:
+        async with app.router.lifespan_context(app):
+            while "is ready" not in (said := capsys.readouterr().out):
+                await asyncio.sleep(0.1)
+            assert said == "LoRA Diffusion is ready. Ctrl-C ends it.\n"
+
+    LOOP.run_until_complete(start())
+    assert late.asked == 2

@@ -68,7 +68,7 @@ def test_one_line_says_that_it_is_ready_and_where(address: str, folder: Path) ->
     deadline = time.monotonic() + PATIENCE  # Ray brings a replica's lines to the terminal in its own time
     while "is ready" not in (log := (folder / "serve.log").read_text()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert log.count(f"LoRA Diffusion is ready.  Page: {address}   API: {address}/docs  Ctrl-C ends it.") == 1
+    assert log.count(f"LoRA Diffusion is ready: {address} (API: {address}/docs). Ctrl-C ends it.") == 1
 
 
 @behind_haproxy
