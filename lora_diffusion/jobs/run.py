@@ -99,7 +99,8 @@ def run_job(job: Job, words: Sequence[str] | None = None) -> int:
                 with without_noise(), claims(job, config), watching_ray(job.name):
                     module.run(config, options.ray_address)
             else:
-                module.run(config, options.ray_address)
+                with without_noise():
+                    module.run(config, options.ray_address)
         return 0
     except KeyboardInterrupt:
         return stopped(job.name)
