@@ -6,6 +6,7 @@ Axes: B photos, C embedding (512), H/W pixels.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from PIL import Image
 
 from lora_diffusion.artifacts.identity import read_identity
 from lora_diffusion.config import from_dict
-from lora_diffusion.faces.apart import SECONDS, is_light, load_photo_within
+from lora_diffusion.faces.apart import LIGHT_PIXELS, SECONDS, is_light, load_photo_within
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.faces.photos import PhotoError, load_photo
 from lora_diffusion.faces.search import Faces
@@ -28,9 +30,18 @@ from lora_diffusion.serving.messages import Floats, FoundFace, FoundFaces, Photo
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A photo, not a drawn picture."""
+    """A photo, not a drawn picture: shrunk by `factor`, as the search for faces takes seconds in very many pixels."""
 
     pixels_HWC: Pixels
+    factor: int
+    size: tuple[int, int]  # of the photo, height and width
+
+    @classmethod
+    def of(cls, pixels_HWC: Pixels) -> _Decoded:
+        height, width, _ = pixels_HWC.shape
+        factor = math.ceil(math.sqrt(height * width / LIGHT_PIXELS))
+        shrunk = np.asarray(Image.fromarray(pixels_HWC).reduce(factor)) if factor > 1 else pixels_HWC
+        return cls(shrunk, factor, (height, width))
 
 
 class FaceStage:
@@ -59,16 +70,18 @@ class FaceStage:
 
     def _faces(self, photo: Photo | _Decoded) -> FoundFaces:
         if isinstance(photo, np.ndarray):
-            pixels, found = photo, Faces(tuple(self._embedder.find_drawn(photo, max_faces=1)))
+            found, factor = Faces(tuple(self._embedder.find_drawn(photo, max_faces=1))), 1
+            height, width = photo.shape[:2]
         else:
-            pixels = (
-                photo.pixels_HWC
+            decoded = (
+                photo
                 if isinstance(photo, _Decoded)
-                else load_photo(photo, max_pixels=self._limits.max_pixels)
+                else _Decoded.of(load_photo(photo, max_pixels=self._limits.max_pixels))
             )
-            found = self._embedder.find(pixels, self._limits.max_faces)
-        faces = tuple(FoundFace(f.box, f.kps, f.det_score, f.vector) for f in found.faces)
-        return FoundFaces(pixels.shape[1], pixels.shape[0], faces, found.doubt)
+            found, factor = self._embedder.find(decoded.pixels_HWC, self._limits.max_faces), decoded.factor
+            height, width = decoded.size
+        faces = tuple(FoundFace(f.box * factor, f.kps * factor, f.det_score, f.vector) for f in found.faces)
+        return FoundFaces(width, height, faces, found.doubt)
 
 
 class Embedder:
@@ -97,7 +110,7 @@ class Embedder:
         left = deadline - time.time()
         if left <= 0:
             raise deadline_exceeded("while it waited for a decoder")
-        return _Decoded(load_photo_within(photo, min(SECONDS, left), max_pixels=self._max_pixels))
+        return _Decoded.of(load_photo_within(photo, min(SECONDS, left), max_pixels=self._max_pixels))
 
     async def similarity(self, pixels_HWC: Photo, reference_C: Floats, deadline: float) -> float:
         """Cosine of the largest face of a picture with `reference_C`; 0 where there is no face."""

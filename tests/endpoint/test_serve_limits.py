@@ -379,3 +379,19 @@ def test_a_lora_of_enormous_numbers_spoils_its_own_pictures_only(api: Client, st
     for answer in good:
         drawn = pixels(answer.json()["images"][0]["data"]).astype(int)
         assert np.abs(drawn - pixels(alone).astype(int)).max() <= 1
+
+
+def test_of_a_very_large_photo_the_faces_are_told_in_its_own_pixels(studio: Studio) -> None:
+    config = replace(studio.config, limits=LimitsConfig())
+    api = variant(studio, stages={"embedder": Embedder(config)}, limits=config.limits)
+    small = Image.open(ADA).convert("RGB").resize((1000, 1000))
+    told = []
+    for side in (1000, 5000):
+        buffer = io.BytesIO()
+        small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        (photo,) = api.form("/v1/embeddings", buffer.getvalue()).json()["photos"]
+        assert (photo["width"], photo["height"]) == (side, side)
+        told.append(photo["faces"][0])
+    assert np.allclose(np.array(told[0]["box"]) * 5, told[1]["box"], atol=75)
+    assert np.allclose(np.array(told[0]["keypoints"]) * 5, told[1]["keypoints"], atol=75)
+    assert np.dot(told[0]["embedding"], told[1]["embedding"]) > 0.9
