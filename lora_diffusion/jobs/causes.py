@@ -59,9 +59,14 @@ def gone(error: BaseException) -> str | None:
     for item in _chain(error):
         if isinstance(item, RunAgain):
             return str(item)
-        if any(kind.__name__ in _GONE for kind in type(item).__mro__) and "creation task" not in str(item):
-            what = "".join(re.findall(r"class_name: (\w+)", str(item))[:1]) or "a part of Ray"
-            return f"{what} ended ({str(item).strip().partition(chr(10))[0].rstrip('.')}): run the same command again"
+        text, told = str(item), []
+        if any(kind.__name__ in _GONE for kind in type(item).__mro__):
+            told = text.strip().splitlines()[:1]
+        elif type(item).__name__ == "UnserializableException":  # what a worker met, of which only the text came over
+            told = re.findall(rf"^ray\.exceptions\.(?:{'|'.join(_GONE)}): (.*)", text, re.MULTILINE)[-1:]
+        if told and "creation task" not in text:
+            what = "".join(re.findall(r"class_name: (\w+)", text)[:1]) or "a part of Ray"
+            return f"{what} ended ({told[0].rstrip('.')}): run the same command again"
     return None
 
 

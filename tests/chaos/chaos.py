@@ -200,8 +200,7 @@ class Chaos:
                 process.join(self.random.uniform(0, 1.2 * self.seconds))
                 if not process.is_alive():
                     break
-                driver = psutil.Process(process.pid)
-                children = _living(driver)
+                children = _living(process.pid)
                 who = self.random.choice(
                     ["driver", *["worker"] * 3 * bool(children), *["S3 server"] * uri.startswith("s3:")]
                 )
@@ -255,9 +254,10 @@ def _logged(log: str, function: Callable[..., None], *args: Any) -> None:
     told(function, *args)
 
 
-def _living(process: psutil.Process) -> list[psutil.Process]:
+def _living(parent: int) -> list[psutil.Process]:
     with suppress(psutil.Error):
-        return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+        below = psutil.Process(parent).children(recursive=True)
+        return [child for child in below if child.status() != psutil.STATUS_ZOMBIE]
     return []
 
 

@@ -172,6 +172,9 @@ def test_the_exit_code_says_what_happened(
 ) -> None:
     died = ray.exceptions.ActorDiedError()
     died.error_msg = LEDGER_DIED
+    met_by_a_worker = ray.exceptions.UnserializableException(
+        f"ray::Make.submit()\nray.exceptions.ActorDiedError: {LEDGER_DIED}"
+    )
     for error, code, message in (
         (ValueError("a, not b: give b"), 1, "job: a, not b: give b\n"),
         (OSError("the disk is full"), 1, "job: the disk is full\n"),
@@ -183,6 +186,11 @@ def test_the_exit_code_says_what_happened(
             died,
             3,
             "job: InMemoryAttempts ended (The actor died unexpectedly before finishing this task): run the same",
+        ),
+        (
+            met_by_a_worker,
+            3,
+            "job: InMemoryAttempts ended (The actor died unexpectedly before finishing this task): run",
         ),
         (KeyboardInterrupt(), 130, "job: Stopped. The same command goes on.\n"),
     ):
