@@ -1,9 +1,8 @@
 """SHA-256 in the files that we write: a changed byte is an error with the file's name, not another number.
 
 safetensors: `sha256` in the header's metadata, over the rest of the header and the data, and `checksum`, which says so: no
-single damage hides that there is one. Parquet: 32 bytes before the footer,
-where no reader looks, over all other bytes; the pages have checksums of their own, which every reader can compare. JSON:
-both keys beside the others; who edits the file takes them out.
+single damage hides that there is one. Parquet: 32 bytes before the footer, where no reader looks, over all other bytes; the pages
+have checksums of their own, which every reader can compare. JSON: both keys beside the others; who edits the file takes them out.
 Files without one (of earlier releases, of other programs) pass. LoRA files carry ModelSpec's checksum instead.
 """
 

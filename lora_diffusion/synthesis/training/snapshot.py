@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,8 @@ def take_snapshot(uri: str) -> CorpusSnapshot:
     sizes = reader.store.files("shards")
     expected = reader.manifest.counts.get("num_shards") if reader.manifest.state == "complete" else None
     if expected is not None and len(reader.shards) < expected:
-        lost = sorted(set(range(expected)) - set(reader.shards))[:5]
+        there = set(reader.shards)
+        lost = list(islice((index for index in range(expected) if index not in there), 5))
         raise ValueError(
             f"the corpus at {uri} says that it is complete with {expected} shards, but {len(reader.shards)} are there "
             f"(missing: {', '.join(map(shard_name, lost))}). Run its jobs/build_corpus.py command again: it makes them anew"
