@@ -8,7 +8,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo serve test test-fast chaos browser lint docs examples bench clean
+.PHONY: demo serve test test-fast chaos browser lint docs examples bench sbom clean
 
 # torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast, with hashes checked.
 # --no-deps: requirements.txt is complete, and torch is there already. It has hashes for Linux; elsewhere pip resolves.
@@ -83,6 +83,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/corpus_growth.py
+
+# sbom.json (CycloneDX): all packages that run in production, with versions and licences.
+sbom: $(READY)
+	$(BIN)/python deploy/packages.py --sbom sbom.json
 
 clean:
 	rm -rf $(VENV) demo site

@@ -38,7 +38,7 @@ def page() -> str:
     os.environ |= {"COLUMNS": "110", "NO_COLOR": "1", "TERM": "dumb"}
     try:
         parts = [HEAD]
-        for words in ([], ["personalize"], ["convert"], ["verify"], *([job] for job in JOBS)):
+        for words in ([], ["personalize"], ["convert"], ["verify"], ["forget"], *([job] for job in JOBS)):
             title = re.sub(r"\s+", " ", f"lora-diffusion {' '.join(words)}").strip()
             parts.append(f"\n## {title}\n\n```text\n{help_of(list(words))}\n```\n")
         return "".join(parts)

@@ -6,6 +6,7 @@ lora-diffusion personalize ada.jpg ada2.jpg --out ada --num-images 0      # the 
 lora-diffusion personalize ada.jpg --prompt '...' --out ada --server http://127.0.0.1:8000
 lora-diffusion convert bought.safetensors ada.safetensors --format diffusers --base dreamshaper
 lora-diffusion verify s3://bucket/corpus --repair
+lora-diffusion forget ada --corpus s3://bucket/corpus --synthesizer s3://bucket/training/synthesizer
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
-from lora_diffusion.cli_files import FORMAT_HELP, FORMATS, Refused, add_convert, add_verify
+from lora_diffusion.cli_files import FORMAT_HELP, FORMATS, Refused, add_convert, add_forget, add_verify
 from lora_diffusion.extras import MissingExtra, needs
 from lora_diffusion.jobs.run import JOBS, help_of, run_job, stopped
 from lora_diffusion.storage import local_place, open_store, place
@@ -71,6 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         commands.add_parser(job, help=help_of(JOBS[job]).partition("\n")[0])
     add_convert(commands)
     add_verify(commands)
+    add_forget(commands)
     one = commands.add_parser(
         "personalize",
         help="photos of one person -> LoRA and pictures",

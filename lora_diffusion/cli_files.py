@@ -89,6 +89,44 @@ def verify(args: argparse.Namespace) -> None:
     print(f"{args.uri} is whole")
 
 
+def add_forget(commands: Any) -> None:
+    one = commands.add_parser(
+        "forget",
+        help="a person leaves a corpus and the neighbours of synthesisers, and is not made again",
+        description="Removes vector, embeddings, hashes, failures, name and statistics of one person; nobody else's vector changes. "
+        "Killed anywhere, the same command ends it.",
+    )
+    one.set_defaults(run=forget)
+    one.add_argument("identity", help="the name, as in column identity")
+    one.add_argument("--corpus", type=place, required=True, metavar="FOLDER", help="or s3://...")
+    one.add_argument(
+        "--synthesizer",
+        type=place,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="or s3://...; may be repeated",
+    )
+
+
+def forget(args: argparse.Namespace) -> None:
+    from lora_diffusion.corpus.forget import forget as forget_person
+    from lora_diffusion.jobs.claim import claimed
+    from lora_diffusion.synthesis.forget import forget_neighbour
+
+    with claimed(args.corpus, "forget"):
+        whole = forget_person(open_store(args.corpus), args.identity)
+    print(
+        f"{args.corpus}: {args.identity} is gone" + ("" if whole else "; run its corpus job again, shards are missing")
+    )
+    for folder in args.synthesizer:
+        rows = forget_neighbour(folder, args.corpus, args.identity)
+        print(f"{folder}: {rows} neighbour{'s' * (rows != 1)} removed")
+    print(
+        "Yours to remove: the photos, data.cache of machines that trained, evaluations, backups, older versions in a bucket."
+    )
+
+
 def layout_like(uri: str) -> Any:
     """Of a vector file, a corpus, or a synthesiser. Raises ValueError if it is none of them."""
     from lora_diffusion.corpus import CorpusReader

@@ -27,7 +27,7 @@ from lora_diffusion.storage import Store, StoreError, open_store
 AT_ONCE = 4  # files in memory
 CLAIM = "claim.json"  # of a job that is at work
 _CORPUS = re.compile(
-    rf"corpus\.json|{CLAIM}|statistics\.safetensors|README\.md|summary\.txt|contact_sheet\.png|(plan|shards|failures|statistics)/"
+    rf"corpus\.json|{CLAIM}|statistics\.safetensors|README\.md|summary\.txt|contact_sheet\.png|identity\.key|(plan|shards|failures|statistics)/"
 )
 _RUN = re.compile(
     rf"data\.json|config\.yaml|{CLAIM}|statistics\.safetensors|pca\.safetensors|explained_variance\.(json|png)"

@@ -21,7 +21,7 @@ from lora_diffusion.lora import formats
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis.training.begin import begin
-from lora_diffusion.synthesis.training.dataset import RowCache, fill_cache
+from lora_diffusion.synthesis.training.dataset import open_rows
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.train_config import TrainConfig
 
@@ -44,9 +44,7 @@ def synthesizer(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small += [f"{stage}_training.{setting}" for stage in ("vae", "denoiser") for setting in LOOP]
     train = load_config(TrainConfig, CONFIGS / "train_sd15.yaml", [*places, *small])
     snapshot = begin(train)
-    cache = RowCache(snapshot, train.data.cache)
-    fill_cache(cache)
-    rows = cache.open(train.data)
+    rows = open_rows(snapshot, train.data)
     SynthesizerTraining(train, snapshot, rows, open_store(train.output), say=lambda line: None).run()
     return folder / "run" / "synthesizer"
 

@@ -42,6 +42,7 @@ class Manifest:
     counts: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     recogniser: Mapping[str, str] = field(default_factory=dict)  # empty: of an earlier release
+    consent: bool = False  # whether shards have the column; False: of an earlier release
 
     @property
     def identity(self) -> Identity:
@@ -89,6 +90,7 @@ class Manifest:
             state=str(values.get("state")),
             format_version=values["format_version"],
             recogniser=values.get("recogniser") or {},
+            consent=values.get("consent") is True,
         )
         LoRALayout.from_dict(manifest.layout)
         if bad := [name for name in COUNTED if type(manifest.counts.get(name, 0)) is not int]:

@@ -290,12 +290,15 @@ class CorpusReader:
     def _failures(self, index: int, metadata: dict[str, Any]) -> list[Failure]:
         if not metadata["num_failure_rows"]:
             return []
-        failures: list[Failure] = self._parquet(
-            f"failures/{shard_name(index)}.parquet", lambda file: failures_from_table(_read(file))
-        )
+        failures = self._failure_rows(index)
         if len(failures) != metadata["num_failure_rows"]:
             raise ValueError(f"failures of shard {index} are not those that were committed with it")
         return failures
+
+    def _failure_rows(self, index: int) -> list[Failure]:
+        """Whether or not the shard was committed with them."""
+        name = f"failures/{shard_name(index)}.parquet"
+        return list(self._parquet(name, lambda file: failures_from_table(_read(file))))
 
     def _map(self, function, indices: Sequence[int] | None = None):  # type: ignore[no-untyped-def]
         with ThreadPoolExecutor(16) as pool:

@@ -43,6 +43,7 @@ class Person:
     embed_seconds: float
     finetune_seconds: float  # this person's share of its group's time
     score_seconds: float
+    consent: str | None = None  # as the source has it
 
 
 KEPT = "kept"  # stage of a photo with a fault that was used all the same
@@ -60,8 +61,8 @@ class Failure:
     message: str  # a sentence for a person
 
 
-def person_schema(vector_size: int, vector_dtype: str = "float32") -> pa.Schema:
-    """Columns of `shards/*.parquet`. Raises ValueError for another dtype than float32 or float16."""
+def person_schema(vector_size: int, vector_dtype: str = "float32", consent: bool = False) -> pa.Schema:
+    """Columns of `shards/*.parquet`; `consent`: with this column. Raises ValueError for another dtype than float32 or float16."""
     if vector_dtype not in VECTOR_DTYPES:
         raise ValueError(f"vectors can be stored as {' or '.join(VECTOR_DTYPES)}, not as {vector_dtype!r}")
     return pa.schema(
@@ -76,6 +77,7 @@ def person_schema(vector_size: int, vector_dtype: str = "float32") -> pa.Schema:
             pa.field("seed", pa.int64()),
             pa.field("num_photos", pa.int32()),
             pa.field("num_photos_dropped", pa.int32()),
+            *([pa.field("consent", pa.string())] if consent else []),
             pa.field("photo_sha256", pa.list_(pa.string())),
             pa.field("embed_seconds", pa.float32()),
             pa.field("finetune_seconds", pa.float32()),

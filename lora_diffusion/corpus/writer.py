@@ -7,6 +7,7 @@
     statistics/00012.safetensors     count, mean, M2 of the shard's vectors
     statistics.safetensors           the same of all shards, once all are there
     README.md                        dataset card that names the data files
+    identity.key                     for the hashes that stand for people who were forgotten
 
 A shard is committed by the last of its three files, `shards/`; the other two are written before it and are worth
 nothing without it. Each file is written whole or not at all, a retry overwrites all three, so being killed between any
@@ -15,8 +16,9 @@ two bytes loses only the work of that shard. Readers look at `failures/` only wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +39,7 @@ from lora_diffusion.corpus.schema import (
     person_schema,
 )
 from lora_diffusion.corpus.statistics import Statistics
+from lora_diffusion.corpus.tombstone import not_forgotten
 from lora_diffusion.storage import Store, side_by_side
 
 
@@ -70,7 +73,7 @@ def extend_plan(store: Store, plan: Plan, identities: Collection[str]) -> Plan:
 
     Raises CorpusError where a part of the plan was lost: planned anew, its people would be made anew.
     """
-    part = plan.new_part(identities)
+    part = plan.new_part(not_forgotten(store, plan.identities, identities))
     if not part:
         return plan
     if lost := CorpusReader(store).beyond_plan():
@@ -90,33 +93,53 @@ class ShardWriter:
     def __init__(self, store: Store, manifest: Manifest, vector_dtype: str = "float32") -> None:
         self.store = store
         self.manifest = manifest
-        self.schema = person_schema(manifest.vector_size, vector_dtype)
+        self.schema = person_schema(manifest.vector_size, vector_dtype, manifest.consent)
+        keys = (
+            "format",
+            "format_version",
+            "layout_id",
+            "recipe_id",
+            "layout",
+            "base",
+            "recogniser",
+            "config",
+            "versions",
+        )
+        self.metadata = {key: manifest.to_dict()[key] for key in keys}
 
     def commit(self, shard: ShardPlan, people: Sequence[Person], failures: Sequence[Failure]) -> ShardInfo:
         """Write shard `shard` whole. Every identity of it must be among `people` or the failed people, exactly once."""
         people = sorted(people, key=lambda person: person.position)
-        failures = sorted(failures, key=lambda f: (f.position, f.photo is not None, f.photo or ""))
-        failed = [failure.identity for failure in failures if failure.photo is None]
-        answered = sorted([person.identity for person in people] + failed)
-        if answered != sorted(shard.identities):
-            raise CorpusError(
-                f"shard {shard.name} is planned for {sorted(shard.identities)}, not for {answered}: not committed"
-            )
-        metadata = {
-            **{key: self.manifest.to_dict()[key] for key in ("format", "format_version", "layout_id", "recipe_id")},
-            **{key: self.manifest.to_dict()[key] for key in ("layout", "base", "recogniser", "config", "versions")},
-            **{"shard": shard.index, "start": shard.start, "num_planned": len(shard.identities)},
-            **{"num_people": len(people), "num_failed": len(failed), "num_failure_rows": len(failures)},
-        }
-        table = people_table(people, self.schema)
-        statistics = Statistics.of(matrix(table["vector"]))
-        if failures:
-            self.store.write(f"failures/{shard.name}.parquet", parquet_bytes(failures_table(failures), metadata))
-        else:
-            self.store.delete(f"failures/{shard.name}.parquet")
-        self.store.write(f"statistics/{shard.name}.safetensors", statistics.to_bytes())
-        self.store.write(f"shards/{shard.name}.parquet", parquet_bytes(table, metadata))
-        return ShardInfo(shard.index, len(people), tuple(failures))
+        return write_shard(self.store, shard, people_table(people, self.schema), failures, self.metadata)
+
+
+def write_shard(
+    store: Store, shard: ShardPlan, table: pa.Table, failures: Sequence[Failure], metadata: Mapping[str, Any]
+) -> ShardInfo:
+    """Commit the three files of a shard. `table`: its people, in order. `metadata`: of the corpus; the counts are added.
+
+    Raises CorpusError, and writes nothing, unless every planned identity is in exactly one of the two.
+    """
+    failures = sorted(failures, key=lambda f: (f.position, f.photo is not None, f.photo or ""))
+    failed = [failure.identity for failure in failures if failure.photo is None]
+    answered = sorted(table["identity"].to_pylist() + failed)
+    if answered != sorted(shard.identities):
+        raise CorpusError(
+            f"shard {shard.name} is planned for {sorted(shard.identities)}, not for {answered}: not committed"
+        )
+    metadata = {
+        **metadata,
+        **{"shard": shard.index, "start": shard.start, "num_planned": len(shard.identities)},
+        **{"num_people": len(table), "num_failed": len(failed), "num_failure_rows": len(failures)},
+    }
+    statistics = Statistics.of(matrix(table["vector"]))
+    if failures:
+        store.write(f"failures/{shard.name}.parquet", parquet_bytes(failures_table(failures), metadata))
+    else:
+        store.delete(f"failures/{shard.name}.parquet")
+    store.write(f"statistics/{shard.name}.safetensors", statistics.to_bytes())
+    store.write(f"shards/{shard.name}.parquet", parquet_bytes(table, metadata))
+    return ShardInfo(shard.index, len(table), tuple(failures))
 
 
 def finish_corpus(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) -> Manifest:

@@ -31,7 +31,7 @@ from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.codes import KINDS, Kind
 from lora_diffusion.synthesis.denoiser import DenoiserConfig, with_equal_parameters
 from lora_diffusion.synthesis.normaliser import Normaliser
-from lora_diffusion.synthesis.training.dataset import CorpusRows, CorpusSnapshot, RowCache, fill_cache, take_snapshot
+from lora_diffusion.synthesis.training.dataset import CorpusRows, CorpusSnapshot, open_rows, take_snapshot
 from lora_diffusion.synthesis.training.metrics import read_metrics
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining, TrainConfig
 from lora_diffusion.training.checkpoint import unpack
@@ -155,7 +155,7 @@ def train_parts(config: AblationConfig, variant: Variant) -> str:
     shared = variant.parts
     name = f"parts/{run_name(config, shared)}"
     store = open_store(f"{config.output}/{name}")
-    snapshot, rows = open_rows(config, shared)
+    snapshot, rows = variant_rows(config, shared)
     for stage in ("pca", "vae") if shared.code_space == "latent" else ("pca",):
         training = replace(config.training, stage=stage, code_space=shared.code_space, tensorboard=False)
         SynthesizerTraining(training, snapshot, rows, store, say=lambda line: None).run()
@@ -172,7 +172,7 @@ def train_run(config: AblationConfig, variant: Variant) -> dict[str, Any]:
     for file in _shared_files(parts):
         if not store.exists(file):
             store.write(file, parts.read(file))
-    snapshot, rows = open_rows(config, variant)
+    snapshot, rows = variant_rows(config, variant)
     training = training_of(config, variant, code_size(config, parts, variant))
     SynthesizerTraining(training, snapshot, rows, store, say=lambda line: None).run()
     model = Synthesizer.from_pretrained(f"{store.uri}/synthesizer")
@@ -225,12 +225,10 @@ def equal_parameters(adanorm: DenoiserConfig, size: int) -> DenoiserConfig:
         return with_equal_parameters(adanorm, size, tolerance=0.05)
 
 
-def open_rows(config: AblationConfig, variant: Variant) -> tuple[CorpusSnapshot, CorpusRows]:
+def variant_rows(config: AblationConfig, variant: Variant) -> tuple[CorpusSnapshot, CorpusRows]:
     """The rows that a variant learns from."""
     snapshot = take_snapshot(config.corpus_of(variant))
-    cache = RowCache(snapshot, config.training.data.cache)
-    fill_cache(cache)
-    rows = cache.open(replace(config.training.data, max_people=variant.people))
+    rows = open_rows(snapshot, replace(config.training.data, max_people=variant.people))
     return snapshot, canonical_rows(rows, LoRALayout.from_dict(snapshot.layout)) if variant.canonical else rows
 
 

@@ -13,10 +13,10 @@ from lora_diffusion.evaluation.ablation import (
     AblationConfig,
     Variant,
     distinct_parts,
-    open_rows,
     plan,
     train_parts,
     train_run,
+    variant_rows,
 )
 from lora_diffusion.evaluation.ablation_figures import draw, sections
 from lora_diffusion.evaluation.ablation_results import ABLATIONS, Record, compared, control_records, run_method, scored
@@ -70,7 +70,7 @@ def ablate(config: AblationConfig, workers: Workers, trainers: Trainers) -> dict
 def judge(config: AblationConfig, workers: Workers, records: Sequence[Record], available: int) -> dict[str, Any]:
     """Draw and score the LoRAs of all runs, and write ablations.jsonl, ablations.json, figures and ablations.html."""
     run = Evaluation(config.evaluation, workers)
-    baselines, _ = controls_and_baselines(open_rows(config, config.reference)[1], run.held)
+    baselines, _ = controls_and_baselines(variant_rows(config, config.reference)[1], run.held)
     mean_N = next(method for method in baselines if method.name == "mean").vectors_KSN[0, 0]
     controls = with_scales([m for m in baselines if m.name in CONTROLS], config.evaluation.scales, mean_N)
     # a run of another corpus deviates from that corpus' mean

@@ -42,7 +42,7 @@ from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import Synthesizer
-from lora_diffusion.synthesis.training.dataset import CorpusRows, RowCache, fill_cache, take_snapshot
+from lora_diffusion.synthesis.training.dataset import CorpusRows, open_rows, take_snapshot
 from lora_diffusion.training.progress import Progress
 
 FOLDER = "scores"
@@ -100,9 +100,7 @@ class Evaluation:
 
     def rows(self) -> CorpusRows:
         """What was learned from, on this machine's disk."""
-        cache = RowCache(take_snapshot(self.config.corpus), self.config.data.cache)
-        fill_cache(cache)
-        return cache.open(self.config.data)
+        return open_rows(take_snapshot(self.config.corpus), self.config.data)
 
     def _kept(self, name: str) -> Scores:
         try:

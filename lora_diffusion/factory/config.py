@@ -102,6 +102,7 @@ class CorpusConfig:
         are rendered into a folder beside the corpus. output: folder or s3:// of the corpus.
     people_per_group: K, fine-tuned together; groups_per_shard: groups in one file, the unit that a crash can cost.
     class_images: pictures of `finetune.class_prompt` that the base model draws for prior preservation; 0: none.
+    require_consent: whom the source has no consent of fails as `no_consent`.
     limit: take only the first so many people; None takes all.
     seconds_per_lora: what the cost estimate assumes until some shards have been measured.
     """
@@ -115,6 +116,7 @@ class CorpusConfig:
     people_per_group: int = 16
     groups_per_shard: int = 1
     class_images: int = 0
+    require_consent: bool = False
     limit: int | None = None
     seconds_per_lora: float = 3.0
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -46,6 +46,7 @@ class EmbeddedPerson:
     photo_similarity: float = float("nan")
     photo_sha256: tuple[str, ...] = ()
     seconds: float = 0.0
+    consent: str | None = None
     failures: tuple[Failure, ...] = ()
 
     @property
@@ -101,6 +102,11 @@ class PersonEmbedder:
         self.embedder.embed_crops(noise_HW3[None])
 
     def _embed(self, position: int, person: PersonRef) -> EmbeddedPerson:
+        consent = self.source.consent(person)
+        if self.config.require_consent and not consent:
+            message = f"require_consent is set, and {self.source.uri} has no consent of this person"
+            failure = Failure(position, person.identity, None, "read", "no_consent", message)
+            return EmbeddedPerson(position, person.identity, failures=(failure,))
         photos = self.source.photos(person, self.config.photos.max_photos)
         failures: list[Failure] = []
         kept: list[tuple[RawPhoto, bytes, np.ndarray, FaceEmbedding]] = []
@@ -137,6 +143,7 @@ class PersonEmbedder:
             photo_embeddings=vectors_PE,
             photo_similarity=mean_pairwise_cosine(vectors_PE),
             photo_sha256=tuple(hashlib.sha256(photo.data or b"").hexdigest() for photo in used),
+            consent=consent,
             failures=tuple(failures),
         )
 

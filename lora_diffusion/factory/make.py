@@ -80,6 +80,7 @@ class LoRAMaker:
                 None if self.start_1N is None else hashlib.sha256(self.start_1N.numpy().tobytes()).hexdigest()[:16],
             ),
             config=to_dict(self.config),
+            consent=True,
         )
 
     def try_out(self) -> None:
@@ -157,6 +158,7 @@ class LoRAMaker:
                     embed_seconds=person.seconds,
                     finetune_seconds=tuned.seconds / len(people),
                     score_seconds=score_seconds / len(people),
+                    consent=person.consent,
                 )
             )
         return answers

@@ -7,8 +7,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_diffusion.corpus import CorpusReader, Manifest, Plan, ShardInfo, ShardPlan, extend_plan, open_corpus
+from lora_diffusion.corpus import (
+    CorpusReader,
+    Manifest,
+    Plan,
+    ShardInfo,
+    ShardPlan,
+    extend_plan,
+    open_corpus,
+    tombstone,
+)
+from lora_diffusion.corpus.forget import FOLDERS, follow_tombstones
 from lora_diffusion.corpus.reader import NO_STATISTICS
+from lora_diffusion.corpus.tombstone import is_tombstone, make_key, not_forgotten
 from lora_diffusion.corpus.writer import restore_statistics
 from lora_diffusion.factory import report
 from lora_diffusion.factory.config import CorpusConfig
@@ -84,8 +95,10 @@ def begin(config: CorpusConfig, wanted: Manifest, people: Listed) -> CorpusRun:
     """
     store = open_store(config.output)
     manifest = open_corpus(store, wanted)
-    for folder in ("", "plan", "shards", "failures", "statistics"):
+    for folder in FOLDERS:
         store.sweep(folder)
+    make_key(store)
+    follow_tombstones(store)
     reader = CorpusReader(store)
     plan = extend_plan(store, reader.plan, list(people))
     done, damaged = reader.verify(plan.shards)
@@ -106,7 +119,7 @@ def preview(config: CorpusConfig, wanted: Manifest | None, people: Listed) -> Co
         reader = CorpusReader(store)
         wanted = open_corpus(store, wanted or reader.manifest)  # it is there, so this only compares
         plan, (done, damaged) = reader.plan, reader.verify()
-    part = plan.new_part(list(people))
+    part = plan.new_part(not_forgotten(store, plan.identities, list(people)))
     plan = dataclasses.replace(plan, parts=(*plan.parts, part)) if part else plan
     return CorpusRun(config, store, wanted, plan, people, done, damaged)
 
@@ -140,5 +153,7 @@ def list_people(config: CorpusConfig) -> Listed:
 
 def find(people: Mapping[str, PersonRef], identity: str) -> PersonRef:
     """The person, or one whose photos are gone since an earlier run planned them."""
-    gone = PersonRef(identity, problem=("photos_gone", "planned by an earlier run, but no longer in the source"))
-    return people.get(identity, gone)
+    problem = ("photos_gone", "planned by an earlier run, but no longer in the source")
+    if is_tombstone(identity):
+        problem = (tombstone.REASON, tombstone.MESSAGE)
+    return people.get(identity, PersonRef(identity, problem=problem))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diffusion.corpus import CorpusReader, Person, ShardPlan, ShardWriter
@@ -16,11 +16,11 @@ from lora_diffusion.storage import open_store
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What the driver hears of a shard: counts, not rows."""
+    """What is told of a shard: not its rows. `failed`: identity -> reason."""
 
     index: int
     num_people: int
-    num_failed: int
+    failed: Mapping[str, str]
 
 
 class ShardMaker:
@@ -57,4 +57,5 @@ class ShardMaker:
                 else:
                     failures.append(answer)
         info = self.writer.commit(shard, done, failures)
-        return ShardReport(info.index, info.num_people, len(shard.identities) - info.num_people)
+        failed = {failure.identity: failure.reason for failure in info.failures if failure.photo is None}
+        return ShardReport(info.index, info.num_people, failed)

@@ -15,6 +15,7 @@ import dataclasses
 import os
 import pickle
 import sys
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_diffusion.config import relative, to_dict
 from lora_diffusion.corpus import CorpusReader, Manifest, ShardPlan, finish_corpus
+from lora_diffusion.corpus.forget import CONTACT_SHEET, SUMMARY
+from lora_diffusion.corpus.plan import shard_name
+from lora_diffusion.corpus.tombstone import read_key
 from lora_diffusion.factory import planning, report
 from lora_diffusion.factory.attempts import InMemoryAttempts
 from lora_diffusion.factory.config import CorpusConfig
@@ -32,6 +36,7 @@ from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.jobs.causes import RunAgain, find_cause
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
+from lora_diffusion.jobs.observe import CorpusObserver
 from lora_diffusion.jobs.synthetic import render_people
 from lora_diffusion.models.files import NotHereError, here_only
 from lora_diffusion.storage import open_store
@@ -40,7 +45,6 @@ from lora_diffusion.training.progress import Progress
 Config = CorpusConfig
 USER_ERRORS = (DeviceError,)
 LESS_MEMORY = "a smaller people_per_group or score.max_batch"
-CONTACT_SHEET, SUMMARY = "contact_sheet.png", "summary.txt"
 
 
 def dry_run(config: CorpusConfig) -> str:
@@ -163,13 +167,17 @@ class Embed:
         self.embed = PersonEmbedder(config, picture_size)
         self.embed.check(CorpusReader(config.output).manifest)
         self.attempts, self.max_deaths = LedgerOf(ledger), config.workers.max_deaths
+        self.observer = CorpusObserver(config.output)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         from lora_diffusion.factory.isolate import embed_people
 
+        start = time.perf_counter()
         shard, people = unpack(table)
         placed = list(zip(shard.positions, people, strict=True))
-        return pack((shard, embed_people(self.embed, placed, self.attempts, self.max_deaths)))
+        embedded = embed_people(self.embed, placed, self.attempts, self.max_deaths)
+        self.observer.stage("embed", time.perf_counter() - start)
+        return pack((shard, embedded))
 
 
 class Make:
@@ -179,14 +187,17 @@ class Make:
         from lora_diffusion.factory.shard import ShardMaker
 
         self.make = ShardMaker(config, LedgerOf(ledger))
+        self.observer = CorpusObserver(config.output, read_key(self.make.writer.store))
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        start = time.perf_counter()
         try:
             done = self.make(*unpack(table))
         except BrokenDeviceError as error:
             print(f"{error}: this worker ends, another takes over", file=sys.stderr, flush=True)
             os._exit(1)
-        return pa.Table.from_pylist([dataclasses.asdict(done)])
+        self.observer.shard(shard_name(done.index), done.num_people, done.failed, time.perf_counter() - start)
+        return pa.table({"num_people": [done.num_people], "num_failed": [len(done.failed)]})
 
 
 def finish(begun: CorpusRun, progress: Progress, draw: bool = True) -> None:
@@ -200,7 +211,7 @@ def finish(begun: CorpusRun, progress: Progress, draw: bool = True) -> None:
         raise RunAgain(f"{missing} people are in no shard: run the same command again {damaged or ''}")
     before = reader.manifest
     pending = bool(begun.todo) or before.state != "complete" or before.counts["num_shards"] != len(infos)
-    pending = pending or not reader.has_whole_statistics()
+    pending = pending or not reader.has_whole_statistics() or not store.exists(SUMMARY)
     if pending:
         finish_corpus(store, before, infos)
     text = report.summary(CorpusReader(store), progress.done, progress.seconds)

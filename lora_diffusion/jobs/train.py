@@ -24,9 +24,10 @@ from lora_diffusion.artifacts.provenance import commit
 from lora_diffusion.config import from_dict, to_dict
 from lora_diffusion.jobs.board import new_board, show_while
 from lora_diffusion.jobs.local_ray import Need, connect
+from lora_diffusion.jobs.observe import TrainingObserver
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
-from lora_diffusion.synthesis.training.dataset import RowCache, fill_cache
+from lora_diffusion.synthesis.training.dataset import open_rows
 from lora_diffusion.synthesis.training.pictures.recipe import PictureTraining
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot
@@ -96,8 +97,12 @@ def worker(values: dict[str, Any]) -> None:
     def say(line: str) -> None:
         board.say.remote(line)
 
+    observer = TrainingObserver(config.output) if group.rank == 0 else None
+
     def report(values: dict[str, Any]) -> None:
-        """Ends of stages only: Ray's controller takes a report every two seconds, and a worker waits for it."""
+        """To Ray's controller ends of stages only: it takes a report every two seconds, and a worker waits for it."""
+        if observer is not None:
+            observer.report(values)
         if values["done"]:
             ray.train.report(values)
 
@@ -106,9 +111,7 @@ def worker(values: dict[str, Any]) -> None:
     try:
         if values["snapshot"] is not None:
             snapshot = CorpusSnapshot.from_dict(values["snapshot"])
-            cache = RowCache(snapshot, config.data.cache)
-            fill_cache(cache, group)
-            rows = cache.open(config.data)
+            rows = open_rows(snapshot, config.data, group)
             if group.rank == 0:
                 left = ", ".join(f"{count} × {name}" for name, count in rows.left_out.items()) or "none"
                 say(

@@ -73,10 +73,15 @@ class LatentSampling:
 @dataclass(frozen=True, eq=False)
 class Neighbours:
     """Corpus people: unit embeddings (P, C) and codes (P, Z). Embeddings are biometric data: leave them out of what
-    you publish, unless the people are invented."""
+    you publish, unless the people are invented. `hashes_PH`: uint8, of each name with the corpus' key, so that one person
+    can be removed; None: made by an earlier release, or of a corpus without a key."""
 
     embeddings_PC: Tensor
     codes_PZ: Tensor
+    hashes_PH: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
 class Parts(NamedTuple):
@@ -105,7 +110,7 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
     if parts.directions is not None:
         files["edits"] = parts.directions.tensors()
     if parts.neighbours is not None:
-        files["neighbours"] = {"embeddings_PC": parts.neighbours.embeddings_PC, "codes_PZ": parts.neighbours.codes_PZ}
+        files["neighbours"] = parts.neighbours.tensors()
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION if parts.codes.kind == "learned" else 1,
@@ -196,7 +201,7 @@ def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) ->
         diffusion,
         from_dict(Provenance, config["provenance"]),
         AttributeDirections(tuple(config["attributes"]), **files["edits"]) if "edits" in files else None,
-        Neighbours(**files["neighbours"]) if "neighbours" in files else None,
+        Neighbours(**people) if len((people := files.get("neighbours", {})).get("codes_PZ", ())) else None,
         from_dict(LatentSampling, config.get("latent_sampling", {})),
     )
     _check_beside(parts, *sizes)

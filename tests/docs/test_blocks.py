@@ -77,7 +77,7 @@ def check_job(job: str, words: list[str]) -> None:
 
 
 def check_options(command: str, words: list[str]) -> None:
-    """Of personalize and convert, by what they say to --help."""
+    """Of personalize, convert and forget, by what they say to --help."""
     help_text = (
         (ROOT / "docs/reference/command-line.md")
         .read_text()
@@ -101,7 +101,7 @@ def check(words: list[str]) -> None:
         check_job(SCRIPTS[first], words[1:])
     elif first == "lora-diffusion" and words[1].partition("|")[0] in JOBS:
         check_job(words[1], words[2:]) if "|" not in words[1] else None
-    elif first == "lora-diffusion" and words[1] in ("personalize", "convert", "verify"):
+    elif first == "lora-diffusion" and words[1] in ("personalize", "convert", "verify", "forget"):
         check_options(words[1], words[2:])
     elif first == "lora-diffusion":
         assert words[1] in ("--help", "--version") or words[1:] == ["corpus|train|evaluate|ablate|publish|serve"], words

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -33,6 +34,12 @@ def test_slow_body_is_given_up(api: Client) -> None:
         yield b"}"
 
     problem(api("POST", "/v1/loras", content=drip(), headers={"content-type": "application/json"}), 408, "slow_body")
+
+
+def test_a_large_photo_in_a_form_touches_no_disk(api: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    photo = b"\xff\xd8\xff" + bytes(2**20 + 2**18)
+    problem(api("POST", "/v1/loras", files={"photo": ("x.jpg", photo)}), 422, "not_an_image")
 
 
 def test_deadline_of_the_caller_ends_the_work(api: Client) -> None:

@@ -180,6 +180,19 @@ def test_a_person_with_too_few_good_photos_is_a_failure_that_says_why(config: Co
     assert [f.reason for f in embed(2, namesakes).failures] == ["duplicate_identity"]
 
 
+def test_without_consent_nobody_is_read_if_it_is_required(world: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people"
+    for name in ("person-020000", "person-020001"):
+        shutil.copytree(world / "people" / name, people / name)
+    (people / "person-020000" / "consent.txt").write_text("form 17")
+    config = make_config(world, people=str(people), output="unused")
+    asked, any_ = (PersonEmbedder(dataclasses.replace(config, require_consent=ask), 16) for ask in (True, False))
+    assert [one(0, PersonRef("person-020000")).consent for one in (asked, any_)] == ["form 17"] * 2
+    assert any_(1, PersonRef("person-020001")).usable
+    (failure,) = asked(1, PersonRef("person-020001")).failures
+    assert (failure.photo, failure.stage, failure.reason) == (None, "read", "no_consent")
+
+
 def test_the_face_crop_holds_the_face_and_stays_in_the_photo() -> None:
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels[10:30, 150:170] = 255
@@ -280,6 +293,7 @@ def test_what_decides_bits_is_in_the_recipe_and_what_does_not_is_not(config: Cor
         {"output": "elsewhere"},
         {"device": "cuda"},
         {"limit": 3},
+        {"require_consent": True},
         {"workers": dataclasses.replace(config.workers, finetune_max=9)},
     ):
         assert json.dumps(dataclasses.replace(config, **change).recipe("x")) == base  # type: ignore[arg-type]
@@ -302,9 +316,11 @@ def test_a_shard_is_committed_whole_and_one_of_another_base_is_refused(
 ) -> None:
     open_corpus(open_store(config.output), LoRAMaker(config).manifest())
     shard = ShardPlan(0, 0, tuple(person.identity for person in embedded), people_per_group=2)
-    report = ShardMaker(config, InMemoryAttempts())(shard, embedded)
-    assert (report.num_people, report.num_failed) == (4, 0)
+    agreed = [dataclasses.replace(embedded[0], consent="form 17"), *embedded[1:]]
+    report = ShardMaker(config, InMemoryAttempts())(shard, agreed)
+    assert (report.num_people, report.failed) == (4, {})
     assert CorpusReader(config.output).identities == list(shard.identities)
+    assert CorpusReader(config.output).table(["consent"])["consent"].to_pylist() == ["form 17", None, None, None]
     other = tmp_path / "other"
     torch.manual_seed(1)
     tiny_pipeline(seed=5).save_pretrained(other)

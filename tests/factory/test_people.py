@@ -173,3 +173,39 @@ def test_a_pipe_among_the_photos_is_waited_for_by_nobody(tmp_path: Path) -> None
     good, pipe = source.photos(ada, 9)
     assert (good.name, good.data is None, pipe.name, pipe.data) == ("0.png", False, "1.png", None)
     assert "pipe" in str(pipe.error)
+
+
+def test_consent_is_carried_from_every_kind_of_source(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for name, text in {"ada": "form 17, 2026-11-28\n", "ben": "", "cleo": None, "dora": "no"}.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "1.jpg").write_bytes(jpeg(1))
+        if text is not None:
+            (folder / name / "consent.txt").write_text(text)
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w") as tar:
+        tar.add(folder, arcname=".")
+    names = ["ada", "ada", "ben", "cleo", "cleo", "dora"]
+    table = pa.table({"identity": names, "image": [jpeg(i) for i in range(6)]})
+    given = ["form 17, 2026-11-28"] * 2 + [None, "form 18", None, ""]
+    pq.write_table(table.append_column("consent", pa.array(given)), tmp_path / "rows.parquet")
+    flat = tmp_path / "flat.tar"
+    with tarfile.open(flat, "w") as tar:
+        for key, text in {
+            "ada.0": '{"consent": "form 17, 2026-11-28"}',
+            "ben.0": '{"consent": false}',
+            "cleo.0": "{",
+        }.items():
+            for suffix, data in ((".jpg", jpeg(3)), (".json", text.encode())):
+                member = tarfile.TarInfo(key + suffix)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for uri in (folder, whole, tmp_path / "rows.parquet", flat):
+        source = open_people(str(uri))
+        people = source.list_people()
+        found = {person.identity: source.consent(person) for person in people}
+        assert found == {"ada": "form 17, 2026-11-28", **{name: None for name in found if name != "ada"}}, uri
+        assert not source.found.skipped.get("text file")
+    pq.write_table(table.append_column("consent", pa.array([True] * 2 + [False] * 4)), tmp_path / "rows.parquet")
+    source = open_people(str(tmp_path / "rows.parquet"))
+    assert [source.consent(person) for person in source.list_people()] == ["yes", None, None, None]

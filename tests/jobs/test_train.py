@@ -24,7 +24,7 @@ from lora_diffusion.jobs.run import main
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.training.begin import begin
-from lora_diffusion.synthesis.training.dataset import RowCache, fill_cache
+from lora_diffusion.synthesis.training.dataset import open_rows
 from lora_diffusion.synthesis.training.metrics import losses, read_metrics
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.train_config import TrainConfig
@@ -60,9 +60,8 @@ def alone(folder: Path) -> Store:
     output = folder / "alone"
     config = load_config(TrainConfig, folder / "config.yaml", [f"output={output}"])
     snapshot = begin(config)
-    cache = RowCache(snapshot, config.data.cache)
-    fill_cache(cache)
-    SynthesizerTraining(config, snapshot, cache.open(config.data), open_store(output), say=lambda line: None).run()
+    rows = open_rows(snapshot, config.data)
+    SynthesizerTraining(config, snapshot, rows, open_store(output), say=lambda line: None).run()
     return open_store(output)
 
 
@@ -93,7 +92,7 @@ def test_a_killed_driver_on_s3_and_the_same_command_again(
     """Two workers, corpus and output in a bucket; kill -9 in the middle; against one worker that nobody disturbed."""
     write_corpus(open_store(f"s3://{bucket}/corpus"), 40, bad={5: "nan", 9: "failed"})
     store = open_store(f"s3://{bucket}/run")
-    places = [f"corpus=s3://{bucket}/corpus", f"output={store.uri}", f"data.cache={tmp_path}/cache"]
+    places = [f"corpus=s3://{bucket}/corpus", f"output={store.uri}", "data.cache="]
     words = [str(folder / "config.yaml"), *places]
     with driver(JOB, words, s3.env, tmp_path / "first.log") as process:
         while process.poll() is None and not steps_saved(store, "denoiser"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,8 @@ from low_rank_corpus import LAYOUT, RECIPE, write_corpus
 
 from lora_diffusion.corpus import CorpusConflict, CorpusReader
 from lora_diffusion.storage import Store, open_store
-from lora_diffusion.synthesis.training.dataset import CorpusRows, DataConfig, RowCache, fill_cache, read_rows
+from lora_diffusion.synthesis.training.dataset import CorpusRows, DataConfig, RowCache, fill_cache, open_rows, read_rows
+from lora_diffusion.synthesis.training.private import cache_root, private_folder
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, check_snapshot, take_snapshot
 
 
@@ -23,9 +27,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 def rows_of(uri: str, folder: Path, config: DataConfig | None = None) -> CorpusRows:
-    cache = RowCache(take_snapshot(uri), str(folder))
-    fill_cache(cache)
-    return cache.open(config or DataConfig())
+    return open_rows(take_snapshot(uri), replace(config or DataConfig(), cache=str(folder)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -165,3 +167,39 @@ def test_what_is_wrong_with_a_corpus_is_named(tmp_path: Path) -> None:
     rows = write_corpus(open_store(tmp_path / "bad"), 4, bad={0: "nan", 1: "nan", 2: "nan"})
     with pytest.raises(ValueError, match="1 of 4 rows can be used"):
         rows_of(rows.store.uri, tmp_path / "cache")
+
+
+def test_the_copy_on_a_machine_is_private_and_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    root = tmp_path / "tmp" / f"lora-diffusion-{os.getuid()}"
+    reader = write_corpus(open_store(tmp_path / "corpus"), 16)
+    snapshot = take_snapshot(reader.store.uri)
+    rows = open_rows(snapshot, DataConfig())
+    assert list(root.iterdir()) == []
+    np.testing.assert_array_equal(rows.vectors(np.arange(16)).numpy(), reader.vectors())  # mapped, so still there
+
+    (root / "of-a-killed-run").mkdir()
+    with cache_root("") as one, cache_root("") as other:
+        assert set(root.iterdir()) == {one, other}
+        cache = RowCache(snapshot, one)
+        fill_cache(cache)
+        made = [root, one, cache.folder, *cache.folder.iterdir()]
+        modes = {path.stat().st_mode & 0o777 for path in made}
+        assert (len(made), modes) == (11, {0o700, 0o600})
+    assert list(root.iterdir()) == []
+
+    kept = DataConfig(cache=str(tmp_path / "kept"))
+    open_rows(snapshot, kept)
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "kept").iterdir()] == [0o700]
+
+
+def test_a_folder_that_somebody_else_put_there_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"link is a link, not a folder of user \d+: set data.cache"):
+        private_folder(tmp_path / "link")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        with pytest.raises(ValueError, match=r"is user \d+'s, not a folder of user 12345"):
+            private_folder(tmp_path / "elsewhere")

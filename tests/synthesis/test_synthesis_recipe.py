@@ -18,13 +18,14 @@ from low_rank_corpus import LAYOUT, write_corpus
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.corpus.tombstone import keyed_hash, make_key
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis.denoiser import DenoiserConfig
 from lora_diffusion.synthesis.diffusion import Diffusion, DiffusionConfig
 from lora_diffusion.synthesis.publish import publish
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.training.begin import begin, describe, snapshot_of
-from lora_diffusion.synthesis.training.dataset import RowCache, fill_cache
+from lora_diffusion.synthesis.training.dataset import open_rows
 from lora_diffusion.synthesis.training.metrics import losses, read_metrics
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining
 from lora_diffusion.synthesis.training.stages import DenoiserStage
@@ -45,6 +46,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = str(tmp_path_factory.mktemp("corpus"))
+    make_key(open_store(place))
     write_corpus(open_store(place), 40, bad={5: "nan", 9: "failed"})
     return place
 
@@ -57,9 +59,7 @@ def config_of(corpus: str, output: Path, **values: Any) -> TrainConfig:
 def train(config: TrainConfig, report: Callable[[dict[str, Any]], None] = lambda values: None) -> list[str]:
     """All of jobs/train.py but Ray; returns what was said."""
     snapshot, said = begin(config), []
-    cache = RowCache(snapshot, config.data.cache)
-    fill_cache(cache)
-    rows = cache.open(config.data)
+    rows = open_rows(snapshot, config.data)
     SynthesizerTraining(config, snapshot, rows, open_store(config.output), say=said.append, report=report).run()
     return said
 
@@ -88,6 +88,10 @@ def test_a_corpus_becomes_a_synthesiser(calm: tuple[TrainConfig, list[str]], cor
     assert provenance.corpus["rows"] + provenance.corpus["validation_rows"] == 38
     assert 0 < provenance.figures["reconstruction"]["r2"] <= 1
     assert len(synthesizer.neighbours.codes_PZ) == provenance.corpus["rows"]
+    names, found = CorpusReader(corpus).identities, synthesizer.nearest(CorpusReader(corpus).embeddings())
+    near = next(place for place, cosine in enumerate(found[1]) if cosine > 0.999)
+    expected = keyed_hash(make_key(open_store(corpus)), names[near])
+    assert bytes(synthesizer.neighbours.hashes_PH[found[0][near]].tolist()) == expected
     curve = json.loads((folder / "explained_variance.json").read_text())
     assert curve["cumulative"] == sorted(curve["cumulative"])
     assert curve["cumulative"][3] > 0.9, "the corpus has rank 4 and some noise"
@@ -143,9 +147,7 @@ def test_the_denoiser_works_in_every_code_space(corpus: str, tmp_path: Path, spa
 def test_each_photo_is_a_condition_of_its_own(corpus: str, tmp_path: Path) -> None:
     denoiser = {**SMALL["denoiser"], "linear_guess": True}
     config = config_of(corpus, tmp_path / "run", code_space="pca", condition="photo", denoiser=denoiser)
-    cache = RowCache(begin(config), config.data.cache)
-    fill_cache(cache)
-    rows = cache.open(config.data)
+    rows = open_rows(begin(config), config.data)
     train(config)
 
     saved = unpack(open_store(config.output), "linear_guess.safetensors")

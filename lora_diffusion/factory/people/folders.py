@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 from lora_diffusion.faces.photos import PhotoError, check_size
 from lora_diffusion.factory.people import parquet
 from lora_diffusion.factory.people.sorting import Sorted, link_people, people_in, sort_out
-from lora_diffusion.factory.people.source import Found, PersonRef, RawPhoto, distinct, shown
+from lora_diffusion.factory.people.source import (
+    CONSENT,
+    CONSENT_BYTES,
+    Found,
+    PersonRef,
+    RawPhoto,
+    consent_of,
+    distinct,
+    shown,
+)
 from lora_diffusion.factory.people.walk import Entry, walk
 from lora_diffusion.storage import Store, StoreError
 
@@ -51,6 +60,13 @@ class FolderPeople:
         folder = person.where or person.identity
         entries = [entry for _, some in walk(self.store, folder) for entry in some]
         return distinct(self._read_all(folder, sort_out(entries, self.peek, count=False)), limit)
+
+    def consent(self, person: PersonRef) -> str | None:
+        try:
+            data = self.store.read_part(f"{person.where or person.identity}/{CONSENT}", 0, CONSENT_BYTES)
+        except FileNotFoundError:
+            return None
+        return consent_of([data.decode("utf-8-sig", "replace")])
 
     def peek(self, entry: Entry, start: int, count: int) -> bytes:
         try:

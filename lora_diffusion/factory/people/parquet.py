@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lora_diffusion.factory.people.sorting import sort_out
-from lora_diffusion.factory.people.source import Found, PersonRef, RawPhoto, distinct
+from lora_diffusion.factory.people.source import Found, PersonRef, RawPhoto, consent_of, distinct
 from lora_diffusion.factory.people.walk import walk
 from lora_diffusion.storage import Store, StoreError
 
@@ -89,6 +89,12 @@ class ParquetPeople:
 
     def photos(self, person: PersonRef, limit: int) -> list[RawPhoto]:
         return [] if person.problem else distinct(self._read_all(person), limit)
+
+    def consent(self, person: PersonRef) -> str | None:
+        rows = [
+            _row_group(self, number, group).slice(row, 1) for number, group, row in json.loads(person.where or "[]")
+        ]
+        return consent_of(table["consent"][0].as_py() if "consent" in table.column_names else None for table in rows)
 
     def _read_all(self, person: PersonRef) -> Iterator[RawPhoto]:
         for number, group, row in json.loads(person.where):
@@ -203,7 +209,7 @@ def is_table(name: str) -> bool:
 @lru_cache(maxsize=2)
 def _row_group(source: ParquetPeople, number: int, group: int) -> pa.Table:
     parquet = source._open(number)
-    wanted = [name for name in ("image", "caption") if name in parquet.schema_arrow.names]
+    wanted = [name for name in ("image", "caption", "consent") if name in parquet.schema_arrow.names]
     return source._read(parquet, number, group, wanted)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from lora_diffusion.faces.photos import SIGNATURE_BYTES, SUFFIXES, looks_like_photo
-from lora_diffusion.factory.people.source import Found, PersonRef, counted, refuse_namesakes, shown
+from lora_diffusion.factory.people.source import CONSENT, Found, PersonRef, counted, refuse_namesakes, shown
 from lora_diffusion.factory.people.walk import Entry, hidden
 
 _PHOTOS = frozenset(SUFFIXES)
@@ -64,6 +64,8 @@ def sort_out(entries: Iterable[Entry], peek: Peek, count: bool = True) -> Sorted
         suffix = _suffix(entry.path)
         if hidden(entry.path.rstrip("/").rpartition("/")[2]):
             found.skip("hidden file")
+        elif entry.path.rpartition("/")[2] == CONSENT:
+            continue
         elif suffix in _PHOTOS and not entry.path.endswith("/"):
             found.photos.append(entry)
         elif entry.problem:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from lora_diffusion.faces.photos import PhotoReason
+
+CONSENT, CONSENT_BYTES = "consent.txt", 4096  # in a person's folder; more of it is not carried on
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,22 @@ class PeopleSource(Protocol):
         """At most `limit` different photos of one person, in the order of their names, and duplicates among them."""
         ...
 
+    def consent(self, person: PersonRef) -> str | None:
+        """What the source says of the person's consent (a reference, a date, `yes`); None if it says nothing."""
+        ...
+
 
 def counted(kinds: Mapping[str, int]) -> str:
     """`31 videos, 1 duplicate`, the most frequent first."""
     order = sorted((kind for kind in kinds if kinds[kind]), key=lambda kind: (-kinds[kind], kind))
     return ", ".join(f"{kinds[kind]:,} {kind}{'s' * (kinds[kind] != 1)}" for kind in order) or "0 photos"
+
+
+def consent_of(values: Iterable[Any]) -> str | None:
+    """Of what stands at each of a person's photos, texts or booleans: None unless each has one."""
+    texts = ["yes" if value is True else str(value or "").strip() for value in values]
+    texts = ["" if text.lower() in ("no", "false", "0") else text for text in texts]
+    return ", ".join(dict.fromkeys(texts)) if texts and all(texts) else None
 
 
 def shown(name: str) -> str:

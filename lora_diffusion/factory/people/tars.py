@@ -1,4 +1,5 @@
-"""WebDataset: members `<identity>/<key>.jpg`, or `<identity>.<anything>.jpg`; `<same>.txt` is the caption.
+"""WebDataset: members `<identity>/<key>.jpg`, or `<identity>.<anything>.jpg`; `<same>.txt` is the caption. Consent is the key `consent` of
+each `<same>.json`, or a member `<identity>/consent.txt`.
 
 Plain tars are read where their bytes lie. Compressed ones have no places to come back to: they are unpacked into a
 temporary file first, in each process that reads them.
@@ -25,7 +26,16 @@ import pyarrow as pa
 from lora_diffusion.faces.photos import PhotoError, check_size
 from lora_diffusion.factory.people.folders import caption_text
 from lora_diffusion.factory.people.sorting import Sorted, link_people, people_in, sort_out
-from lora_diffusion.factory.people.source import Found, PersonRef, RawPhoto, distinct, shown
+from lora_diffusion.factory.people.source import (
+    CONSENT,
+    CONSENT_BYTES,
+    Found,
+    PersonRef,
+    RawPhoto,
+    consent_of,
+    distinct,
+    shown,
+)
 from lora_diffusion.factory.people.walk import Entry, hidden
 from lora_diffusion.storage import Store, StoreError
 
@@ -55,21 +65,30 @@ class TarPeople:
                     folders.setdefault(folder, []).append(entry)
         outside = folders.pop("", [])
         root = sort_out(outside, self.peek, count=False)
+        sidecars = {_stem(entry.path): entry for entry in outside if entry.path.lower().endswith(".json")}
         for photo in root.photos:
             flat = folders.setdefault(os.path.basename(photo.path).partition(".")[0], [])
-            flat += [photo, *filter(None, [root.captions.get(photo.path)])]
+            flat += [photo, *filter(None, [root.captions.get(photo.path), sidecars.get(_stem(photo.path))])]
         sorted_ = {folder: sort_out(dict.fromkeys(entries), self.peek) for folder, entries in folders.items()}
         people, found = people_in(self.uri, sorted_, root, link_people(outside))
         spread = sum(len({entry.place[0] for folder in inner for entry in folders[folder]}) > 1 for _, inner in people)
         note = f"people in more than one tar, whose photos are taken together: {spread:,}"
         self.found = replace(found, notes=(*found.notes, *([note] if spread else [])))
         return [
-            person if person.problem else replace(person, where=json.dumps(_places(sorted_[f] for f in inner)))
+            person
+            if person.problem
+            else replace(
+                person, where=json.dumps([_places(sorted_[f] for f in inner), _consents(folders[f] for f in inner)])
+            )
             for person, inner in people
         ]
 
     def photos(self, person: PersonRef, limit: int) -> list[RawPhoto]:
-        return [] if person.problem else distinct(self._read_all(json.loads(person.where)), limit)
+        return [] if person.problem else distinct(self._read_all(json.loads(person.where)[0]), limit)
+
+    def consent(self, person: PersonRef) -> str | None:
+        places = json.loads(person.where or "[[], []]")[1]
+        return consent_of(_consent(name, self._read(*place)) for name, place in places)
 
     def peek(self, entry: Entry, start: int, count: int) -> bytes:
         number, offset = entry.place
@@ -156,6 +175,28 @@ class TarPeople:
                 self._unpacked.pop(other)
         self._unpacked[number] = unpacked
         return unpacked
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _consents(folders: Iterator[list[Entry]]) -> list[tuple[str, list[int]]]:
+    """(name, place) of the members that speak of consent."""
+    found = [entry for entries in folders for entry in dict.fromkeys(entries) if not entry.problem]
+    texts = [entry for entry in found if os.path.basename(entry.path) == CONSENT]
+    wanted = texts or [entry for entry in found if entry.path.lower().endswith(".json")]
+    return [(shown(entry.path), [*entry.place, min(entry.size, CONSENT_BYTES)]) for entry in wanted]
+
+
+def _consent(name: str, data: bytes) -> Any:
+    if not name.lower().endswith(".json"):
+        return data.decode("utf-8-sig", "replace")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return values.get("consent") if isinstance(values, dict) else None
 
 
 def _clean(name: str) -> str:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +27,8 @@ from torch import Tensor
 from lora_diffusion.corpus.plan import CorpusError, shard_name
 from lora_diffusion.corpus.reader import opened
 from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
-from lora_diffusion.storage import Place, Store, local_place, open_store
+from lora_diffusion.storage import Place, Store, open_store
+from lora_diffusion.synthesis.training.private import cache_root, private_files, private_folder
 from lora_diffusion.synthesis.training.snapshot import MADE_ANEW, CorpusSnapshot, check_snapshot, take_snapshot
 from lora_diffusion.training.distributed import Group
 from lora_diffusion.training.meter import in_bytes
@@ -41,6 +40,7 @@ __all__ = [
     "RowCache",
     "check_snapshot",
     "fill_cache",
+    "open_rows",
     "read_rows",
     "take_snapshot",
 ]
@@ -56,7 +56,8 @@ COLUMNS = ("identity", "similarity", "embedding", "photo_embeddings", "vector")
 class DataConfig:
     """Which rows of the corpus are learned from.
 
-    `cache`: folder on every machine's own disk for the copy of the corpus; empty: the system's temporary folder.
+    `cache`: folder on every machine's own disk for the copy of the corpus, which stays there; empty: a new one in the
+        system's temporary folder, which goes with the run. Only the user who runs it can read either.
     `min_similarity`: rows whose fine-tuned LoRA scores lower are left out; None keeps all.
     `max_people`: only so many rows, drawn evenly by name (for curves over the size of the corpus); None: all.
     """
@@ -121,11 +122,9 @@ class RowCache:
     One process fills it (`put` in any order, also from threads, then `finish`); it is worth nothing before `finish`. Any number may read.
     """
 
-    def __init__(self, snapshot: CorpusSnapshot, folder: str = "") -> None:
+    def __init__(self, snapshot: CorpusSnapshot, root: str | Path) -> None:
         self.snapshot = snapshot
-        default = Path(tempfile.gettempdir()) / f"lora-diffusion-{os.getuid()}"
-        root = local_place(folder, "data.cache") if folder else default
-        self.folder = root / f"{snapshot.key}-{CACHE_VERSION}"
+        self.folder = Path(root) / f"{snapshot.key}-{CACHE_VERSION}"
         self._filled: np.ndarray | None = None
 
     @property
@@ -140,7 +139,7 @@ class RowCache:
     def begin(self) -> None:
         """Empty the cache and make room. Raises ValueError if the disk has too little."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        private_folder(self.folder)
         free = shutil.disk_usage(self.folder).free
         if free < self.num_bytes * 1.02:
             raise ValueError(
@@ -186,6 +185,7 @@ class RowCache:
     def open(self, config: DataConfig) -> CorpusRows:
         if not self.complete:
             raise RuntimeError(f"the rows of {self.snapshot.uri} in {self.folder} are not complete")
+        private_folder(self.folder)
         arrays = {
             name: np.load(self.folder / f"{name}.npy", allow_pickle=False)
             for name in ("embeddings", "photos", "photo_counts", "similarity", "reason")
@@ -198,6 +198,14 @@ class RowCache:
         return np.memmap(self.folder / f"{name}.bin", np.dtype(self.snapshot.vector_dtype), mode, shape=shape)
 
 
+def open_rows(snapshot: CorpusSnapshot, config: DataConfig, group: Group | None = None) -> CorpusRows:
+    """The rows of `snapshot`, copied to this machine's disk if `config.cache` doesn't hold them yet. Raises ValueError."""
+    with cache_root(config.cache, group) as root:
+        cache = RowCache(snapshot, root)
+        fill_cache(cache, group)
+        return cache.open(config)
+
+
 def fill_cache(cache: RowCache, group: Group | None = None, threads: int = 4) -> None:
     """Fill from the corpus by threads, each with a row group in memory; nothing to do if it is filled already.
 
@@ -207,7 +215,8 @@ def fill_cache(cache: RowCache, group: Group | None = None, threads: int = 4) ->
     error: Exception | None = None
     if group.local_rank == 0 and not cache.complete:
         try:
-            _fill(cache, threads)
+            with private_files():
+                _fill(cache, threads)
         except Exception as caught:
             error = caught
     group.agree(error)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lora_diffusion.config import to_dict, to_yaml
 from lora_diffusion.corpus import Statistics
+from lora_diffusion.corpus.tombstone import keyed_hash, read_key
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import Store
+from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.baselines import Pairs
 from lora_diffusion.synthesis.codes import CodeSpace, LatentCodes, PCACodes, VectorCodes, reconstruction
 from lora_diffusion.synthesis.denoiser import Denoiser
@@ -278,7 +279,7 @@ class SynthesizerTraining(TrainingRun):
             commit=self.commit,
             seed=config.denoiser_training.seed,
         )
-        neighbours = Neighbours(rows.embeddings(rows.train), codes(rows.train)) if config.keep_neighbours else None
+        neighbours = self._neighbours(codes) if config.keep_neighbours else None
         layout = LoRALayout.from_dict(snapshot.layout)
         synthesizer = Synthesizer(
             layout, space, denoiser, diffusion, provenance, None, neighbours, config.latent_sampling
@@ -287,6 +288,14 @@ class SynthesizerTraining(TrainingRun):
         synthesizer.save_pretrained(f"{self.store.uri}/{folder}")
         self.store.write_json("results.json", self.figures)
         self.say(f"synthesiser: {self.store.uri}/{folder}")
+
+    def _neighbours(self, codes: Callable[[Slots], Tensor]) -> Neighbours:
+        rows, key = self.rows, read_key(open_store(self.snapshot.uri))
+        hashes_PH = None
+        if key is not None:
+            hashes = b"".join(keyed_hash(key, rows.identities[slot]) for slot in rows.train)
+            hashes_PH = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).reshape(len(rows.train), -1)
+        return Neighbours(rows.embeddings(rows.train), codes(rows.train), hashes_PH)
 
     # -- all stages ------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson, PersonEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.training.pictures_config import PicturesConfig
+from lora_diffusion.synthesis.training.private import private_folder
 
 DEFAULT_PROMPT = "a photo of sks person"
 GROUP = 16  # people between two words about progress
@@ -35,13 +34,12 @@ GROUP = 16  # people between two words about progress
 class PhotoCache:
     """A folder that only its owner can read. One process of a machine makes it (`fill`), all of them read (`open`)."""
 
-    def __init__(self, config: PicturesConfig, recogniser: str, base: BaseModel, folder: str = "") -> None:
+    def __init__(self, config: PicturesConfig, recogniser: str, base: BaseModel, root: str | Path) -> None:
         self.config, self.recogniser, self.base = config, recogniser, base
-        root = Path(folder).expanduser() if folder else Path(tempfile.gettempdir()) / f"lora-diffusion-{os.getuid()}"
         what: dict[str, Any] = {"people": config.people, "max": config.max_people, "photos": to_dict(config.photos)}
         what |= {"recognisers": [recogniser, config.second_recogniser], "base": base.fingerprint}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = root / f"pictures-{key}"
+        self.folder = Path(root) / f"pictures-{key}"
 
     @property
     def complete(self) -> bool:
@@ -53,8 +51,7 @@ class PhotoCache:
     def fill(self, say: Callable[[str], None] = lambda line: None) -> None:
         """Raises ValueError if too few people have a usable photo. A person with one photo gets its mirror image beside it."""
         self.remove()
-        self.folder.mkdir(parents=True, mode=0o700)
-        self.folder.chmod(0o700)
+        private_folder(self.folder)
         embedder = EmbedderConfig(model=self.recogniser)
         corpus = CorpusConfig(people=self.config.people, output="", photos=self.config.photos, embedder=embedder)
         work = PersonEmbedder(corpus, self.base.image_size)
@@ -97,6 +94,7 @@ class PhotoCache:
         say(f"photos: {sum(counts):,} of {len(names):,} people; left out: {left}")
 
     def open(self) -> People:
+        private_folder(self.folder)
         about = json.loads((self.folder / "people.json").read_text())
         latents, embeddings = (
             np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "embeddings")

@@ -16,11 +16,11 @@ from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
 from lora_diffusion.synthesis.denoiser import count_parameters, widened
-from lora_diffusion.synthesis.folder import Neighbours
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.training.begin import check_pictures
 from lora_diffusion.synthesis.training.pictures.people import PhotoCache
 from lora_diffusion.synthesis.training.pictures.stage import PictureStage
+from lora_diffusion.synthesis.training.private import cache_root, private_files
 from lora_diffusion.synthesis.training.run import TrainingRun
 from lora_diffusion.synthesis.training.train_config import SYNTHESIZER, TrainConfig
 from lora_diffusion.training.loop import Loop
@@ -38,21 +38,23 @@ class PictureTraining(TrainingRun):
         start.check_base(base)
         recogniser = start.identity.recogniser_name
         start.check_recogniser(FaceEmbedder(EmbedderConfig(recogniser)))  # of this machine
-        cache = PhotoCache(c, recogniser, base, config.data.cache)
-        try:
-            self._fill(cache)
-            self._teach(start, base, cache, recogniser)
-        finally:
-            self.group.barrier()
-            if self.group.local_rank == 0:
-                cache.remove()
-            self.close()
+        with cache_root(config.data.cache, self.group) as root:
+            cache = PhotoCache(c, recogniser, base, root)
+            try:
+                self._fill(cache)
+                self._teach(start, base, cache, recogniser)
+            finally:
+                self.group.barrier()
+                if self.group.local_rank == 0:
+                    cache.remove()
+                self.close()
 
     def _fill(self, cache: PhotoCache) -> None:
         error = None
         if self.group.local_rank == 0 and not cache.complete:
             try:
-                cache.fill(self.say)
+                with private_files():
+                    cache.fill(self.say)
             except ValueError as caught:
                 error = caught
         self.group.agree(error)
@@ -108,7 +110,7 @@ class PictureTraining(TrainingRun):
         )
         if start.neighbours is not None and config.keep_neighbours:
             codes_PZ = made.encode(start.decode(start.neighbours.codes_PZ))
-            made.neighbours = Neighbours(start.neighbours.embeddings_PC, torch.from_numpy(codes_PZ))
+            made.neighbours = replace(start.neighbours, codes_PZ=torch.from_numpy(codes_PZ))
         made.save_pretrained(f"{self.store.uri}/{SYNTHESIZER}")
         self.store.write_json("results.json", made.provenance.figures)
         self.say(f"synthesiser: {self.store.uri}/{SYNTHESIZER}, of step {state.best_step}")
