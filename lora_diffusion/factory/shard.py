@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_diffusion.corpus import CorpusReader, Person, ShardPlan, ShardWriter
+from lora_diffusion.corpus import CorpusReader, Person, ShardInfo, ShardPlan, ShardWriter
 from lora_diffusion.factory.attempts import Attempts
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
@@ -21,6 +21,11 @@ class ShardReport:
     index: int
     num_people: int
     failed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, info: ShardInfo) -> ShardReport:
+        failed = {failure.identity: failure.reason for failure in info.failures if failure.photo is None}
+        return cls(info.index, info.num_people, failed)
 
 
 class ShardMaker:
@@ -56,6 +61,4 @@ class ShardMaker:
                     done.append(answer)
                 else:
                     failures.append(answer)
-        info = self.writer.commit(shard, done, failures)
-        failed = {failure.identity: failure.reason for failure in info.failures if failure.photo is None}
-        return ShardReport(info.index, info.num_people, failed)
+        return ShardReport.of(self.writer.commit(shard, done, failures))

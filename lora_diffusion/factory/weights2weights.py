@@ -13,6 +13,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -259,7 +260,7 @@ class ShardImporter:
                 )
                 failures.append(Failure(person.position, person.identity, None, "read", "not_finite", message))
         info = self.writer.commit(shard, done, failures)
-        return ShardReport(info.index, info.num_people, len(shard.identities) - info.num_people)
+        return ShardReport.of(info)
 
     def _with_embeddings(self, shard: ShardPlan) -> list[EmbeddedPerson]:
         rows = [self.source.row_of[name] for name in shard.identities]
@@ -282,7 +283,7 @@ class ShardImporter:
         """What nobody wrote down of a published row is NaN, and its seconds are 0."""
         assert person.embedding is not None
         assert person.photo_embeddings is not None
-        measured = {
+        measured: dict[str, Any] = {
             "similarity": NAN,
             "base_similarity": NAN,
             "loss": NAN,
