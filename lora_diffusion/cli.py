@@ -195,13 +195,13 @@ def make_here(args: argparse.Namespace) -> Outcome:
     from lora_diffusion.faces.photos import load_photos
 
     load_photos(args.photos)  # what cannot be read is told before the models are loaded
+    say(f"loading the synthesiser {args.synthesizer} and its models")
+    started = time.monotonic()
     from lora_diffusion.lora import formats
     from lora_diffusion.personalize import Personalizer
     from lora_diffusion.training.progress import Lines
 
     quieten()
-    started = time.monotonic()
-    say(f"loading the synthesiser {args.synthesizer} and its models")
     personalizer = Personalizer(args.synthesizer, args.base, recogniser=args.recogniser, device=args.device)
     identity = personalizer.synthesizer.identity
     say(f"for {identity.base_name}, faces by {identity.recogniser_name} ({time.monotonic() - started:.1f} s)")
@@ -209,9 +209,8 @@ def make_here(args: argparse.Namespace) -> Outcome:
         if args.num_images and (unread := personalizer.base.unread(text)):
             say(f"the {name} is too long, and its end is not read: {unread}")
     bar = Lines(sys.stderr)
-    what = "a LoRA" + f" and {args.num_images} picture{'s' * (args.num_images != 1)} of: {args.prompt}" * bool(
-        args.num_images
-    )
+    drawn = f" and {args.num_images} picture{'s' * (args.num_images != 1)} of: {args.prompt}"
+    what = f"a LoRA{drawn if args.num_images else ''}"
     say(f"{len(args.photos)} photo{'s' * (len(args.photos) != 1)} -> {what}")
     made = personalizer(
         args.photos,
