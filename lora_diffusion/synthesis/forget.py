@@ -1,4 +1,4 @@
-"""A person leaves the neighbours of a synthesiser. What its weights remember stays: docs/PRIVACY.md has what was measured."""
+"""A person leaves the neighbours of a synthesiser. What its weights remember stays (benchmarks/membership.py)."""
 
 from __future__ import annotations
 
