@@ -261,7 +261,7 @@ class LoRALayout:
             raise ValueError(f"layout was edited by hand or cut ({error!r}): read it again from the corpus") from error
         if not same:
             raise ValueError(
-                f"layout says it is {data['layout_id']}, but its content is {layout.layout_id}: "
+                f"layout says it is {data.get('layout_id')}, but its content is {layout.layout_id}: "
                 "it was edited by hand or cut; read it again from the corpus"
             )
         return layout
