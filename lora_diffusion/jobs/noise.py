@@ -15,7 +15,6 @@ NOISE = (
     b"has constructor arguments in the object store and max_restarts > 0",  # of every Ray Data pool, whose arguments stay
     b"Cannot deregister autoscaling state",
     b"won't accept connections from HAProxy on other nodes",  # an endpoint on loopback has none
-    b"Task ServeController.graceful_shutdown failed",  # at the end of every Serve
 )
 _END = os.urandom(16).hex().encode()
 
