@@ -225,7 +225,12 @@ def _fitted(decoded: foreign.Decoded, layout: LoRALayout, source: str, svd: bool
             continue
         _check_finite(layer.A_RI, f"{entry.name} of {source}")
         _check_finite(layer.B_OR, f"{entry.name} of {source}")
-        A_RI, B_OR = ranks.fit(layer, layout.rank, layout.scale)
+        try:
+            A_RI, B_OR = ranks.fit(layer, layout.rank, layout.scale)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"{entry.name} of {source} holds values too large to be cut to rank {layout.rank}"
+            ) from error
         wholes.append((layer, A_RI, B_OR))
         matrices[entry.name] = A_RI[None], B_OR[None]
     vector_N = layout.join(matrices)[0]
