@@ -227,7 +227,7 @@ def _fitted(decoded: foreign.Decoded, layout: LoRALayout, source: str, svd: bool
         _check_finite(layer.B_OR, f"{entry.name} of {source}")
         try:
             A_RI, B_OR = ranks.fit(layer, layout.rank, layout.scale)
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:  # of the SVD
             raise ValueError(
                 f"{entry.name} of {source} holds values too large to be cut to rank {layout.rank}"
             ) from error
