@@ -1,4 +1,4 @@
-"""runs/sd15.sh: the whole way by one command, in the embedded world; what it would cost; and that it goes on."""
+"""runs/sd15.sh: what the whole way would cost, and what it asks for. test_wheel.py goes it, in the embedded world."""
 
 from __future__ import annotations
 
@@ -36,19 +36,3 @@ def test_without_photos_it_says_what_it_wants() -> None:
     done = subprocess.run([str(SCRIPT)], env=env, capture_output=True, text=True)
     assert done.returncode != 0
     assert "PHOTOS: the photos of the people to learn from" in done.stderr
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_tiny_shape_goes_the_whole_way_and_a_second_time_does_nothing(tmp_path: Path) -> None:
-    env = {"SHAPE": "tiny", "OUT": str(tmp_path), "PORT": "8932", "RAY_ADDRESS": "local"}
-    said = run(**env)
-    assert (tmp_path / "personalised/lora.safetensors").exists()
-    assert (tmp_path / "evaluation/report.html").exists()
-    assert "photo -> LoRA and picture in" in said
-    made = [*(tmp_path / "corpus").rglob("*.parquet"), *(tmp_path / "training/checkpoints").glob("*")]
-    before = {path: path.stat().st_mtime_ns for path in made}
-    assert before
-    run(**env, PHOTO="")
-    assert {path: path.stat().st_mtime_ns for path in made} == before

@@ -246,26 +246,6 @@ def full_disk(job: ModuleType, limit: int) -> type:
     return Full
 
 
-def test_a_full_disk_ends_the_run_clearly_and_the_next_run_goes_on(
-    job: ModuleType,
-    config: str,
-    tmp_path: Path,
-    calm: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    words = ["--config", config, f"output={tmp_path}/corpus"]
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "Make", full_disk(job, 2_000))
-        assert main("corpus", words) == 1
-    said = capsys.readouterr().err
-    assert "the disk is full" in said
-    assert "run the same command again" in said
-    assert not list((tmp_path / "corpus").rglob("*.tmp"))
-    assert main("corpus", words) == 0
-    assert outcome(tmp_path / "corpus") == calm
-
-
 def test_mistakes_are_named_before_any_work(
     job: ModuleType, config: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,7 +303,7 @@ def test_a_dry_run_finds_what_would_fail_for_everybody(
         assert message in capsys.readouterr().err
 
 
-def test_a_fault_of_everybody_ends_the_run_blames_nobody_and_the_next_run_makes_everybody(
+def test_a_fault_of_everybody_and_a_full_disk_end_the_run_clearly_and_the_next_run_makes_everybody(
     job: ModuleType,
     config: str,
     tmp_path: Path,
@@ -345,6 +325,15 @@ def test_a_fault_of_everybody_ends_the_run_blames_nobody_and_the_next_run_makes_
     # a shard all of whose people have reasons of their own may be there
     assert not any(f.reason == "error" for f in CorpusReader(store).failures())
     assert not CorpusReader(store).identities
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "Make", full_disk(job, 2_000))
+        assert main("corpus", words) == 1
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert "run the same command again" in said
+    assert not list((tmp_path / "corpus").rglob("*.tmp"))
+
     assert main("corpus", words) == 0
     assert outcome(tmp_path / "corpus") == calm
 
