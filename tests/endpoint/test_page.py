@@ -97,7 +97,6 @@ def test_likeness_has_landmarks_and_stays_after_edits_and_failed_draws(browser: 
         assert not same(original, contents(page)).any()
         changed = marks(page)
         assert changed.keys() == first.keys()
-        assert changed["lora"] != first["lora"]
         page.route("**/v1/images", lambda route: route.abort())
         page.click("#draw")
         page.wait_for_selector("[role=alert]:has-text('cannot be reached')")

@@ -12,7 +12,7 @@ const DIGITS = 5;
 export function newPerson(name, photos = []) {
   // A seed of their own, so that strangers with the same photo share no LoRA.
   const [id, seed] = crypto.getRandomValues(new Uint32Array(2));
-  return { id, seed, name, photos, face: null, reference: null, recogniser: null, own: null, base: null };
+  return { id: String(id), seed, name, photos, face: null, reference: null, recogniser: null, own: null, base: null };
 }
 
 /**
