@@ -411,7 +411,7 @@ def test_killed_driver_on_a_busy_store_and_the_same_command_again(
 
 @pytest.mark.timeout(900)
 def test_a_lost_node_costs_time_and_nothing_else(config: str, calm: dict[str, Any], tmp_path: Path) -> None:
-    """A cluster of a head and two machines loses one in the middle and gets another later; see lose_a_node.py."""
+    """A cluster of a head and two machines loses one in the middle; see lose_a_node.py."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).parents[1] / "support" / "lose_a_node.py"), config]
     done = subprocess.run([*command, str(tmp_path / "corpus")], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -48,8 +48,6 @@ def main(config: str, output: str) -> int:
             time.sleep(0.05)
         cluster.remove_node(nodes[0], allow_graceful=False)
         print("a node was lost", flush=True)
-        time.sleep(5)
-        in_time(lambda: cluster.add_node(num_cpus=2, object_store_memory=memory))
 
     threading.Thread(target=lose_one, daemon=True).start()
     # Two CPUs for each fine-tuning worker: the head, with one, takes none.
