@@ -127,7 +127,7 @@ def test_a_driver_of_another_machine_is_waited_for_and_its_place_taken_when_it_i
             pass
 
 
-def test_a_driver_that_was_taken_over_while_it_was_away_stops(store: Store) -> None:
+def test_a_driver_that_was_taken_over_while_it_was_away_stops(store: Store, request: pytest.FixtureRequest) -> None:
     def other() -> None:
         time.sleep(0.5)
         store.write_json(
@@ -135,6 +135,8 @@ def test_a_driver_that_was_taken_over_while_it_was_away_stops(store: Store) -> N
         )
 
     threading.Thread(target=other).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     begin = time.monotonic()
     took_over = "the corpus job of process 17 on gpu-7 took over"
     with pytest.raises(ValueError, match=took_over), claimed(store.uri, "corpus"):
