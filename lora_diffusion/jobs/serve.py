@@ -121,12 +121,24 @@ def run(config: Config, ray_address: str) -> None:
 
 
 def until_it_ends(command: list[str], env: dict[str, str]) -> int:
-    """Its exit code. Ctrl-C reaches it from the terminal, and SIGTERM as one; it may shut Serve down, and then its Ray."""
-    # A shell that starts us in the background has Ctrl-C ignored, and what we start would inherit that.
-    process = subprocess.Popen(command, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
+    """Its exit code. Ctrl-C, SIGTERM or a closed terminal reach it through us, once: it may shut Serve down, and then its Ray."""
+    # A session of its own, so that Ctrl-C is the same from a terminal as from `kill`. A shell that starts us in the background
+    # has Ctrl-C ignored, and what we start would inherit that.
+    process = subprocess.Popen(
+        command, env=env, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+
+    def stop(*_: object) -> None:
+        process.send_signal(signal.SIGINT)
+
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, stop) for number in ours}
     try:
         return process.wait()
+    except KeyboardInterrupt:
+        stop()
+        raise
     finally:
         process.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
