@@ -124,9 +124,12 @@ def test_photo_goes_in_and_picture_and_lora_come_out(server: Server) -> None:
     assert file.content[:2] == b"PK"
     again = httpx.post(f"{server.url}/v1/images", timeout=PATIENCE, **form(seed=1, image_seed=2)).json()
     assert again["images"][0]["data"] == whole["images"][0]["data"]
-    url, token = whole["lora"]["url"], {"X-Deletion-Token": whole["lora"]["deletion_token"]}
-    assert httpx.delete(f"{server.url}{url}", headers=token, timeout=PATIENCE).status_code == 204
-    assert httpx.get(f"{server.url}{whole['lora']['url']}", timeout=PATIENCE).json()["reason"] == "unknown_lora"
+    url = f"{server.url}{whole['lora']['url']}"
+    for made in (whole, again):  # it stays until all who made it have deleted it
+        assert httpx.get(url, timeout=PATIENCE).status_code == 200
+        token = {"X-Deletion-Token": made["lora"]["deletion_token"]}
+        assert httpx.delete(url, headers=token, timeout=PATIENCE).status_code == 204
+    assert httpx.get(url, timeout=PATIENCE).json()["reason"] == "unknown_lora"
 
 
 def test_errors_of_the_stages_keep_their_reason_across_processes(server: Server) -> None:
