@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import select
 import socket
 import time
@@ -93,7 +94,12 @@ def connect(address: str, text: str) -> socket.socket:
     return connection
 
 
-def test_a_client_that_leaves_is_no_error_of_ours(live: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_leaves_is_no_error_of_ours(
+    live: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        logging.getLogger("lora_diffusion.serve"), "propagate", True
+    )  # also after an endpoint's own set-up
     head = "POST /v1/loras HTTP/1.1\nHost: 127.0.0.1\nContent-Type: application/json\nContent-Length: 1000\n\n"
     with caplog.at_level("INFO"):
         connect(live, head + "{").close()
