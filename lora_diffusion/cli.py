@@ -24,7 +24,8 @@ from lora_diffusion import __version__
 from lora_diffusion.cli_files import FORMAT_HELP, FORMATS, Refused, add_convert, add_forget, add_verify
 from lora_diffusion.extras import MissingExtra, needs
 from lora_diffusion.jobs.run import JOBS, help_of, run_job, stopped
-from lora_diffusion.storage import local_place, open_store, place
+from lora_diffusion.places import local_place, place
+from lora_diffusion.storage import open_store
 
 PROMPT = "a photo of sks person"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lora_diffusion.storage import SHIPPED, open_store, place, place_or_name
+from lora_diffusion.places import SHIPPED, place, place_or_name
+from lora_diffusion.storage import open_store
 
 FORMATS = ("kohya", "diffusers", "peft", "vector")
 FORMAT_HELP = "of the LoRA: kohya (default; ComfyUI, A1111, Forge, diffusers), diffusers, peft or vector (this package)"

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from lora_diffusion.storage import SYNTHETIC, local_place, place, place_or_name
+from lora_diffusion.places import SYNTHETIC, local_place, place, place_or_name
 
 Config = TypeVar("Config")
 

@@ -1,8 +1,5 @@
 """Where things lie: a folder of this machine or `s3://bucket/prefix`, behind the few operations that a corpus needs.
 
-`place` turns what a person typed into such an address: every path of a configuration, a command line or a call goes
-through it.
-
 A write is whole or not at all, in both: locally a temporary name, fsync and rename; on S3 one PUT (or one completed
 multipart upload). S3's address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, or a profile or instance role). Throttling answers (503 SlowDown, 500, 429) and
@@ -22,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar
-from urllib.parse import unquote
+from typing import IO, Any, TypeVar
 
 from lora_diffusion.extras import needs
+from lora_diffusion.places import leads_out, place
 
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # what `_write_local` writes under, and nobody else
 _UPLOAD_BYTES = 2**26  # of one part of a large upload; S3 takes 10,000 parts
@@ -33,25 +30,6 @@ Buffer = bytes | memoryview
 Item = TypeVar("Item")
 Done = TypeVar("Done")
 _ATTEMPTS = 8  # pauses double from 1 s to at most 20 s, times a random factor: about 40 s in all
-
-# What a configuration's text names, for `config.placed`: something to read, something to write, or a path or else a name.
-Place = Annotated[str, "place"]
-Output = Annotated[str, "output"]
-PlaceOrName = Annotated[str, "place or name"]
-People = Annotated[str, "people"]  # something to read, or synthetic:40
-SYNTHETIC = "synthetic:"
-SHIPPED = ("tiny", "tiny-b", "tiny-sd", "tiny-start")  # names that win over a folder of the same name here
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError for a name from outside that is no path inside of the folder that it is put in."""
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0"):
-        raise _leads_out(name)
-
-
-def _leads_out(name: str) -> ValueError:
-    return ValueError(f"the name {name!r} leads out of its folder: rename or remove it")
 
 
 class StoreError(OSError):
@@ -74,7 +52,7 @@ class Store:
         """The filesystem's own path of `name`, for libraries that take one (pyarrow, pandas). Raises ValueError for a name that
         leads out of a folder."""
         if self.local and (".." in name.split("/") or name.startswith("/") or "\0" in name):
-            raise _leads_out(name)
+            raise leads_out(name)
         return f"{self.root}/{name}" if name else self.root
 
     def read(self, name: str) -> bytes:
@@ -280,70 +258,6 @@ def side_by_side(work: Callable[[Item], Done], items: Iterable[Item], threads: i
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def place(text: str | os.PathLike[str]) -> str:
-    """What a person typed as an address: an absolute local path, or `s3://bucket/prefix`.
-
-    `~` and a variable at the beginning (`$SCRATCH/x`) are filled in, `file:///x` is a path, and `s3:/bucket/x`, which is
-    what `Path("s3://bucket/x")` holds, is `s3://bucket/x`. Touches nothing. Raises ValueError for anything else.
-    """
-    typed = os.fspath(text)
-    if not typed.strip() or "\0" in typed:
-        raise ValueError(f"{typed!r} is no path: give a local folder or s3://bucket/prefix")
-    scheme, slashes, rest = _address(typed) or ("", "", typed)
-    if not scheme:
-        return _local(typed)
-    if scheme == "file":
-        host, _, path = rest.partition("/") if len(slashes) == 2 else ("", "", rest)
-        if host not in ("", "localhost"):
-            raise ValueError(f"{typed!r} names the machine {host}: give file:///path, or the path alone")
-        return _local("/" * bool(slashes) + unquote(path))
-    if scheme not in ("s3", "s3a"):
-        raise ValueError(f"cannot open {typed!r}: give a local folder or s3://bucket/prefix")
-    if not rest.strip("/"):
-        raise ValueError(f"cannot open {typed!r}: an S3 address needs a bucket, as in s3://bucket/prefix")
-    return f"s3://{rest.strip('/')}"
-
-
-def _address(typed: str) -> tuple[str, str, str] | None:
-    """Scheme, slashes and rest of `scheme:/rest`; None for a path."""
-    found = re.fullmatch(r"([a-z][\w+.-]+):(/*)(.*)", typed.strip(), re.IGNORECASE | re.DOTALL)
-    if not found or not (found[2] or found[1].lower() in ("s3", "s3a", "file")):
-        return None
-    return found[1].lower(), found[2], found[3]
-
-
-def _local(typed: str) -> str:
-    path = os.path.expanduser(typed)
-    if path.startswith("~"):
-        raise ValueError(
-            f"{typed}: this machine has no user {path[1:].partition('/')[0]!r}; for a folder of this name, ./{typed}"
-        )
-    if path.startswith("$"):
-        path = os.path.expandvars(path)
-        if path.startswith("$"):
-            raise ValueError(
-                f"{typed}: there is no environment variable {path.partition('/')[0]}; for a folder, ./{typed}"
-            )
-    return os.path.abspath(path)
-
-
-def place_or_name(text: str | os.PathLike[str]) -> str:
-    """As `place` for an address, or a path that is one at sight or exists; a name (shipped, of a hub) stays as it is."""
-    typed = os.fspath(text)
-    if typed in SHIPPED:
-        return typed
-    is_path = _address(typed) or typed.startswith(("/", ".", "~", "$")) or os.path.exists(typed)
-    return place(typed) if is_path else typed
-
-
-def local_place(text: str | os.PathLike[str], what: str) -> Path:
-    """`place`, for what can lie only on this machine. `what`: its name in the ValueError about a bucket."""
-    found = place(text)
-    if found.startswith("s3://"):
-        raise ValueError(f"{what} must lie on this machine, not at {found}")
-    return Path(found)
 
 
 def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seconds: float = 30) -> Store:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diffusion.storage import StoreError, check_name, open_store
+from lora_diffusion.places import check_name
+from lora_diffusion.storage import StoreError, open_store
 
 FOLDER = Path("/cache/model")
 PARTS = st.sampled_from(["..", ".", "", "unet", "weights.bin", "\\", "..\\x", "a\0b", "~", "C:"]) | st.text(max_size=5)

@@ -17,17 +17,9 @@ from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.lora import shared_start
 from lora_diffusion.models import stable_diffusion
 from lora_diffusion.models.stable_diffusion import resolve_model
+from lora_diffusion.places import SHIPPED, Output, Place, PlaceOrName, local_place, place, place_or_name
 from lora_diffusion.serving.latents import synthesizer_folder
-from lora_diffusion.storage import (
-    SHIPPED,
-    Output,
-    Place,
-    PlaceOrName,
-    local_place,
-    open_store,
-    place,
-    place_or_name,
-)
+from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis import synthesizer
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.training.train_config import TrainConfig

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.jobs.run import Job, run_job
-from lora_diffusion.storage import Output, Place
+from lora_diffusion.places import Output, Place
 from lora_diffusion.world.base.adaptation import AdaptationConfig
 
 

@@ -26,7 +26,8 @@ from lora_diffusion.corpus import Statistics
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.lora.canonical import canonicalize
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import Place, Store, open_store
+from lora_diffusion.places import Place
+from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.codes import KINDS, Kind
 from lora_diffusion.synthesis.denoiser import DenoiserConfig, with_equal_parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lora_diffusion.evaluation.similarity import RenderConfig
-from lora_diffusion.storage import Output, Place, PlaceOrName
+from lora_diffusion.places import Output, Place, PlaceOrName
 from lora_diffusion.synthesis.training.dataset import DataConfig
 
 

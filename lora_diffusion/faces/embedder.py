@@ -27,7 +27,7 @@ from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
 from lora_diffusion.faces.unit import unit
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
 from lora_diffusion.models.kinds import check_pointer
-from lora_diffusion.storage import Place, PlaceOrName, local_place, place_or_name
+from lora_diffusion.places import Place, PlaceOrName, local_place, place_or_name
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]

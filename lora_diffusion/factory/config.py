@@ -9,7 +9,7 @@ from lora_diffusion.config import to_dict
 from lora_diffusion.corpus.schema import VECTOR_DTYPES
 from lora_diffusion.faces.embedder import EmbedderConfig
 from lora_diffusion.lora.recipe import FinetuneConfig
-from lora_diffusion.storage import Output, People, PlaceOrName
+from lora_diffusion.places import Output, People, PlaceOrName
 
 
 @dataclass(frozen=True)

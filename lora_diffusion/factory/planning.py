@@ -24,7 +24,8 @@ from lora_diffusion.corpus.writer import restore_statistics
 from lora_diffusion.factory import report
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.people import Found, PersonRef, open_people
-from lora_diffusion.storage import SYNTHETIC, Store, open_store
+from lora_diffusion.places import SYNTHETIC
+from lora_diffusion.storage import Store, open_store
 
 
 class Listed(dict[str, PersonRef]):

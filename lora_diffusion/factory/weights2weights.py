@@ -33,7 +33,8 @@ from lora_diffusion.factory.shard import ShardReport
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.weights2weights import W2W_ALPHA
 from lora_diffusion.models.known_unets import meta_unet
-from lora_diffusion.storage import Output, People, Place, PlaceOrName, local_place, open_store
+from lora_diffusion.places import Output, People, Place, PlaceOrName, local_place
+from lora_diffusion.storage import open_store
 
 NAN = float("nan")
 BLOCK = 8192  # columns of V at a time

@@ -22,7 +22,7 @@ import torch
 from lora_diffusion.corpus import CorpusReader, matrix
 from lora_diffusion.factory.weights2weights import layout
 from lora_diffusion.lora.weights2weights import to_weights2weights
-from lora_diffusion.storage import Output, Place, local_place
+from lora_diffusion.places import Output, Place, local_place
 from lora_diffusion.training.meter import in_bytes
 
 

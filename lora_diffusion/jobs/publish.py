@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from lora_diffusion.storage import Output, Place, PlaceOrName
+from lora_diffusion.places import Output, Place, PlaceOrName
 from lora_diffusion.synthesis.publish import Labels, checked, publish
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lora_diffusion.lora import container
 from lora_diffusion.lora.foreign import PEFT_CONFIG
-from lora_diffusion.storage import Store, open_store, place
+from lora_diffusion.places import place
+from lora_diffusion.storage import Store, open_store
 
 PathLike: TypeAlias = str | os.PathLike[str]
 FILE_NAMES = {

@@ -34,7 +34,8 @@ from lora_diffusion.lora.container import serialise
 from lora_diffusion.lora.files import FILE_NAMES, PathLike, open_file
 from lora_diffusion.lora.layout import LayerShape, LoRALayout, Vector, shape_of
 from lora_diffusion.lora.weights2weights import from_weights2weights, to_weights2weights
-from lora_diffusion.storage import open_store, place
+from lora_diffusion.places import place
+from lora_diffusion.storage import open_store
 
 __all__ = ["FORMATS", "Format", "Loaded", "family_of", "from_weights2weights", "layout_of", "load", "portable_metadata", "read", "read_layout",
            "read_metadata", "save", "serialise", "to_bytes", "to_weights2weights"]  # fmt: skip

@@ -24,7 +24,7 @@ from lora_diffusion.lora.objective import NoiseSchedule
 from lora_diffusion.lora.photo_data import PersonPhotos, PhotoData
 from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.models.stable_diffusion import ASSETS, BaseModel
-from lora_diffusion.storage import local_place
+from lora_diffusion.places import local_place
 from lora_diffusion.training.schedule import warmup_cosine
 
 EMBEDDED = {"tiny-start": ASSETS / "tiny-start" / "vector.safetensors"}

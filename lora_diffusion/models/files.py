@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from lora_diffusion.storage import check_name, local_place, open_store
+from lora_diffusion.places import check_name, local_place
+from lora_diffusion.storage import open_store
 
 _here_only: ContextVar[bool] = ContextVar("here_only", default=False)
 CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"

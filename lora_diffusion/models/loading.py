@@ -33,7 +33,7 @@ _CONFIGS = re.compile(r".*\.(json|txt)")
 
 
 def load_parts(place: str, dtype: torch.dtype = torch.float32) -> Parts:
-    """`place`: a folder, a file, s3://bucket/prefix or a hub id, as `storage.place_or_name` gives it. On the CPU, in `dtype`.
+    """`place`: a folder, a file, s3://bucket/prefix or a hub id, as `places.place_or_name` gives it. On the CPU, in `dtype`.
 
     Raises ValueError: what lies there, or what is wrong with it.
     """

@@ -25,7 +25,7 @@ from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.models.fingerprint import DIGITS, EARLIER, EXACT, model_fingerprint, old_fingerprints
 from lora_diffusion.models.loading import EXPECTED, load_parts
 from lora_diffusion.models.parts import is_xl, networks_of, overflows_in_half
-from lora_diffusion.storage import place_or_name
+from lora_diffusion.places import place_or_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 EMBEDDED = {"tiny-sd": ASSETS / "tiny-sd"}

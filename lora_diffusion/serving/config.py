@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lora_diffusion.storage import PlaceOrName
+from lora_diffusion.places import PlaceOrName
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from lora_diffusion.artifacts.identity import Identity, no_synthesizer
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.places import place_or_name
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
 from lora_diffusion.serving.messages import Code, DecodeTask, LatentTask
-from lora_diffusion.storage import place_or_name
 from lora_diffusion.synthesis.synthesizer import EMBEDDED, Synthesizer
 
 Floats = NDArray[np.float32]

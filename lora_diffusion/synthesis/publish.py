@@ -14,7 +14,8 @@ import torch
 
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.corpus.reader import opened
-from lora_diffusion.storage import open_store, place
+from lora_diffusion.places import place
+from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis.codes import LearnedCodes
 from lora_diffusion.synthesis.edits import AttributeDirections
 from lora_diffusion.synthesis.synthesizer import Synthesizer

@@ -18,7 +18,7 @@ import ray.exceptions
 from lora_diffusion.jobs import run
 from lora_diffusion.jobs.causes import RunAgain
 from lora_diffusion.jobs.run import JOBS, Job, main, read_options, run_job
-from lora_diffusion.storage import Output
+from lora_diffusion.places import Output
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {

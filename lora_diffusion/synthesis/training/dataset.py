@@ -27,7 +27,8 @@ from torch import Tensor
 from lora_diffusion.corpus.plan import CorpusError, shard_name
 from lora_diffusion.corpus.reader import opened
 from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
-from lora_diffusion.storage import Place, Store, open_store
+from lora_diffusion.places import Place
+from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.training.private import cache_root, private_files, private_folder
 from lora_diffusion.synthesis.training.snapshot import MADE_ANEW, CorpusSnapshot, check_snapshot, take_snapshot
 from lora_diffusion.training.distributed import Group

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_diffusion.factory.config import PhotoConfig, ScoreConfig
-from lora_diffusion.storage import Place, PlaceOrName
+from lora_diffusion.places import Place, PlaceOrName
 
 # Scenes for validation: other ones than those that evaluation draws.
 SCENES = (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_diffusion.storage import local_place
+from lora_diffusion.places import local_place
 from lora_diffusion.training.distributed import Group
 
 

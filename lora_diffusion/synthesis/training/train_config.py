@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lora_diffusion.storage import Output, Place, PlaceOrName
+from lora_diffusion.places import Output, Place, PlaceOrName
 from lora_diffusion.synthesis.denoiser import DenoiserConfig
 from lora_diffusion.synthesis.diffusion import DiffusionConfig
 from lora_diffusion.synthesis.folder import LatentSampling

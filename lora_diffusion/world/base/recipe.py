@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_diffusion.storage import Output, Place, open_store
+from lora_diffusion.places import Output, Place
+from lora_diffusion.storage import open_store
 from lora_diffusion.training.distributed import Group
 from lora_diffusion.training.loop import Loop, LoopConfig, Report, Stage
 from lora_diffusion.world.base import parts
