@@ -64,12 +64,14 @@ def add_verify(commands: Any) -> None:
         "verify",
         help="whether a corpus, a training run or a synthesiser is whole",
         description="Reads every byte of a corpus, a training run or a synthesiser, and names what is damaged, missing, foreign or "
-        "of another recipe. Exit code 0: nothing is; 1: something is.",
+        "of another recipe, and who is there although forgotten. Exit code 0: nothing is; 1: something is.",
     )
     one.set_defaults(run=verify)
     one.add_argument("uri", type=place_or_name, metavar="PLACE", help="a folder, s3://bucket/prefix, or tiny")
     one.add_argument(
-        "--repair", action="store_true", help="remove what its job makes again: run that command after this one"
+        "--repair",
+        action="store_true",
+        help="remove what its job makes again (run that command after this one), and who was forgotten",
     )
 
 
@@ -83,6 +85,8 @@ def verify(args: argparse.Namespace) -> None:
     removed = repair(args.uri, findings) if args.repair else []
     for name in removed:
         print(f"removed: {name}")
+    if args.repair and any(finding.kind == "forgotten" for finding in findings):
+        print("who was forgotten is taken out of shards and failures")
     if removed:
         print("Run the command that made this place again: it makes what was removed")
     if findings:

@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 from lora_diffusion.artifacts import checksum
 from lora_diffusion.artifacts.identity import SHIPPED_SYNTHESIZERS
 from lora_diffusion.corpus import CorpusReader, ShardPlan, Statistics
+from lora_diffusion.corpus.forget import follow_tombstones
 from lora_diffusion.corpus.plan import file_index, shard_name
 from lora_diffusion.corpus.reader import NO_STATISTICS
 from lora_diffusion.corpus.schema import parquet_metadata
+from lora_diffusion.corpus.tombstone import KEY_FILE, is_tombstone, make_key, read_key, tombstone
 from lora_diffusion.storage import Store, StoreError, open_store
 
 AT_ONCE = 4  # files in memory
@@ -41,7 +43,7 @@ _SYNTHESIZER = re.compile(r"config\.json|(codes|denoiser|edits|neighbours)\.safe
 class Finding:
     """`name`: of a file below the place. `remove`: files whose job makes them again, this one among them, once they are gone."""
 
-    kind: Literal["damaged", "missing", "other recipe", "foreign"]
+    kind: Literal["damaged", "missing", "other recipe", "foreign", "forgotten"]
     name: str
     what: str
     remove: tuple[str, ...] = ()
@@ -62,13 +64,20 @@ def examine(uri: str) -> Iterator[Finding]:
 
 
 def repair(uri: str, findings: Iterable[Finding]) -> list[str]:
-    """Remove what is made again; returns the names. Raises ValueError while a job is at work there."""
+    """Remove what is made again, and who was forgotten; returns the names of files that are gone.
+
+    Raises ValueError while a job is at work there.
+    """
     store = open_store(SHIPPED_SYNTHESIZERS.get(uri, uri))
+    findings = list(findings)
     names = list(dict.fromkeys(name for finding in findings for name in finding.remove))
-    if names and store.exists(CLAIM):
+    forgotten = any(finding.kind == "forgotten" for finding in findings)
+    if (names or forgotten) and store.exists(CLAIM):
         raise ValueError(f"a job is at work at {store.uri}: let it end first. If none runs, delete {CLAIM} there")
     for name in names:
         store.delete(name)
+    if forgotten:
+        follow_tombstones(store)
     return names
 
 
@@ -99,6 +108,7 @@ def _corpus(store: Store) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("missing", "plan", _reason(error))
         return
+    yield from _planned_again(reader)
     ours = {f"plan/{shard_name(index)}.parquet" for index in range(len(parts))}
     for shard in shards:
         ours |= {f"{folder}/{shard.name}.parquet" for folder in ("shards", "failures")}
@@ -117,6 +127,33 @@ def _corpus(store: Store) -> Iterator[Finding]:
             yield Finding(
                 "damaged", "statistics.safetensors", f"it counts {total.count} people", ("statistics.safetensors",)
             )
+
+
+def _planned_again(reader: CorpusReader) -> Iterator[Finding]:
+    """The key of who was forgotten, and whom it names all the same."""
+    stones = {name for name in reader.plan.identities if is_tombstone(name)}
+    key = _try(KEY_FILE, lambda _: make_key(reader.store, stones) if stones else read_key(reader.store))
+    if isinstance(key, Finding):
+        yield replace(key, kind="damaged" if reader.store.exists(KEY_FILE) else "missing")
+    for part, names in enumerate(reader.plan.parts if stones and isinstance(key, bytes) else ()):
+        for name in names:
+            if tombstone(key, name) in stones:
+                again = "run `lora-diffusion forget` with this name once more"
+                yield Finding(
+                    "forgotten", f"plan/{shard_name(part)}.parquet", f"it names {name!r}, who was forgotten: {again}"
+                )
+
+
+def _come_back(shard: ShardPlan, name: str, rows: pa.Table) -> Iterator[Finding]:
+    """Who lies, or failed, where the plan has a tombstone: `forget` was killed, or a backup was put back."""
+    planned = dict(zip(shard.positions, shard.identities, strict=True))
+    pairs = zip(rows["position"].to_pylist(), rows["identity"].to_pylist(), strict=True)
+    back = {who for place, who in pairs if is_tombstone(planned.get(place, "")) and not is_tombstone(str(who))}
+    if back:
+        said = "--repair takes them out, and so does the job's next run"
+        yield Finding(
+            "forgotten", name, f"it still holds {', '.join(map(repr, sorted(back)))}, who were forgotten: {said}"
+        )
 
 
 def _shard(reader: CorpusReader, shard: ShardPlan, there: set[str], problem: str) -> Iterator[Finding]:
@@ -145,8 +182,14 @@ def _shard(reader: CorpusReader, shard: ShardPlan, there: set[str], problem: str
         )
         return
     reasons = _try(failures, partial(_table, reader.store)) if failures in there else None
+    back = list(_come_back(shard, name, rows))
+    if isinstance(reasons, pa.Table):
+        back += _come_back(shard, failures, reasons)
+    yield from back
     if isinstance(reasons, Finding):
         yield replace(reasons, remove=(name,))  # a shard is made together with its failures
+    elif back:
+        return
     elif problem and problem != NO_STATISTICS:
         yield Finding("damaged", name, problem, (name,))
     part = _try(statistics, partial(_statistics, reader.store))

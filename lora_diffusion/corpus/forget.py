@@ -33,7 +33,7 @@ def forget(store: Store, identity: str) -> bool:
     reader = CorpusReader(store)
     for folder in FOLDERS:  # a killed writer may have left half a shard
         store.sweep(folder)
-    stone = tombstone(make_key(store), identity)
+    stone = tombstone(make_key(store, reader.plan.identities), identity)
     if identity in reader.plan.identities:
         _reopen(reader)
         for part, names in enumerate(reader.plan.parts):

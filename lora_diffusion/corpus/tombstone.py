@@ -6,6 +6,7 @@ names out of it; without the key a hash says nothing.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import re
 import secrets
@@ -19,22 +20,37 @@ _STONE = re.compile(r"forgotten:[0-9a-f]{32}")
 
 
 def read_key(store: Store) -> bytes | None:
-    """The corpus' key; None for a corpus of an earlier release, until a job goes on with it. Raises ValueError if it is cut."""
+    """The corpus' key; None for a corpus of an earlier release, until a job goes on with it. Raises ValueError if it is damaged:
+    by another key nobody would be known as forgotten."""
     try:
-        text = store.read(KEY_FILE).decode("ascii", "replace").strip()
+        text = store.read(KEY_FILE).decode("ascii", "replace")
     except FileNotFoundError:
         return None
-    if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise ValueError(f"{store.uri}/{KEY_FILE} does not hold 64 hex digits: restore it from a copy")
-    return bytes.fromhex(text)
+    found = re.fullmatch(r"\s*([0-9a-f]{64})\s*(?:sha256:([0-9a-f]{16})\s*)?", text)
+    if not found or found[2] not in (None, _check(bytes.fromhex(found[1]))):  # an earlier release wrote no checksum
+        raise ValueError(f"{store.uri}/{KEY_FILE} is damaged: restore it from a copy")
+    return bytes.fromhex(found[1])
 
 
-def make_key(store: Store) -> bytes:
-    """The corpus' key, a new one if there is none."""
+def make_key(store: Store, planned: Iterable[str] = ()) -> bytes:
+    """The corpus' key, a new one if there is none. Raises ValueError if it is lost, and people of the plan were forgotten."""
     if (key := read_key(store)) is None:
+        if stones := set(filter(is_tombstone, planned)):
+            raise _lost(store, len(stones))
         key = secrets.token_bytes(32)
-        store.write(KEY_FILE, f"{key.hex()}\n".encode())
+        store.write(KEY_FILE, f"{key.hex()}\nsha256:{_check(key)}\n".encode())
     return key
+
+
+def _check(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()[:16]
+
+
+def _lost(store: Store, people: int) -> ValueError:
+    return ValueError(
+        f"{store.uri}/{KEY_FILE} is gone: without it nobody can tell which {people} people were forgotten. Restore it "
+        "from a copy"
+    )
 
 
 def keyed_hash(key: bytes, identity: str) -> bytes:
@@ -58,8 +74,5 @@ def not_forgotten(store: Store, planned: Iterable[str], identities: Collection[s
         return identities
     key = read_key(store)
     if key is None:
-        raise ValueError(
-            f"{store.uri}/{KEY_FILE} is gone: without it nobody can tell which {len(stones)} people were forgotten. Restore it "
-            "from a copy"
-        )
+        raise _lost(store, len(stones))
     return [identity for identity in identities if tombstone(key, identity) not in stones]

@@ -32,6 +32,7 @@ from lora_diffusion.synthesis import Synthesizer
 from lora_diffusion.synthesis.codes import KINDS, Kind
 from lora_diffusion.synthesis.denoiser import DenoiserConfig, with_equal_parameters
 from lora_diffusion.synthesis.normaliser import Normaliser
+from lora_diffusion.synthesis.pca import PCA
 from lora_diffusion.synthesis.training.dataset import CorpusRows, CorpusSnapshot, open_rows, take_snapshot
 from lora_diffusion.synthesis.training.metrics import read_metrics
 from lora_diffusion.synthesis.training.recipe import SynthesizerTraining, TrainConfig
@@ -251,7 +252,7 @@ def code_size(config: AblationConfig, parts: Store, variant: Variant) -> int:
     if variant.code_space == "pca":
         saved = unpack(parts, "pca.safetensors")
         assert saved is not None
-        return len(saved[0]["components_KM"])
+        return len(PCA.from_tensors(saved[0]))
     return Normaliser.from_statistics(Statistics.from_bytes(parts.read("statistics.safetensors"))).size
 
 

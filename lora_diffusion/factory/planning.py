@@ -98,7 +98,7 @@ def begin(config: CorpusConfig, wanted: Manifest, people: Listed) -> CorpusRun:
     manifest = open_corpus(store, wanted)
     for folder in FOLDERS:
         store.sweep(folder)
-    make_key(store)
+    make_key(store, CorpusReader(store).plan.identities)
     follow_tombstones(store)
     reader = CorpusReader(store)
     plan = extend_plan(store, reader.plan, list(people))

@@ -244,7 +244,7 @@ class ShardImporter:
     def __call__(self, shard: ShardPlan, people: Sequence[PersonRef | EmbeddedPerson]) -> ShardReport:
         """Raises StoreError, and ValueError if a file is no longer what it was."""
         if self.config.embeddings is not None:
-            embedded = self._with_embeddings(shard)
+            embedded = self._with_embeddings(shard, [person for person in people if isinstance(person, PersonRef)])
         else:
             embedded = [person for person in people if isinstance(person, EmbeddedPerson)]
         failures = [failure for person in embedded for failure in person.failures]
@@ -263,22 +263,27 @@ class ShardImporter:
         info = self.writer.commit(shard, done, failures)
         return ShardReport.of(info)
 
-    def _with_embeddings(self, shard: ShardPlan) -> list[EmbeddedPerson]:
-        rows = [self.source.row_of[name] for name in shard.identities]
+    def _with_embeddings(self, shard: ShardPlan, people: Sequence[PersonRef]) -> list[EmbeddedPerson]:
         assert self.config.embeddings is not None
-        found: list[EmbeddedPerson] = []
-        for position, name, row_E in zip(
-            shard.positions, shard.identities, read_rows(self.config.embeddings, rows), strict=True
-        ):
-            length = float(np.linalg.norm(row_E))
-            if math.isfinite(length) and length > 1e-6:
-                unit_E = row_E / length
-                found.append(EmbeddedPerson(position, name, embedding=unit_E, photo_embeddings=unit_E[None]))
-            else:
-                message = "the embedding is zero or not finite"
-                failure = Failure(position, name, None, "embed", "bad_embedding", message)
-                found.append(EmbeddedPerson(position, name, failures=(failure,)))
-        return found
+        rows = [self.source.row_of[person.identity] for person in people if not person.problem]
+        faces_PE = iter(read_rows(self.config.embeddings, rows))
+        return [
+            self._refused(position, person.identity, "read", *person.problem)
+            if person.problem  # who was forgotten, or is no longer among the rows
+            else self._with_embedding(position, person.identity, next(faces_PE))
+            for position, person in zip(shard.positions, people, strict=True)
+        ]
+
+    def _with_embedding(self, position: int, name: str, row_E: np.ndarray) -> EmbeddedPerson:
+        length = float(np.linalg.norm(row_E))
+        if not (math.isfinite(length) and length > 1e-6):
+            return self._refused(position, name, "embed", "bad_embedding", "the embedding is zero or not finite")
+        unit_E = row_E / length
+        return EmbeddedPerson(position, name, embedding=unit_E, photo_embeddings=unit_E[None])
+
+    @staticmethod
+    def _refused(position: int, name: str, stage: str, reason: str, message: str) -> EmbeddedPerson:
+        return EmbeddedPerson(position, name, failures=(Failure(position, name, None, stage, reason, message),))
 
     def _row(self, person: EmbeddedPerson, vector_N: np.ndarray) -> Person:
         """What nobody wrote down of a published row is NaN, and its seconds are 0."""

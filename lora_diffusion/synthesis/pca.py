@@ -23,7 +23,7 @@ Axes: P rows of a chunk or corpus, M columns, K components, L = K + oversampling
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -57,6 +57,16 @@ class PCA(nn.Module):
         self.register_buffer("components_KM", components_KM.float())
         self.register_buffer("explained_variance_K", explained_variance_K.float())
         self.register_buffer("total_variance", torch.as_tensor(total_variance, dtype=torch.float32))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PCA:
+        """Of its `state_dict`, as it was saved. Raises ValueError for anything else."""
+        names = ("mean_M", "components_KM", "explained_variance_K", "total_variance")
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for name in names]
+        size = shapes[1] or ()
+        if len(size) != 2 or shapes != [size[1:], size, size[:1], ()]:
+            raise ValueError(f"no principal components: {dict(zip(names, shapes, strict=True))}. Delete the file")
+        return cls(*(tensors[name] for name in names))
 
     def __len__(self) -> int:
         """K."""

@@ -120,10 +120,12 @@ class TrainingState:
             name, _, moment = name.rpartition(".") if kind == "optimizer" else (name, "", "")
             with saved.readable():
                 parameter = self.parameters[name]
-            if kind == "optimizer":
-                self.optimizer.state[parameter][moment] = like_parameter(tensor, parameter)
-            else:
-                copy_whole(parameter if kind == "model" else self.average[name], tensor)
+                if kind == "optimizer":
+                    self.optimizer.state[parameter][moment] = like_parameter(tensor, parameter)
+                elif tensor.shape == parameter.shape:
+                    copy_whole(parameter if kind == "model" else self.average[name], tensor)
+                else:
+                    raise ValueError(f"{key} is {tuple(tensor.shape)}, the model's {tuple(parameter.shape)}")
         for key, value in progress.items():
             setattr(self, key, value)
         return self.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.folder import Neighbours
 from lora_diffusion.synthesis.forget import forget_neighbour
 from lora_diffusion.synthesis.synthesizer import Synthesizer
-from lora_diffusion.verify import examine
+from lora_diffusion.verify import examine, repair
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
@@ -186,6 +187,109 @@ def test_a_damaged_shard_of_a_forgotten_person_goes_and_is_made_without_them(tmp
     assert [ref.problem and ref.problem[0] for ref in refs].count("forgotten") == 1
     assert "bo" not in again.identities
     assert set(again.identities) < {*vectors, "cy", tombstone(make_key(store), "bo")}
+
+
+def damages(whole: bytes) -> dict[str, bytes | None]:
+    """What a disk, or a person with an editor, makes of a file; None: it is gone."""
+    middle = len(whole) // 2
+    flipped = {
+        f"byte {at}": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in (0, 3, middle, len(whole) - 2)
+    }
+    return {"gone": None, "empty": b"", "cut": whole[:middle], "zeros": bytes(len(whole)), "list": b"[]", **flipped}
+
+
+def test_no_damage_makes_anybody_come_back_or_ends_in_a_traceback(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "whole")
+    corpus_with_pictures(store)
+    forget(store, "bo")
+    for name in contents(tmp_path / "whole"):
+        for kind, data in damages((tmp_path / "whole" / name).read_bytes()).items():
+            folder = tmp_path / f"{name.replace('/', '-')} {kind}"
+            shutil.copytree(tmp_path / "whole", folder)
+            (folder / name).unlink() if data is None else (folder / name).write_bytes(data)
+            with suppress(ValueError):
+                repair(str(folder), [*examine(str(folder))])
+            with suppress(ValueError):
+                run_job(folder)
+            with suppress(ValueError):
+                forget(open_store(folder), "dee")
+            assert "bo" not in named(folder), f"{name}: {kind}"
+
+
+def named(folder: Path) -> set[str]:
+    """Everybody whom a plan or a shard that can be read names."""
+    found: set[str] = set()
+    for path in [*folder.glob("plan/*.parquet"), *folder.glob("shards/*.parquet")]:
+        with suppress(OSError, ValueError):
+            found.update(pq.read_table(path)["identity"].to_pylist())
+    return found
+
+
+def test_a_lost_or_damaged_key_is_named_and_nothing_goes_on_without_it(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    corpus_with_pictures(store)
+    key = tmp_path / "identity.key"
+    whole = key.read_bytes()
+    key.unlink()
+    assert not [*examine(str(tmp_path))], "nobody was forgotten yet: the next run makes another"
+    key.write_bytes(whole)
+    forget(store, "dee")
+    for damaged in (None, whole[:40], whole.replace(whole[5:6], b"f" if whole[5:6] != b"f" else b"0"), b"[]"):
+        key.unlink() if damaged is None else key.write_bytes(damaged)
+        (finding,) = examine(str(tmp_path))
+        assert (finding.kind, finding.name, finding.remove) == (
+            "missing" if damaged is None else "damaged",
+            key.name,
+            (),
+        )
+        for go_on in (lambda: run_job(tmp_path), lambda: forget(store, "ana"), lambda: build(store, [*NAMES, "new"])):
+            with pytest.raises(ValueError, match=r"identity.key.*[Rr]estore it from a copy"):
+                go_on()
+        assert key.exists() == (damaged is not None), "no other key is made"
+    key.write_bytes(whole)
+    assert run_job(tmp_path) == 0
+    key.write_bytes(whole[:65])  # as of an earlier release
+    assert run_job(tmp_path) == 0
+    assert not [*examine(str(tmp_path))]
+
+
+@pytest.mark.parametrize("name", ["dee", "cy", "bo"])
+def test_who_was_forgotten_and_came_back_with_a_backup_is_named_and_taken_out(tmp_path: Path, name: str) -> None:
+    store = open_store(tmp_path / "corpus")
+    corpus_with_pictures(store)
+    shutil.copytree(tmp_path / "corpus", tmp_path / "backup")
+    forget(store, name)
+    calm = contents(tmp_path / "corpus")
+    for folder in ("shards", "failures", "statistics"):
+        shutil.copytree(tmp_path / "backup" / folder, tmp_path / "corpus" / folder, dirs_exist_ok=True)
+    findings = [*examine(store.uri)]
+    back = {finding.name for finding in findings if finding.kind == "forgotten"}
+    assert back == {"dee": {"shards/00001.parquet"}, "cy": {"failures/00001.parquet"}}.get(
+        name, {"shards/00001.parquet", "failures/00001.parquet"}
+    )
+    assert all(repr(name) in finding.what for finding in findings if finding.kind == "forgotten")
+    with claimed(store.uri, "corpus"), pytest.raises(ValueError, match="a job is at work"):
+        repair(store.uri, findings)
+    repair(store.uri, findings)
+    assert contents(tmp_path / "corpus") == calm, "and nobody else was fine-tuned again"
+    assert not [*examine(store.uri)]
+
+
+def test_verify_names_what_a_killed_forget_left_and_repair_ends_it(tmp_path: Path) -> None:
+    corpus_with_pictures(open_store(tmp_path / "whole"))
+    for changes in range(12):
+        folder = tmp_path / str(changes)
+        shutil.copytree(tmp_path / "whole", folder)
+        with suppress(Killed):
+            forget(DyingStore(folder, changes, whole=True), "bo")
+        stone = tombstone(make_key(open_store(folder)), "bo")
+        begun = stone in CorpusReader(folder).plan.identities
+        findings = [*examine(str(folder))]
+        assert "bo" not in named(folder) or not begun or any(finding.kind == "forgotten" for finding in findings)
+        repair(str(folder), findings)
+        assert "bo" not in named(folder) or not begun
+        assert run_job(folder) == 0, "nobody is fine-tuned again"
+        assert not [*examine(str(folder))]
 
 
 def test_the_command_says_what_it_did_and_who_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

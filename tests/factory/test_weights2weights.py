@@ -13,9 +13,12 @@ import torch
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, finish_corpus
+from lora_diffusion.corpus.forget import forget
 from lora_diffusion.factory import planning
 from lora_diffusion.factory.weights2weights import ImportConfig, ShardImporter, Source, layout, read_rows
 from lora_diffusion.jobs.run import main
+from lora_diffusion.storage import open_store
+from lora_diffusion.verify import examine, repair
 
 N, M = 99_648, 7
 
@@ -105,6 +108,29 @@ def test_an_export_is_their_file_again(files: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
         "all_weights.pt", "embeddings.npy", "identity_df.csv", "mean.pt", "std.pt",
     ]  # fmt: skip
+
+
+def test_a_damaged_shard_is_made_anew_without_who_was_forgotten_or_is_in_no_row_any_more(
+    files: Path, tmp_path: Path
+) -> None:
+    build(files, tmp_path, identities=f"{files}/names.csv")
+    before = dict(zip(CorpusReader(tmp_path).identities, CorpusReader(tmp_path).vectors(), strict=True))
+    forget(open_store(tmp_path), "celeba/4")
+    for shard in sorted((tmp_path / "shards").iterdir()):
+        shard.write_bytes(shard.read_bytes()[:-40])
+        assert [finding.name for finding in examine(str(tmp_path))] == [f"shards/{shard.name}"]
+        repair(str(tmp_path), examine(str(tmp_path)))
+        build(files, tmp_path, identities=f"{files}/names.csv")
+        assert not [*examine(str(tmp_path))]
+    after = dict(zip(CorpusReader(tmp_path).identities, CorpusReader(tmp_path).vectors(), strict=True))
+    assert after.keys() == before.keys() - {"celeba/4"}
+    assert all((before[name] == vector).all() for name, vector in after.items())
+
+    (tmp_path / "shards/00000.parquet").unlink()
+    fewer = build(files, tmp_path, identities=f"{files}/names.csv", limit=6)  # the last name is celeba/3
+    reasons = {failure.identity: failure.reason for failure in fewer.failures()}
+    assert reasons["celeba/3"] == "photos_gone"
+    assert "forgotten" in reasons.values()
 
 
 def test_half_precision_is_read_as_it_is(files: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bytes that no program of ours wrote, for every reader of bytes from outside: mutations that know JSON, safetensors and tar.
+"""Every reader of bytes from outside, with good files to begin from; `mutations.py` makes hostile ones of them.
 
 Shared by `tests/test_hostile.py`, some hundred cases a reader, and `python -m tests.fuzz`, as many as one likes.
 """
@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from mutations import plain
 from PIL import Image
 from safetensors.torch import save
 from small_corpus import LAYOUT, NAMES, build
 
+from lora_diffusion import verify
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.config import CONFIGS, load_config
-from lora_diffusion.corpus import CorpusReader, Statistics
+from lora_diffusion.corpus import CorpusReader, Manifest, Statistics
+from lora_diffusion.corpus.reader import read_statistics
+from lora_diffusion.corpus.schema import matrices
+from lora_diffusion.corpus.tombstone import is_tombstone
 from lora_diffusion.evaluation.scoring import Scores
+from lora_diffusion.faces.apart import is_light
 from lora_diffusion.faces.photos import load_photo
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.people import open_people
@@ -34,103 +41,30 @@ from lora_diffusion.lora import formats
 from lora_diffusion.models.kinds import shapes_of
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.storage import open_store
+from lora_diffusion.synthesis.pca import PCA, fit_pca
 from lora_diffusion.synthesis.publish import read_labels
 from lora_diffusion.synthesis.synthesizer import Synthesizer
 from lora_diffusion.synthesis.training.dataset import read_rows
 from lora_diffusion.synthesis.training.snapshot import CorpusSnapshot, take_snapshot
 from lora_diffusion.synthesis.training.train_config import TrainConfig
 from lora_diffusion.training.checkpoint import pack, unpack
+from lora_diffusion.training.loop import LoopConfig
+from lora_diffusion.training.state import TrainingState
 from lora_diffusion.verify import examine
 
 
 @dataclass(frozen=True)
 class Reader:
-    """`read(folder, data)` puts the bytes where a user would, and reads them. `seeds(folder)`: whole ones."""
+    """`read(folder, data)` puts the bytes where a user would, and reads them. `seeds(folder)`: whole ones.
+
+    `whole`: reads them with all that lies beside them as well, for some cases; a million would take days.
+    """
 
     seeds: Callable[[Path], list[bytes]]
     read: Callable[[Path, bytes], object]
     prepare: Callable[[Path], object] = lambda folder: None
-    change: str = "bytes"  # or json, safetensors: what the mutations know
-
-
-# -- mutations ---------------------------------------------------------------------------------------------------------
-
-VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 255, 2**31, 2**53, 2**63, 10**40, -(2**63), 0.5, -0.0, 1e308, float("nan")),
-    *("", "a", "../x", "/etc/passwd", "\0", "\ud800", "é" * 50, "F32", "[" * 2000, [], {}, [[]], {"": {}}, [0, 1]),
-)
-
-
-def mutate(random: Random, data: bytes, change: str) -> bytes:
-    """One to four changes. A third of the cases are plain noise on the bytes, whatever `change` is."""
-    for _ in range(random.randint(1, 4)):
-        kind = change if random.random() < 0.67 else "bytes"
-        data = {"bytes": _bytes, "json": _json, "safetensors": _safetensors}[kind](random, data)
-    return data
-
-
-def _bytes(random: Random, data: bytes) -> bytes:
-    at = random.randrange(len(data) + 1)
-    end = min(len(data), at + random.choice((1, 1, 2, 4, 8, 64, 1000)))
-    what = random.randrange(7)
-    if what == 0:
-        return data[:at]
-    if what == 1:
-        return data[:at] + data[end:]
-    if what == 2:
-        return data[:at] + data[at:end] * random.choice((2, 3, 50)) + data[end:]
-    if what == 3:
-        return data[:at] + random.randbytes(end - at) + data[end:]
-    if what == 4:
-        number = random.choice((0, 1, 255, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1))
-        return data[:at] + number.to_bytes(8, random.choice(("little", "big")))[: end - at] + data[end:]
-    if what == 5 and end - at == 1:
-        return data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[end:]
-    return data[:at] + random.choice((b"[" * 3000, b'{"a":' * 900, b"0", b"-", b"9" * 30, b"\xff", b"\n")) + data[end:]
-
-
-def _json(random: Random, data: bytes) -> bytes:
-    try:
-        return json.dumps(_tree(random, json.loads(data))).encode("utf-8", "surrogatepass")
-    except (ValueError, RecursionError):
-        return _bytes(random, data)
-
-
-def _tree(random: Random, value: Any) -> Any:
-    """The value with one node replaced, taken out, or put in twice."""
-    if random.random() < 0.15 or not value or not isinstance(value, dict | list):
-        return random.choice(VALUES)
-    if isinstance(value, list):
-        at = random.randrange(len(value))
-        if random.random() < 0.3:
-            return value[:at] + value[at + 1 :] if random.random() < 0.5 else [*value, value[at]]
-        return [*value[:at], _tree(random, value[at]), *value[at + 1 :]]
-    key, other = random.choice(list(value)), random.choice(list(value))
-    what = random.random()
-    if what < 0.15:
-        return {name: inner for name, inner in value.items() if name != key}
-    if what < 0.3:
-        return {(other + "x" if name == key else name): inner for name, inner in value.items()}
-    if what < 0.4:
-        return {**value, key: value[other]}
-    return {**value, key: _tree(random, value[key])}
-
-
-def _safetensors(random: Random, data: bytes) -> bytes:
-    """A changed header with its length set right; metadata that is JSON itself is changed inside."""
-    size = int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8 : 8 + size])
-        texts = [key for key, text in header["__metadata__"].items() if text[:1] in "{["]
-        if texts and random.random() < 0.5:
-            key = random.choice(texts)
-            header["__metadata__"][key] = json.dumps(_tree(random, json.loads(header["__metadata__"][key])))
-        else:
-            header = _tree(random, header)
-        text = json.dumps(header).encode("utf-8", "surrogatepass")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return _bytes(random, data)
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    change: str = "bytes"  # or json, safetensors, http: what the mutations know
+    whole: Callable[[Path, bytes], object] | None = None
 
 
 # -- readers -----------------------------------------------------------------------------------------------------------
@@ -150,7 +84,7 @@ def _lora_seeds(folder: Path) -> list[bytes]:
         f"base_model.model.a.to_q.lora_{side}.weight": torch.ones(shape)
         for side, shape in (("A", (2, 5)), ("B", (4, 2)))
     }
-    return [*ours, save(tensors, {"format": "pt"})]
+    return [*ours, *plain(ours[0], "safetensors"), save(tensors, {"format": "pt"})]
 
 
 def _read_lora(folder: Path, data: bytes) -> None:
@@ -166,20 +100,78 @@ def _peft(folder: Path) -> None:
     formats.save(torch.ones(LAYOUT.size), LAYOUT, folder, "peft")
 
 
-def _corpus(folder: Path) -> None:
-    build(open_store(folder), NAMES)
+@cache
+def _whole_corpus(folder: Path) -> tuple[CorpusReader, CorpusSnapshot]:
+    """As it was before one of its files is damaged, with its plan in memory."""
+    return CorpusReader(folder), take_snapshot(str(folder))
 
 
-def _of_corpus(name: str) -> Reader:
+def _of_corpus(name: str, look: Callable[[Path], Iterator[Callable[[], object]]]) -> Reader:
+    """One file of a corpus. `look`: what reads it, each for itself."""
+
+    def prepare(folder: Path) -> None:
+        build(open_store(folder), NAMES)
+        _ = _whole_corpus(folder)[0].plan.shards
+
     def read(folder: Path, data: bytes) -> None:
         _put(folder, name, data)
-        for look in (_vectors, CorpusReader.failures, CorpusReader.verify, CorpusReader.statistics, _trained_on):
+        for step in look(folder):
             with suppress(ValueError):
-                look(CorpusReader(folder))
+                step()
+
+    def whole(folder: Path, data: bytes) -> None:
+        read(folder, data)
+        for step in (_vectors, CorpusReader.failures, CorpusReader.verify, CorpusReader.statistics, _trained_on):
+            with suppress(ValueError):
+                step(CorpusReader(folder))
         list(examine(str(folder)))
 
     change = "json" if name.endswith(".json") else "safetensors" if name.endswith(".safetensors") else "bytes"
-    return Reader(lambda folder: [(folder / name).read_bytes()], read, _corpus, change)
+
+    def seeds(folder: Path) -> list[bytes]:
+        data = (folder / name).read_bytes()
+        return [data, *plain(data, change)]
+
+    return Reader(seeds, read, prepare, change, whole)
+
+
+def _look_at_shard(folder: Path) -> Iterator[Callable[[], object]]:
+    reader, snapshot = _whole_corpus(folder)
+    yield lambda: reader._verify_one(reader.plan.shards[1], {"00001.safetensors": 0})
+    yield lambda: matrices(reader._table(1)["photo_embeddings"])
+    yield lambda: list(read_rows(snapshot, 1, reader.store))
+
+
+def _look_at_failures(folder: Path) -> Iterator[Callable[[], object]]:
+    reader, _ = _whole_corpus(folder)
+    yield lambda: reader._failures(1, {"num_failure_rows": 2})
+    yield lambda: verify._try("failures/00001.parquet", partial(verify._table, reader.store))
+
+
+def _look_at_plan(folder: Path) -> Iterator[Callable[[], object]]:
+    reader = copy(_whole_corpus(folder)[0])
+    del reader.__dict__["plan"]
+    yield lambda: (
+        reader.plan.shards,
+        reader.plan.new_part(["dee", "new"]),
+        set(filter(is_tombstone, reader.plan.identities)),
+    )
+    yield lambda: verify._try("plan/00000.parquet", partial(verify._table, reader.store))
+
+
+def _look_at_manifest(folder: Path) -> Iterator[Callable[[], object]]:
+    yield lambda: _ids(CorpusReader(folder).manifest)
+    yield lambda: verify._try("corpus.json", lambda name: checksum.check_json(open_store(folder).read_json(name)))
+
+
+def _ids(manifest: Manifest) -> None:
+    _ = manifest.identity, manifest.recipe_id, manifest.to_dict(), manifest.recipe_differences(manifest)
+
+
+def _look_at_shard_statistics(folder: Path) -> Iterator[Callable[[], object]]:
+    reader, _ = _whole_corpus(folder)
+    yield lambda: read_statistics(reader.store, ["statistics/00000.safetensors"], LAYOUT.size)
+    yield lambda: reader._is_whole("statistics/00000.safetensors", 1000)
 
 
 def _vectors(reader: CorpusReader) -> None:
@@ -197,15 +189,56 @@ def _trained_on(reader: CorpusReader) -> None:
 def _scores(folder: Path) -> list[bytes]:
     array = np.ones((2, 1, 1, 2), np.float32)
     found, hits = np.ones((2, 1, 1), bool), np.ones((2, 1, 3), np.int8)
-    return [Scores(np.arange(2), array, found, hits, array[:, 0, 0], np.zeros((0, 0, 0, 0, 3), np.uint8)).to_bytes()]
+    data = Scores(np.arange(2), array, found, hits, array[:, 0, 0], np.zeros((0, 0, 0, 0, 3), np.uint8)).to_bytes()
+    return [data, *plain(data, "safetensors")]
+
+
+def _statistics(folder: Path) -> list[bytes]:
+    data = Statistics.of(np.ones((2, 3))).to_bytes()
+    return [data, *plain(data, "safetensors")]
 
 
 def _checkpoint(folder: Path) -> list[bytes]:
-    return [pack({"a": torch.ones(3, 2), "b": torch.ones((), dtype=torch.int64), "c": torch.zeros(0, 4)}, {"step": 3})]
+    tensors = {"a": torch.ones(3, 2), "b": torch.ones((), dtype=torch.int64), "c": torch.zeros(0, 4)}
+    data = pack(tensors, {"step": 3})
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return [data, save(tensors, {key: text for key, text in header.items() if key not in ("checksum", "sha256")})]
+
+
+def _pca(folder: Path) -> list[bytes]:
+    fitted = fit_pca(lambda: [np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)], 2)
+    return [pack(dict(fitted.state_dict()), {"data": {"rows": "x"}})]
+
+
+def _read_pca(folder: Path, data: bytes) -> None:
+    saved = unpack(open_store(_put(folder, "pca.safetensors", data).parent), "pca.safetensors")
+    assert saved is not None
+    PCA.from_tensors(saved[0])
+
+
+def _training_state(folder: Path) -> TrainingState:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return TrainingState("x", open_store(folder), dict(model.named_parameters()), optimizer, LoopConfig(), {})
+
+
+def _states(folder: Path) -> list[bytes]:
+    _training_state(folder).save(True)
+    data = (folder / "checkpoints/x.safetensors").read_bytes()
+    return [data, *plain(data, "safetensors")]
+
+
+def _read_state(folder: Path, data: bytes) -> None:
+    _put(folder, "checkpoints/x.safetensors", data)
+    _training_state(folder).restore()
 
 
 def _yaml_seeds(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(CONFIGS.glob("*.yaml"))] + [
+    """The sections of all files: a whole file takes 25 ms to parse."""
+    sections = [part for path in sorted(CONFIGS.glob("*.yaml")) for part in re.split(r"\n(?=\w)", path.read_text())]
+    return [re.sub(r" *#.*", "", part).encode()[:400] for part in sections] + [
         b"a: &a0 [x, x]\nbase: &b [" + b", ".join(b"&a%d [*a%d, *a%d]" % (i + 1, i, i) for i in range(30)) + b"]\n",
         b"a: &a {b: *a}\nfinetune: *a\n", b"finetune: !!bool x\n", b"device: !!int ''\n", b"base: !!timestamp x\n", b"? [1]\n: 2\n",
     ]  # fmt: skip
@@ -301,9 +334,10 @@ def _labels(folder: Path) -> list[bytes]:
 
 
 def _synthesizer(folder: Path) -> None:
-    from synthesis_world import untrained
+    from synthesis_world import SMALL, untrained
 
-    untrained("pca").save_pretrained(folder)
+    small = replace(SMALL, width=4, depth=1, condition_width=4, rank=1, generator_width=2)
+    untrained("pca", config=small).save_pretrained(folder)
     Synthesizer.from_pretrained(folder)  # what it imports takes seconds
 
 
@@ -313,20 +347,16 @@ def _of_synthesizer(name: str) -> Reader:
         Synthesizer.from_pretrained(folder)
 
     change = "json" if name == "config.json" else "safetensors"
-    return Reader(lambda folder: [_unsealed((folder / name).read_bytes(), change)], read, _synthesizer, change)
 
+    def seeds(folder: Path) -> list[bytes]:
+        data = (folder / name).read_bytes()
+        return [data, *plain(data, change)]
 
-def _unsealed(data: bytes, change: str) -> bytes:
-    """As an earlier release wrote it: with a checksum, nearly no mutation would reach what reads the content."""
-    from safetensors.torch import load
-
-    if change == "safetensors":
-        return save(load(data), {"format": "pt"})
-    return json.dumps({k: v for k, v in json.loads(data).items() if k not in ("checksum", "sha256")}).encode()
+    return Reader(seeds, read, _synthesizer, change)
 
 
 def _snapshot(folder: Path) -> list[bytes]:
-    _corpus(folder / "corpus")
+    build(open_store(folder / "corpus"), NAMES)
     return [json.dumps(take_snapshot(str(folder / "corpus")).to_dict()).encode()]
 
 
@@ -338,24 +368,22 @@ def _read_snapshot(folder: Path, data: bytes) -> None:
 READERS = {
     "lora": Reader(_lora_seeds, _read_lora, change="safetensors"),
     "peft_config": Reader(lambda folder: [(folder / "adapter_config.json").read_bytes()], _read_peft, _peft, "json"),
-    "shard": _of_corpus("shards/00001.parquet"),
-    "failures": _of_corpus("failures/00001.parquet"),
-    "plan": _of_corpus("plan/00000.parquet"),
-    "manifest": _of_corpus("corpus.json"),
-    "shard_statistics": _of_corpus("statistics/00000.safetensors"),
-    "statistics": Reader(
-        lambda folder: [Statistics.of(np.ones((2, 3))).to_bytes()],
-        lambda _, data: Statistics.from_bytes(data),
-        change="safetensors",
-    ),
+    "shard": _of_corpus("shards/00001.parquet", _look_at_shard),
+    "failures": _of_corpus("failures/00001.parquet", _look_at_failures),
+    "plan": _of_corpus("plan/00000.parquet", _look_at_plan),
+    "manifest": _of_corpus("corpus.json", _look_at_manifest),
+    "shard_statistics": _of_corpus("statistics/00000.safetensors", _look_at_shard_statistics),
+    "statistics": Reader(_statistics, lambda _, data: Statistics.from_bytes(data), change="safetensors"),
     "checkpoint": Reader(
         _checkpoint,
         lambda folder, data: unpack(open_store(_put(folder, "x.safetensors", data).parent), "x.safetensors"),
         change="safetensors",
     ),
+    "pca": Reader(_pca, _read_pca, change="safetensors"),
+    "training_state": Reader(_states, _read_state, change="safetensors"),
     "scores": Reader(_scores, lambda _, data: Scores.from_bytes(data), change="safetensors"),
     "snapshot": Reader(_snapshot, _read_snapshot, change="json"),
-    "yaml": Reader(_yaml_seeds, _read_yaml),
+    "yaml": Reader(_yaml_seeds, _read_yaml, change="text"),
     "tar": Reader(_tar_seeds, _people("x.tar")),
     "people_parquet": Reader(_people_parquet, _people("x.parquet")),
     "people_arrow": Reader(_people_arrow, _people("x.arrow")),
@@ -369,6 +397,6 @@ READERS = {
     ),
     "photo": Reader(
         lambda folder: [_jpeg(0, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")],
-        lambda _, data: load_photo(data),
+        lambda _, data: (is_light(data), load_photo(data)),
     ),
 }

@@ -11,6 +11,7 @@ import torch
 from lora_diffusion.artifacts import checksum
 from lora_diffusion.artifacts.identity import Identity, read_identity
 from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.corpus.tombstone import read_key
 from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.factory.people import open_people
 from lora_diffusion.storage import Store, open_store
@@ -68,6 +69,8 @@ def _with_recogniser(config: TrainConfig, snapshot: CorpusSnapshot) -> CorpusSna
 def begin(config: TrainConfig) -> CorpusSnapshot | None:
     """As `snapshot_of`, and writes down what this run is."""
     snapshot = snapshot_of(config)
+    if snapshot is not None and config.keep_neighbours:
+        read_key(open_store(config.corpus))  # damaged, it would end the run in the last minute
     store = open_store(config.output)
     store.sweep("checkpoints")
     if snapshot is not None and not store.exists(DATA):

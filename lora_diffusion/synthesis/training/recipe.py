@@ -106,8 +106,7 @@ class SynthesizerTraining(TrainingRun):
                 self._write_pca(name, pca, wanted)
             self.group.barrier()
         tensors, _ = self._kept(name, wanted)
-        names = ("mean_M", "components_KM", "explained_variance_K", "total_variance")
-        return PCA(*(tensors[key] for key in names))
+        return PCA.from_tensors(tensors)
 
     def _fit_pca(self) -> PCA | None:
         """Few rows: exact, by worker 0 alone (None on the others). Many: passes that all workers share."""
