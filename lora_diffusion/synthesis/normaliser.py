@@ -8,10 +8,14 @@ Axes: B batch, N vector length, M varying parameters.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
 from lora_diffusion.corpus.statistics import Statistics
+
+BLOCK = 4096  # columns of a block
 
 
 class Normaliser(nn.Module):
@@ -51,6 +55,7 @@ class Normaliser(nn.Module):
         self.register_buffer("varying", varies.nonzero()[:, 0], persistent=False)
         self.register_buffer("_mean_M", self.mean_N[self.varying], persistent=False)
         self.register_buffer("_std_M", self.std_N[self.varying], persistent=False)
+        self.blocks = _blocks(self.varying)
 
     @classmethod
     def from_statistics(cls, statistics: Statistics) -> Normaliser:
@@ -90,3 +95,22 @@ class Normaliser(nn.Module):
         if self.size == self.vector_size:
             return values_BM
         return self.mean_N.expand(len(x_BM), -1).index_copy(1, self.varying, values_BM)
+
+    def restore_block(self, x_Bm: Tensor, block: slice, deviation_scale: float, out: Tensor) -> None:
+        """`restore` of some varying parameters alone, into `out`."""
+        mean_m, std_m = self.get_buffer("_mean_M")[block], self.get_buffer("_std_M")[block]
+        torch.addcmul(mean_m, x_Bm, std_m, value=deviation_scale, out=out)
+
+
+def _blocks(varying_M: Tensor) -> list[tuple[slice, slice]] | None:
+    """The varying parameters as blocks of neighbours: where each lies in N and in M. None: there are too many to be of use."""
+    ends = (varying_M.diff() != 1).nonzero()[:, 0] + 1
+    if 64 * len(ends) > len(varying_M):
+        return None
+    found = []
+    for begin, end in pairwise([0, *ends.tolist(), len(varying_M)]):
+        shift = int(varying_M[begin]) - begin
+        for at in range(begin, end, BLOCK):
+            part = slice(at, min(at + BLOCK, end))
+            found.append((slice(part.start + shift, part.stop + shift), part))
+    return found

@@ -193,14 +193,13 @@ class Synthesizer:
         condition_BC = torch.from_numpy(self.check_embeddings(embeddings_BC)).to(self.device)
         return _numpy(score_codes(self.denoiser, self._tensor(codes_BZ), condition_BC, diffusion=self.diffusion))
 
-    @torch.no_grad()
     def decode(self, codes_BZ: Array, deviation_scale: float | None = 1.0) -> Floats:
         """LoRA vectors (B, N) of codes; their deviation from the corpus' mean is multiplied by `deviation_scale`.
 
         1 is the inverse of `encode`; None is what the synthesiser's folder recommends to draw with.
         """
         deviation_scale = self.latent_sampling.deviation_scale if deviation_scale is None else deviation_scale
-        return _numpy(self.codes.decode(self._tensor(codes_BZ), deviation_scale))
+        return self.codes.decode_array(self._tensor(codes_BZ), deviation_scale)
 
     def check_embeddings(self, embeddings: Array) -> Floats:
         """(B, C) float32 unit vectors. Raises ValueError for another length, zeros, NaN or infinity."""

@@ -8,7 +8,7 @@ import torch
 from synthesis_world import CONSTANT, LAYOUT, space_of, toy
 
 from lora_diffusion.corpus.statistics import Statistics
-from lora_diffusion.synthesis.codes import VectorCodes, build_codes, reconstruction
+from lora_diffusion.synthesis.codes import LearnedCodes, VectorCodes, build_codes, reconstruction
 from lora_diffusion.synthesis.normaliser import Normaliser
 
 KINDS = ["latent", "pca", "vector"]
@@ -94,6 +94,41 @@ def test_decode_undoes_encode_up_to_what_the_space_leaves_out(kind: str) -> None
         assert kept.r2 == pytest.approx(1)
     else:
         assert kept.relative_error == pytest.approx((1 - kept.r2) ** 0.5, rel=0.5)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "learned"])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_many_vectors_at_once_are_those_of_one_at_a_time(kind: str, scattered: bool) -> None:
+    """In arrays of their own; constants bit for bit; also where no neighbours vary together."""
+    data = toy()
+    space = LearnedCodes.of(space_of("pca", data), 3) if kind == "learned" else space_of(kind, data)
+    assert space.normaliser.blocks
+    if scattered:
+        space.normaliser.blocks = None
+    codes_BZ = space.encode(data.vectors_PN[:64])
+    together, alone = space.decode_array(codes_BZ, 1.5), space.decode(codes_BZ, 1.5)
+    torch.testing.assert_close(torch.from_numpy(together), alone, rtol=1e-5, atol=1e-5)
+    constant = torch.ones(LAYOUT.size, dtype=torch.bool)
+    constant[space.normaliser.varying] = False
+    assert torch.equal(torch.from_numpy(together)[:, constant], alone[:, constant])
+    again = space.decode_array(codes_BZ, 1.5)
+    assert not np.shares_memory(together, again)
+    assert together.flags.writeable
+    assert together.flags.c_contiguous
+
+
+def test_neighbours_that_vary_make_a_block() -> None:
+    varies = torch.ones(9000)
+    varies[100:300] = 0
+    blocks = Normaliser(torch.zeros(9000), varies).blocks
+    assert blocks is not None
+    assert [(a.start, a.stop, b.start, b.stop) for a, b in blocks] == [
+        (0, 100, 0, 100),
+        (300, 4396, 100, 4196),
+        (4396, 8492, 4196, 8292),
+        (8492, 9000, 8292, 8800),
+    ]
+    assert Normaliser(torch.zeros(9000), torch.arange(9000) % 2).blocks is None
 
 
 def test_r2_of_the_mean_is_0() -> None:
