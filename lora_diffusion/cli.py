@@ -172,11 +172,13 @@ def ask_server(args: argparse.Namespace) -> Outcome:
             if not args.num_images:
                 names = ("seed", "faces")
                 lora = client.loras(args.photos, **{n: settings[n] for n in names if n in settings})[0]
+                tell_left_out(lora.left_out)
                 return Outcome(client.download(lora, args.format).data, lora.seed, [])
             made = client.personalize(
                 args.photos, args.prompt, format=args.format, num_images=args.num_images, **settings
             )
             assert made.file is not None
+            tell_left_out(made.lora.left_out)
             pictures = [Picture(image.data, image.seed, image.similarity) for image in made.images]
             return Outcome(made.file.data, made.lora.seed, pictures)
     except ApiError as error:
@@ -235,14 +237,22 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def tell_left_out(photos: dict[str, float]) -> None:
+    from lora_diffusion.faces.same_person import LeftOut
+
+    for name, cosine in photos.items():
+        say(str(LeftOut(name, cosine)))
+
+
 def quieten() -> None:
-    """No progress bars of loading, and no warnings that only a programmer can heed."""
+    """No progress bars of loading, and no warnings that only a programmer can heed; others as plain sentences."""
     import warnings
 
     import diffusers.utils.logging
     import transformers.utils.logging
 
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()

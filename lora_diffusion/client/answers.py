@@ -17,7 +17,7 @@ class LoRA:
 
     similarity: cosine of drawn faces with the photo's, if they were compared. nearest: of the photo's embedding with the
     nearest person that the synthesiser was trained on. position: on the way from one person (0) to another (1).
-    deletion_token: deletes it, on a server without keys.
+    deletion_token: deletes it, on a server without keys. left_out: photos of another person than most show, with their cosine.
     """
 
     id: str
@@ -27,6 +27,7 @@ class LoRA:
     nearest: float | None
     expires_in: float
     deletion_token: str | None = field(default=None, repr=False)
+    left_out: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Json) -> LoRA:
@@ -39,7 +40,12 @@ class LoRA:
             nearest["similarity"] if nearest else None,
             data["expires_in"],
             data.get("deletion_token"),
+            _left_out(data),
         )
+
+
+def _left_out(data: Json) -> dict[str, float]:
+    return {photo["photo"]: photo["cosine"] for photo in data.get("left_out", [])}
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,12 +128,17 @@ Event = LoRA | Progress | Image | Pictures
 @dataclass(frozen=True)
 class Likeness:
     """Cosines with the photos, on one scale: of faces drawn without a LoRA (base), with the nearest one in training and with the
-    person's own, and of the photos among each other. None: there is no table of the training, or one photo alone."""
+    person's own, and of the photos among each other. None: there is no table of the training, or one photo alone. left_out: as a LoRA's."""
 
     base: float
     nearest: float | None
     lora: float
     photos: float | None
+    left_out: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, data: Json) -> Likeness:
+        return cls(data["base"], data["nearest"], data["lora"], data["photos"], _left_out(data))
 
 
 @dataclass(frozen=True)

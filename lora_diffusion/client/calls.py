@@ -191,7 +191,7 @@ def likeness(
     """How like the person drawn faces are, with the landmarks to read it against."""
 
     def parse(response: httpx.Response) -> answers.Likeness:
-        return answers.Likeness(**response.json())
+        return answers.Likeness.of(response.json())
 
     return Call("POST", "v1/likeness", parse, {"prompt": prompt, **options}, read(photos))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 from fastapi.responses import Response, StreamingResponse
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from lora_diffusion.endpoint import schemas
 from lora_diffusion.endpoint.problems import ApiError, as_problem
 from lora_diffusion.endpoint.studio import Made, Studio
+from lora_diffusion.faces.same_person import LeftOut
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.messages import FILE_NAMES, DrawnImage, DrawTask, Progress
 
@@ -57,6 +59,16 @@ def nearest(made: Made) -> schemas.Nearest | None:
     return schemas.Nearest(similarity=made.sampled.code.nearest)
 
 
+def left_out(photos: Sequence[LeftOut]) -> list[schemas.LeftOut]:
+    return [schemas.LeftOut(photo=one.photo, cosine=one.cosine) for one in photos]
+
+
+def left_out_header(made: Made) -> dict[str, str]:
+    """Of an answer that is a file: the photos' names, percent-encoded, in a list."""
+    names = [quote(photo.photo) for photo in made.sampled.left_out] if made.sampled else []
+    return {"X-LoRA-Left-Out": ", ".join(names)} if names else {}
+
+
 def lora(
     made: Made, config: ServeConfig, root: str, similarity: float | None = None, position: float | None = None
 ) -> schemas.LoRA:
@@ -68,6 +80,7 @@ def lora(
         position=position,
         similarity=similarity,
         nearest=nearest(made),
+        left_out=left_out(made.sampled.left_out) if made.sampled else [],
         expires_in=config.library.ttl_seconds,
         deletion_token=made.token or None,
         url=url,
@@ -82,6 +95,7 @@ def file(made: Made, format: str, similarity: float | None = None) -> Response:
     headers = {"Content-Disposition": f'attachment; filename="{name}"', "X-LoRA-Id": made.decoded.lora_id}
     if made.token:
         headers[TOKEN_HEADER] = made.token
+    headers |= left_out_header(made)
     if similarity is not None:
         headers["X-LoRA-Similarity"] = f"{similarity:.4f}"
     if made.sampled is not None and made.sampled.seed is not None:
@@ -111,6 +125,7 @@ class Pictures:
         headers = {"X-Image-Seed": str(images[0].seed), "X-LoRA-Id": self._made.decoded.lora_id}
         if self._made.token:
             headers[TOKEN_HEADER] = self._made.token
+        headers |= left_out_header(self._made)
         if images[0].similarity is not None:
             headers["X-LoRA-Similarity"] = f"{images[0].similarity:.4f}"
         return Response(base64.b64decode(images[0].data), 200, headers, images[0].media_type)

@@ -32,6 +32,7 @@ EXPOSED = [
     "X-Request-Id",
     "X-LoRA-Id",
     "X-LoRA-Deletion-Token",
+    "X-LoRA-Left-Out",
     "X-LoRA-Seed",
     "X-LoRA-Similarity",
     "X-Image-Seed",

@@ -39,6 +39,11 @@ PROBLEMS = {
     "invalid_request": (422, "sed: there is no such field here; did you mean seed?"),
     "no_face": (422, "ada.jpg shows no face that can be used. Take one where it is larger, frontal and lit."),
     "several_faces": (422, "ada.jpg shows 2 faces. Crop it to one person, or ask for the largest: faces=largest."),
+    "different_people": (
+        422,
+        "The photos show different people (cosine of each with the others: ada.jpg 0.03, ben.jpg 0.03). "
+        "Send photos of one person.",
+    ),
     "bad_lora": (422, "The file is no LoRA for this base model: it is empty."),
     "unknown_attribute": (422, "No attribute 'hat'; there are: glasses, long hair, older."),
     "diverged": (422, "The synthesiser gave no finite LoRA. Try another seed, or less guidance."),

@@ -15,7 +15,7 @@ from lora_diffusion.endpoint.checks import check_limits, check_recogniser, unit_
 from lora_diffusion.endpoint.docs import LORA_FILES, PICTURES, WITH_PHOTOS, operation
 from lora_diffusion.endpoint.problems import PHOTO_REASONS, ApiError
 from lora_diffusion.endpoint.routing import Endpoint
-from lora_diffusion.endpoint.studio import Made, Sampled, Studio, mean_cosine, new_seed, together
+from lora_diffusion.endpoint.studio import Made, Person, Sampled, Studio, mean_cosine, new_seed, together
 from lora_diffusion.faces.embedder import BUNDLED
 from lora_diffusion.serving.messages import FILE_NAMES, Code, Decoded, DrawTask, Floats, LatentTask, Owner
 
@@ -107,6 +107,7 @@ class Routes:
                 for s in samples
             ],
             nearest=answers.nearest(Made(Decoded(""), samples[0])),
+            left_out=answers.left_out(samples[0].left_out),
         )
 
     @route("POST", "/v1/loras", "LoRAs", "A person to LoRAs", schemas.LorasResponse, MADE, status=201, files=LORA_FILES)
@@ -142,15 +143,16 @@ class Routes:
     @route("POST", "/v1/likeness", "pictures", "How like the person", schemas.LikenessResponse, SAMPLED)
     async def likeness(self, asked: schemas.LikenessRequest, request: Request) -> schemas.LikenessResponse:
         """Base model, nearest LoRA of the training, the person's own LoRA and own photos, on one scale."""
-        photos = None
+        photos: float | None = None
+        left_out: list[schemas.LeftOut] = []
         if asked.photos:
-            vectors = await self.studio.embeddings(asked.photos, asked.faces, deadline(request))
-            photos = mean_cosine(vectors)
-            asked = asked.model_copy(update={"embedding": np.mean(vectors, axis=0).tolist()})
+            person = await self.studio.person(asked.photos, asked.faces, deadline(request))
+            photos, left_out = mean_cosine(person.embeddings), answers.left_out(person.left_out)
+            asked = asked.model_copy(update={"embedding": person.embedding_C.tolist()})
         (sampled,) = await self._samples(asked, request, 1)
         task = replace(self._task(asked, "", 1.0), reference_C=sampled.embedding_C)
         marks = await self.studio.landmarks(task, sampled, self._deviation(asked), deadline(request))
-        return schemas.LikenessResponse(**marks, photos=photos)
+        return schemas.LikenessResponse(**marks, photos=photos, left_out=left_out)
 
     @route("POST", "/v1/edits", "LoRAs", "The LoRA of a changed person", schemas.LorasResponse, CHANGED, status=201)
     async def edits(self, asked: schemas.EditsRequest, request: Request) -> schemas.LorasResponse:
@@ -227,20 +229,21 @@ class Routes:
             return [Sampled(_code(asked.latent))]
         if isinstance(asked, schemas.FaceSource) and asked.embedding is not None:
             check_recogniser(asked.recogniser, (await self._known())["identity"]["recogniser"])
-            embedding_C = await self._embedding(asked.embedding)
+            person = Person(await self._embedding(asked.embedding))
         else:
-            embedding_C = await self.studio.embedding(asked.photos or [], asked.faces, deadline(request))
+            person = await self.studio.person(asked.photos or [], asked.faces, deadline(request))
         sampling = self.config.sampling
         first = new_seed() if asked.seed is None else asked.seed
         task = LatentTask(
-            embedding_C,
+            person.embedding_C,
             first,
             _given(asked.latent_guidance_scale, sampling.latent_guidance_scale),
             _given(asked.latent_inference_steps, sampling.latent_inference_steps),
             _given(asked.temperature, sampling.temperature),
         )
         seeds = [(first + i) % (schemas.MAX_SEED + 1) for i in range(count)]
-        return await self.studio.sample([replace(task, seed=seed) for seed in seeds], deadline(request))
+        sampled = await self.studio.sample([replace(task, seed=seed) for seed in seeds], deadline(request))
+        return [replace(one, left_out=person.left_out) for one in sampled]
 
     async def _known(self) -> dict[str, Any]:
         self._about = self._about or await self.studio.denoiser.describe()  # a reload keeps the recogniser

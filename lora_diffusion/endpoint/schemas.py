@@ -114,7 +114,7 @@ class LatentOrLoRA(Request):
 
 
 class Sampling(Request):
-    """Photos of one person (their embeddings are averaged), and how the synthesiser draws the person's code.
+    """Photos of one person (their embeddings are averaged; photos of another person are left out), and how the synthesiser draws the person's code.
 
     Left out: the server's defaults, else what its synthesiser recommends.
     """
@@ -251,6 +251,13 @@ class Nearest(BaseModel):
     similarity: float = Field(description="cosine of the embeddings")
 
 
+class LeftOut(BaseModel):
+    """A photo of another person than most of the photos show: nothing is made of it."""
+
+    photo: str = Field(description="its file name, else its number, such as Photo 2")
+    cosine: float = Field(description="of its embedding with the mean of the others")
+
+
 class SampledLatent(BaseModel):
     latent: Latent
     seed: int
@@ -259,6 +266,7 @@ class SampledLatent(BaseModel):
 class LatentsResponse(BaseModel):
     latents: list[SampledLatent]
     nearest: Nearest | None = None
+    left_out: list[LeftOut] = []
 
 
 class LoRA(BaseModel):
@@ -269,6 +277,7 @@ class LoRA(BaseModel):
         None, description="cosine of drawn faces with the photo's; 0 where no face was drawn; none if not asked for"
     )
     nearest: Nearest | None = None
+    left_out: list[LeftOut] = []
     expires_in: float = Field(description="seconds until the server forgets it; DELETE its url to have it gone now")
     deletion_token: str | None = Field(
         None, description="to be sent as X-Deletion-Token with DELETE; only of one made now, and without keys"
@@ -296,6 +305,7 @@ class LikenessResponse(BaseModel):
     nearest: float | None = Field(description="with the LoRA of the nearest person in training; none without a table")
     lora: float = Field(description="with the person's own LoRA")
     photos: float | None = Field(description="among the person's photos; none for fewer than two")
+    left_out: list[LeftOut] = []
 
 
 class ImagesResponse(BaseModel):

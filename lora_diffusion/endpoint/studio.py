@@ -21,7 +21,7 @@ from lora_diffusion.endpoint.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
 from lora_diffusion.endpoint.schemas import Upload
 from lora_diffusion.faces.choice import Which, choose_face
 from lora_diffusion.faces.photos import PhotoError
-from lora_diffusion.faces.unit import unit
+from lora_diffusion.faces.same_person import LeftOut, mean_of, one_person
 from lora_diffusion.serving.batcher import Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
@@ -50,6 +50,16 @@ class Sampled:
     code: Code
     seed: int | None = None
     embedding_C: Floats | None = None
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who is in the photos: the mean embedding of those that show one person, theirs, and the photos of others."""
+
+    embedding_C: Floats
+    embeddings: tuple[Floats, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,17 +111,17 @@ class Studio:
         self.metrics.stage(timing)
         return found
 
-    async def embedding(self, photos: Sequence[Upload], which: Which, deadline: float) -> Floats:
-        """(C,) unit vector of the one person in the photos. Raises FaceError for no face, or several."""
-        return unit(np.mean(await self.embeddings(photos, which, deadline), axis=0))
-
-    async def embeddings(self, photos: Sequence[Upload], which: Which, deadline: float) -> list[Floats]:
-        """As `embedding`, of each photo."""
-        vectors = []
-        for i, found in enumerate(await self.faces(photos, deadline)):
-            name = _name(photos[i], i, photos) or "The photo"
-            vectors.append(choose_face(found.faces, found.doubt, which, name).embedding_C)
-        return vectors
+    async def person(self, photos: Sequence[Upload], which: Which, deadline: float) -> Person:
+        """Raises FaceError for a photo of nobody or of several, and for photos of different people."""
+        names = [_name(photo, i, photos) or "The photo" for i, photo in enumerate(photos)]
+        vectors_PC = np.stack(
+            [
+                choose_face(found.faces, found.doubt, which, name).embedding_C
+                for name, found in zip(names, await self.faces(photos, deadline), strict=True)
+            ]
+        )
+        same_P, left_out = one_person(vectors_PC, names)
+        return Person(mean_of(vectors_PC[same_P]), tuple(vectors_PC[same_P]), left_out)
 
     async def sample(self, tasks: Sequence[LatentTask], deadline: float) -> list[Sampled]:
         answers = await together(self.denoiser.sample(task, deadline) for task in tasks)

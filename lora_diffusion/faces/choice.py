@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
-FaceReason = Literal["no_face", "not_upright", "face_too_small", "face_cut_off", "unfamiliar_face", "several_faces"]
+FaceReason = Literal[
+    "no_face", "not_upright", "face_too_small", "face_cut_off", "unfamiliar_face", "several_faces", "different_people"
+]
 Which = Literal["one", "largest"]
 Face = TypeVar("Face")
 
 
 class FaceError(ValueError):
-    """A photo that does not show exactly one usable face. `reason` is one of `FaceReason`."""
+    """A photo that does not show exactly one usable face, or photos that do not show one person. `reason` is one of `FaceReason`."""
 
     def __init__(self, reason: FaceReason, message: str) -> None:
         super().__init__(message)

@@ -9,6 +9,7 @@ Axes: B images, E embedding (512), P people.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.known import Recogniser, fingerprint
 from lora_diffusion.faces.looks import Detector
 from lora_diffusion.faces.photos import load_photos
+from lora_diffusion.faces.same_person import mean_of, one_person
 from lora_diffusion.faces.search import FaceEmbedding, Faces, FaceSearch
 from lora_diffusion.faces.unit import unit
 from lora_diffusion.models.files import NotHereError, fetch_folder, here_only_now
@@ -128,15 +130,20 @@ class FaceEmbedder:
     def embed_person(self, photos: Any, faces: Which | None = None) -> Floats:
         """(512,) unit vector of the one person in a photo, or the mean of several: as `load_photos` takes them.
 
-        faces: what a photo of several people means (default: as the configuration says). Raises PhotoError and FaceError, both
-        ValueErrors, which name the photo.
+        faces: what a photo of several people means (default: as the configuration says). A photo of another person than most of
+        them show is left out, with a warning. Raises PhotoError and FaceError, both ValueErrors, which name the photo.
         """
         which: Which = faces or ("largest" if self.config.several_faces == "largest" else "one")
-        found = []
+        names, vectors = [], []
         for name, pixels in load_photos(photos):
             seen = self.find(pixels)
-            found.append(choose_face(seen.faces, seen.doubt, which, name))
-        return mean_embedding(found)
+            names.append(name)
+            vectors.append(choose_face(seen.faces, seen.doubt, which, name).vector)
+        vectors_PE = np.stack(vectors)
+        same_P, left_out = one_person(vectors_PE, names)
+        for photo in left_out:
+            warnings.warn(str(photo), stacklevel=3)
+        return mean_of(vectors_PE[same_P])
 
     def find(self, image_HWC: Pixels, max_faces: int = 16) -> Faces:
         """The faces of an RGB uint8 photo (H, W, 3) that pass all checks, and why there is none."""
@@ -193,7 +200,7 @@ def mean_embedding(embeddings: Sequence[FaceEmbedding] | Floats) -> Floats:
         vectors = np.stack([e.vector for e in embeddings]) if len(embeddings) else np.zeros((0, 512), np.float32)
     if not len(vectors):
         raise ValueError("A mean embedding needs at least one photo with a face, got none.")
-    return unit(unit(vectors).mean(axis=0))
+    return mean_of(vectors)
 
 
 def model_folder(config: EmbedderConfig) -> Path:

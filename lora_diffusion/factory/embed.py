@@ -23,6 +23,7 @@ from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint, mean_embedding, model_folder
 from lora_diffusion.faces.photos import PhotoError, PhotoReason, prepare_photo
+from lora_diffusion.faces.same_person import other_people
 from lora_diffusion.faces.search import FaceEmbedding
 from lora_diffusion.factory.config import CorpusConfig, PhotoConfig
 from lora_diffusion.factory.people import PersonRef, RawPhoto, open_people
@@ -186,23 +187,6 @@ def square_picture(
         window = (left, top, left + side, top + side)
         picture = np.asarray(Image.fromarray(pixels_HW3).resize((size, size), Image.Resampling.LANCZOS, box=window))
     return picture, ((box - np.array([left, top, left, top])) * size / side).astype(np.float32)
-
-
-def other_people(vectors_PE: np.ndarray, least: float) -> dict[int, tuple[float, str]]:
-    """Photos that show somebody else than most do: their cosine with the mean of those, and what is wrong, in words.
-
-    Most are the photos around the one that has most others near it, by a cosine of `least`. Where they are no more than half,
-    nobody can tell whose photos these are: then all are left out.
-    """
-    near_PP = vectors_PE @ vectors_PE.T >= least
-    most_P = near_PP[near_PP.sum(1).argmax()]
-    if most_P.sum() * 2 <= len(vectors_PE) > 1:
-        message = "nobody is in more than half of the photos, which show different people"
-        means = [mean_embedding(np.delete(vectors_PE, place, axis=0)) for place in range(len(vectors_PE))]
-        return {place: (float(vectors_PE[place] @ mean), message) for place, mean in enumerate(means)}
-    message = "the photo shows another person than most of the photos"
-    cosine_P = vectors_PE @ mean_embedding(vectors_PE[most_P])
-    return {place: (float(cosine), message) for place, cosine in enumerate(cosine_P) if cosine < least}
 
 
 def mean_pairwise_cosine(vectors_PE: np.ndarray) -> float:

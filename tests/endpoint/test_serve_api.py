@@ -102,6 +102,37 @@ def test_several_photos_are_one_person_between_them(api: Client) -> None:
     assert in_json.json()["loras"][0]["id"] == both
 
 
+def test_a_photo_of_another_person_is_left_out_and_named(api: Client) -> None:
+    """By every route that takes photos of one person; the LoRA is that of the others."""
+    own = [("photo", (path.name, path.read_bytes())) for path in (ADA, ADA_AGAIN)]
+    mixed = [own[0], ("photo", ("böb.png", BOB.read_bytes())), own[1]]
+    data = {"seed": "1", "latent_inference_steps": "3"}
+    (lora,) = api("POST", "/v1/loras", files=mixed, data=data).json()["loras"]
+    assert lora["id"] == api("POST", "/v1/loras", files=own, data=data).json()["loras"][0]["id"]
+    (left_out,) = lora["left_out"]
+    assert left_out["photo"] == "böb.png"
+    assert -1 <= left_out["cosine"] < 0.2
+    drawn = data | {"prompt": PROMPT, "num_inference_steps": "3"}
+    assert api("POST", "/v1/personalize", files=mixed, data=drawn).json()["lora"]["left_out"] == [left_out]
+    assert api("POST", "/v1/images", files=mixed, data=drawn).json()["lora"]["left_out"] == [left_out]
+    assert api("POST", "/v1/latents", files=mixed, data=data).json()["left_out"] == [left_out]
+    own_marks, marks = (api("POST", "/v1/likeness", files=of, data=drawn).json() for of in (own, mixed))
+    assert (marks["photos"], marks["left_out"]) == (own_marks["photos"], [left_out])
+    file = api("POST", "/v1/loras", files=mixed, data=data | {"format": "kohya"})
+    assert file.headers["x-lora-left-out"] == "b%C3%B6b.png"
+    assert "x-lora-left-out" not in api("POST", "/v1/loras", files=own, data=data | {"format": "kohya"}).headers
+
+
+def test_photos_in_which_nobody_is_the_most_are_refused(api: Client) -> None:
+    mixed = [("photo", (path.name, path.read_bytes())) for path in (ADA, BOB)]
+    told = problem(api("POST", "/v1/loras", files=mixed), 422, "different_people")
+    assert re.fullmatch(
+        r"The photos show different people \(cosine of each with the others: 80000-0.png -?0.\d\d, 80001-1.png -?0.\d\d\). "
+        r"Send photos of one person.",
+        told["detail"],
+    )
+
+
 @pytest.mark.parametrize("format", ["diffusers", "peft", "kohya", "vector", "latent"])
 def test_file_of_every_format_comes_back_as_the_same_lora(api: Client, tmp_path: Path, format: str) -> None:
     file = api.form("/v1/loras", seed=1, format=format, latent_inference_steps=3)

@@ -188,6 +188,21 @@ def test_several_photos_are_one_person_between_them(tmp_path: Path) -> None:
         assert np.array_equal(found, expected)
 
 
+def test_a_photo_of_another_person_is_left_out_with_a_warning() -> None:
+    from lora_diffusion.faces.choice import FaceError
+    from lora_diffusion.faces.embedder import FaceEmbedder
+
+    model, embedder = untrained(), FaceEmbedder()
+    ada, again, bob = (FACES / name for name in ("80000-0.png", "80000-1.png", "80001-1.png"))
+    expected = model.from_photo([ada, again], num_inference_steps=3, embedder=embedder)
+    with pytest.warns(UserWarning, match=r"^80001-1.png shows another person .* was left out$") as told:
+        found = model.from_photo([ada, bob, again], num_inference_steps=3, embedder=embedder)
+    assert np.array_equal(found, expected)
+    assert told[0].filename == __file__
+    with pytest.raises(FaceError, match=r"different people .*80000-0.png .*80001-1.png"):
+        model.from_photo([ada, bob], embedder=embedder)
+
+
 def two_people() -> np.ndarray:
     from lora_diffusion.faces.photos import load_photo
 
