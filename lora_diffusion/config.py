@@ -223,8 +223,8 @@ def _convert(hint: Any, value: Any, where: str, field: dataclasses.Field[Any] | 
             raise _wrong(where, "a mapping", value)
         value_hint = (*typing.get_args(hint), Any, Any)[1]
         return {str(key): _convert(value_hint, item, f"{where}.{key}") for key, item in value.items()}
-    if hint is Any:
-        return value
+    if hint is Any:  # an override may lie within
+        return {key: _convert(Any, item, where) for key, item in value.items()} if isinstance(value, dict) else value
     return _convert_scalar(hint, value, where)
 
 

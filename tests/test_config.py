@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -28,6 +28,7 @@ class Job:
     device: int | str = "auto"
     fast: bool = False
     folder: Path = Path("x")
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.gate is not None and not -1 <= self.gate <= 1:
@@ -52,7 +53,8 @@ def test_a_section_keeps_its_own_defaults(file: Path) -> None:
 
 
 def test_round_trip(file: Path, tmp_path: Path) -> None:
-    job = load_config(Job, file, ["gate=none"])
+    job = load_config(Job, file, ["gate=none", "options.a.b=1", "options.a.c=none"])
+    assert job.options == {"a": {"b": 1, "c": "none"}}
     assert from_dict(Job, to_dict(job)) == job
     (tmp_path / "again.yaml").write_text(to_yaml(job))
     assert load_config(Job, tmp_path / "again.yaml") == job

@@ -11,21 +11,22 @@ On a cluster deploy/serve.yaml starts it: docs/guides/serve.md.
 from __future__ import annotations
 
 import errno
+import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
 from lora_diffusion.artifacts.identity import read_identity
-from lora_diffusion.config import from_dict, to_dict, to_yaml
+from lora_diffusion.config import to_dict
 from lora_diffusion.endpoint import APP
 from lora_diffusion.extras import check
 from lora_diffusion.serving.config import ServeConfig
@@ -45,7 +46,6 @@ class Config(ServeConfig):
 
 
 ROOT = Path(__file__).resolve().parents[2]
-HANDED_ON = "LORA_DIFFUSION_SERVE"  # lora_diffusion/endpoint/graph.py reads its configuration from there
 
 
 def dry_run(config: Config) -> str:
@@ -107,10 +107,10 @@ def run(config: Config, ray_address: str) -> None:
             ours = haproxy_environment(Path(folder))
             env = ours | env
             values["access"]["proxies"] += bool(ours)  # it writes X-Forwarded-For
-        settings, app = Path(folder) / "settings.yaml", Path(folder) / "app.yaml"
-        settings.write_text(to_yaml(from_dict(ServeConfig, values)), encoding="utf-8")
+        application["applications"][0]["args"] = arguments(values)
+        app = Path(folder) / "app.yaml"
         app.write_text(yaml.safe_dump(application), encoding="utf-8")
-        env[HANDED_ON] = f"config={shlex.quote(str(settings))}"
+        env.pop("LORA_DIFFUSION_SERVE", None)  # words for `serve run`
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         try:
             code = until_it_ends([str(Path(sys.executable).with_name("serve")), "run", str(app)], env)
@@ -118,6 +118,21 @@ def run(config: Config, ray_address: str) -> None:
             end_haproxy(Path(folder))
     if code:
         raise ValueError(f"`serve run` ended with {code}: its last lines say why")
+
+
+def arguments(values: Mapping[str, Any]) -> dict[str, str]:
+    """`values`, all of a ServeConfig's, as graph.build takes them: a Ray that runs already has neither our files nor our environment."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and is_dataclass(get_type_hints(ServeConfig)[key]):
+            flat |= {f"{key}.{name}": _word(one) for name, one in value.items()}
+        else:
+            flat[key] = _word(value)
+    return flat
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def until_it_ends(command: list[str], env: dict[str, str]) -> int:

@@ -14,10 +14,11 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from s3_server import free_port
 
-from lora_diffusion.config import load_config
+from lora_diffusion.config import load_config, to_dict
 from lora_diffusion.endpoint import APP
 from lora_diffusion.endpoint.access import refuse_open_door
 from lora_diffusion.endpoint.graph import DEPLOYMENTS, build
+from lora_diffusion.jobs.serve import arguments
 from lora_diffusion.serving.config import ServeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,21 @@ def test_arguments_and_environment_override_the_file(monkeypatch: pytest.MonkeyP
         build({"limits.max_image": 3})
     with pytest.raises(ValueError, match="Painter"):
         build({"deployments.Painter": "{num_replicas: 1}"})
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_every_setting_reaches_a_ray_that_runs_already(path: str) -> None:
+    """By the application's arguments: neither environment nor files of whoever starts it are there."""
+    words = [
+        "access.api_keys_file=none",
+        "licence=on",
+        "embedder.min_score=0.5",
+        "deployments.Renderer.max_ongoing_requests=3",
+    ]
+    config = load_config(ServeConfig, ROOT / path, words)
+    handed = load_config(ServeConfig, None, [f"{key}={word}" for key, word in arguments(to_dict(config)).items()])
+    assert handed == config
+    assert build(arguments(to_dict(config)))._bound_deployment.init_args[0].licence == "on"
 
 
 def serve_configs() -> dict[str, dict[str, Any]]:
