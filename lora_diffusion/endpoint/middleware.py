@@ -21,6 +21,7 @@ from lora_diffusion.endpoint.access import is_address
 from lora_diffusion.endpoint.metrics import Metrics
 from lora_diffusion.endpoint.problems import ApiError, as_problem
 from lora_diffusion.serving.config import LimitsConfig
+from lora_diffusion.serving.messages import deadline_in
 
 log = logging.getLogger("lora_diffusion.serve")
 HOST_PORT = re.compile(r":\d*$")
@@ -167,7 +168,7 @@ class Site(Layer):
 
 
 class Deadline(Layer):
-    """`deadline` (Unix time) in the request's state, and an end to what takes longer."""
+    """`deadline` in the request's state, and an end to what takes longer."""
 
     def __init__(self, app: ASGIApp, limits: LimitsConfig) -> None:
         super().__init__(app)
@@ -175,7 +176,7 @@ class Deadline(Layer):
 
     async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
         seconds = self._seconds(Headers(scope=scope).get(TIMEOUT))
-        scope["state"]["deadline"] = time.time() + seconds
+        scope["state"]["deadline"] = deadline_in(seconds)
         async with asyncio.timeout(seconds) as timeout:
 
             def begun(message: Message) -> None:

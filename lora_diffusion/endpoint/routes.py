@@ -325,8 +325,9 @@ class Routes:
 
 
 def deadline(request: Request) -> float:
-    """Unix time at which the caller stops waiting."""
-    return float(request.state.deadline)
+    """When the caller stops waiting."""
+    until: float = request.state.deadline
+    return until
 
 
 def owner(request: Request) -> Owner:

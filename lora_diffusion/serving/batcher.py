@@ -67,7 +67,7 @@ class Batcher(Generic[Item, Value]):
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, item: Item, deadline: float) -> tuple[Value, Timing]:
-        """The answer and where the time went. `deadline` is Unix time. Raises ServingError, or what `work` says."""
+        """The answer and where the time went. `deadline`: as messages.py has it. Raises ServingError, or what `work` says."""
         loop = asyncio.get_running_loop()
         if self._task is None or self._task.done() or self._task.get_loop() is not loop:  # `asyncio.run` once more
             self._waiting, self._arrival = deque(), asyncio.Event()
@@ -90,7 +90,7 @@ class Batcher(Generic[Item, Value]):
 
     def _take(self) -> list[_Entry[Item, Value]]:
         batch: list[_Entry[Item, Value]] = []
-        now = time.time()
+        now = time.monotonic()
         while self._waiting and len(batch) < self._max_batch_size:
             entry = self._waiting.popleft()
             if entry.future.done():

@@ -107,7 +107,7 @@ class Embedder:
         return await self._batcher(photo, deadline)
 
     def _decode(self, photo: bytes, deadline: float) -> _Decoded:
-        left = deadline - time.time()
+        left = deadline - time.monotonic()
         if left <= 0:
             raise deadline_exceeded("while it waited for a decoder")
         return _Decoded.of(load_photo_within(photo, min(SECONDS, left), max_pixels=self._max_pixels))

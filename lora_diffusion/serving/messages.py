@@ -5,8 +5,9 @@ Axes: C embedding (512), Z code of the synthesiser, H/W pixels.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,21 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Photo: TypeAlias = bytes | Pixels
 """The bytes of a file, or uint8 RGB (H, W, 3)."""
+
+
+class Deadline(float):
+    """When a request's time is up, by `time.monotonic()` of this process.
+
+    On the way to another it is the seconds that are left: machines' clocks differ, and jump.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return deadline_in, (self - time.monotonic(),)
+
+
+def deadline_in(seconds: float) -> Deadline:
+    return Deadline(time.monotonic() + seconds)
+
 
 FILE_NAMES = {
     "diffusers": ("pytorch_lora_weights.safetensors", "application/octet-stream"),

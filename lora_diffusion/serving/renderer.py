@@ -62,7 +62,7 @@ class AsyncRenderer:
     async def draw(
         self, pictures: Sequence[Picture], deadline: float
     ) -> AsyncGenerator[Progress | Drawn | Timing, None]:
-        """Events of one request, a Drawn for each picture as it is ready, a Timing at the end. `deadline` is Unix time.
+        """Events of one request, a Drawn for each picture as it is ready, a Timing at the end. `deadline`: as messages.py has it.
 
         Raises ServingError ("overloaded", "deadline_exceeded"). Closing the iterator takes the pictures out of the batch.
         """
@@ -107,7 +107,7 @@ class AsyncRenderer:
 
     def _dismiss(self) -> None:
         """Who was cancelled or is too late leaves, waiting or running."""
-        now = time.time()
+        now = time.monotonic()
         for request in (*self._waiting, *self._running):
             if not request.gone and request.deadline <= now:
                 request.events.put_nowait(deadline_exceeded("before its pictures were drawn"))

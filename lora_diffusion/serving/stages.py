@@ -1,6 +1,6 @@
 """The stages as those see them who call them: the services themselves in one process, or `endpoint.remote` on a cluster.
 
-Every method may be repeated: it answers the same, and what it keeps it keeps once. `deadline` is Unix time. Axes: messages.py.
+Every method may be repeated: it answers the same, and what it keeps it keeps once. `deadline` and axes: messages.py.
 """
 
 from __future__ import annotations

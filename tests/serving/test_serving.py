@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.serving.batcher import Batcher, Timing
 from lora_diffusion.serving.engine import Picture, RenderEngine
 from lora_diffusion.serving.errors import ServingError
-from lora_diffusion.serving.messages import Progress
+from lora_diffusion.serving.messages import Progress, deadline_in
 from lora_diffusion.serving.renderer import AsyncRenderer, Drawn
 
 SOON = 60.0
@@ -142,7 +143,7 @@ def test_vector_of_another_layout_is_refused_and_the_batch_goes_on(base: BaseMod
 
 
 async def all_events(renderer: AsyncRenderer, pictures: Sequence[Picture], seconds: float = SOON) -> list[Any]:
-    return [event async for event in renderer.draw(pictures, time.time() + seconds)]
+    return [event async for event in renderer.draw(pictures, time.monotonic() + seconds)]
 
 
 def test_request_gets_progress_pictures_and_timing(base: BaseModel, layout: LoRALayout) -> None:
@@ -171,7 +172,7 @@ def test_cancelled_request_leaves_the_batch(base: BaseModel, layout: LoRALayout)
         started = asyncio.Event()
 
         async def watch() -> None:
-            async for _ in renderer.draw(endless, time.time() + SOON):
+            async for _ in renderer.draw(endless, time.monotonic() + SOON):
                 started.set()
 
         task = asyncio.create_task(watch())
@@ -295,7 +296,7 @@ def with_batcher(scenario: Callable[[Batcher[int, int], Slow], Any], **options: 
 
 
 def later() -> float:
-    return time.time() + SOON
+    return time.monotonic() + SOON
 
 
 def test_what_waits_while_a_batch_runs_is_the_next_batch() -> None:
@@ -342,13 +343,20 @@ def test_what_one_item_makes_raise_reaches_its_caller_alone() -> None:
     assert isinstance(none, RuntimeError)
 
 
+def test_a_deadline_is_as_far_away_on_another_machine_whatever_its_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = pickle.dumps({"until": deadline_in(60)})
+    monkeypatch.setattr(time, "monotonic", lambda: 12_345.0)
+    monkeypatch.setattr(time, "time", lambda: -1e9)
+    assert pickle.loads(sent)["until"] == pytest.approx(12_405, abs=1)
+
+
 def test_cancelled_and_late_requests_are_never_worked_on() -> None:
     async def scenario(batcher: Batcher[int, int], work: Slow) -> None:
         first = asyncio.create_task(batcher(1, later()))
         while not work.batches:
             await asyncio.sleep(0.01)
         cancelled = asyncio.create_task(batcher(2, later()))
-        late = asyncio.create_task(batcher(3, time.time() + 0.02))
+        late = asyncio.create_task(batcher(3, time.monotonic() + 0.02))
         kept = asyncio.create_task(batcher(4, later()))
         await asyncio.sleep(0.1)
         cancelled.cancel()

@@ -148,7 +148,7 @@ def test_the_code_is_kept_and_makes_the_same_lora_again() -> None:
         decoder = Decoder(CONFIG, library)
         model = decoder._stage.models.current
         code = Code(np.ones(model.code_size, np.float32), decoder._stage.models.current_id)
-        later = time.time() + 60
+        later = time.monotonic() + 60
         made, _ = await decoder.decode(DecodeTask(code, 0.5, "vector"), later)
         assert (await library.stats())["bytes"] == code.values_Z.nbytes
         vector_N = await decoder.vector(made.lora_id, None, later)
