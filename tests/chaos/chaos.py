@@ -15,13 +15,13 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +30,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "sup
 import psutil  # noqa: E402
 from s3_faults import faulty  # noqa: E402
 from s3_server import BUCKET, Weed, new_server, running  # noqa: E402
+from tally import Tally, contents, table  # noqa: E402
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PATIENCE = 600  # seconds for a round in peace: a process that hangs is a fault
 FAULTS = {"throttled": 0.02, "failed": 0.01, "refused": 0.02, "hung": 0.005, "cut": 0.02}
-
-
-@dataclass
-class Tally:
-    """What was done to one kind of victim, and what came of it."""
-
-    rounds: int = 0
-    kills: int = 0
-    lost: int = 0
-    doubled: int = 0
-    different: int = 0
-    victims: Counter[str] = field(default_factory=Counter)
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-    def kill(self, who: str, seconds: float, files: int) -> None:
-        self.kills += 1
-        self.victims[who] += 1
-        self.log.append({"round": self.rounds, "killed": who, "after_seconds": round(seconds, 3), "files_there": files})
 
 
 class Chaos:
@@ -85,11 +68,14 @@ class Chaos:
             process.kill()
             raise AssertionError(f"exit code {process.exitcode}: {(self.folder / 'log').read_text()[-3000:]}")
 
+    def __str__(self) -> str:
+        return f"kills: {', '.join(f'{tally.kills} of {name}' for name, tally in self.tallies.items())}"
+
     # --- rounds: each returns when its corpus or training is whole again
 
     def local(self) -> None:
         """Driver and two workers, on a disk."""
-        uri = str(self._new("local"))
+        uri = str(self.new("local"))
         self._harass("local", uri, uri, 2)
 
     def s3(self) -> None:
@@ -98,14 +84,14 @@ class Chaos:
         with faulty(self.server.server.endpoint, self.random.randrange(2**32), **FAULTS) as proxy:
             os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
             try:
-                uri = f"s3://{BUCKET}/{self._new('s3').name}"
+                uri = f"s3://{BUCKET}/{self.new('s3').name}"
                 self._harass("s3", uri, uri)
             finally:
                 os.environ["AWS_ENDPOINT_URL"] = self.server.server.endpoint
 
     def between(self, point: str = "") -> None:
         """A driver that dies exactly at one of its writes."""
-        uri, tally = str(self._new("between two writes")), self.tallies["between two writes"]
+        uri, tally = str(self.new("between two writes")), self.tallies["between two writes"]
         point = point or f"{self.random.randint(1, 20)} {self.random.choice(['before', 'half', 'after'])}"
         begin = time.monotonic()
         process = self.start(self.victims.corpus, uri, point)
@@ -115,11 +101,11 @@ class Chaos:
         elif process.exitcode != 0:
             raise AssertionError((self.folder / "log").read_text()[-3000:])
         self.run_in_peace(self.victims.corpus, uri)
-        self._compare("between two writes", uri, self.calm)
+        self.compare("between two writes", uri, self.calm)
 
     def disk(self) -> None:
         """A disk that takes no file beyond some size: refused in a sentence."""
-        uri, tally = str(self._new("full disk")), self.tallies["full disk"]
+        uri, tally = str(self.new("full disk")), self.tallies["full disk"]
         limit = self.random.randint(500, 12_000)
         process = self.start(self.victims.corpus, uri, "", 0, limit)
         process.join(PATIENCE)
@@ -129,7 +115,14 @@ class Chaos:
         elif process.exitcode != 0:
             raise AssertionError(f"exit code {process.exitcode}: {said[-3000:]}")
         self.run_in_peace(self.victims.corpus, uri)
-        self._compare("full disk", uri, self.calm)
+        self.compare("full disk", uri, self.calm)
+
+    def clock(self) -> None:
+        """The clock jumps by a day, several times a second; of a driver, too, that is killed."""
+        import clock
+
+        if clock.CC:
+            clock.round_of(self)
 
     def training(self) -> None:
         """A training, killed after its first checkpoint."""
@@ -138,7 +131,7 @@ class Chaos:
         if not base.exists():
             self.run_in_peace(self.victims.training_corpus, words[0])
             self.run_in_peace(self.victims.training, *words)
-        uri, tally = self._new("training"), self.tallies["training"]
+        uri, tally = self.new("training"), self.tallies["training"]
         words[1] = str(uri)
         for _ in range(self.random.randint(1, 3)):
             begin = time.monotonic()
@@ -154,37 +147,11 @@ class Chaos:
                 tally.log[-1]["checkpoints"] = saved
                 assert "vae.safetensors" in saved  # what a training goes on from
         self.run_in_peace(self.victims.training, *words)
-        self._compare("training", str(uri), contents(str(base / "calm")), ".safetensors")
-
-    def ray_job(self) -> None:
-        """The whole job on a Ray of its own, of which each part is killed in turn."""
-        import whole_job
-
-        base, log = self.folder / "world", self.folder / "ray.log"
-        if not base.exists():
-            self._words = whole_job.prepare(base)
-            assert whole_job.run(self._words, base / "calm", log)[0] == 0, log.read_text()[-3000:]
-            self._job = whole_job.outcome(base / "calm")
-        output, tally = self._new("ray job"), self.tallies["ray job"]
-        part = list(whole_job.PARTS)[(tally.rounds - 1) % len(whole_job.PARTS)]
-        shards = self.random.randint(1, 3)
-        code, said, seconds = whole_job.run(self._words, output, log, part, shards)
-        if code != 99:  # else it was done before
-            tally.kill(part, seconds, len(contents(str(output))))
-            tally.log[-1] |= {"exit_code": code, "said": said}
-            assert code == whole_job.PARTS[part][1], log.read_text()[-3000:]
-            assert code != 3 or said.endswith("run the same command again"), said
-        code, said, _ = whole_job.run(self._words, output, log)
-        assert code == 0, log.read_text()[-3000:]
-        found = whole_job.outcome(output)
-        tally.lost += len(set(self._job["everybody"]) - set(found["everybody"]))
-        tally.doubled += len(found["everybody"]) - len(set(found["everybody"]))
-        tally.different += found != self._job
-        shutil.rmtree(output)
+        self.compare("training", str(uri), contents(str(base / "calm")), ".safetensors")
 
     # --- what they share
 
-    def _new(self, kind: str) -> Path:
+    def new(self, kind: str) -> Path:
         self.tallies.setdefault(kind, Tally()).rounds += 1
         self._number += 1
         return self.folder / f"{kind.replace(' ', '-')}-{self._number}"
@@ -226,9 +193,9 @@ class Chaos:
                 raise AssertionError(f"exit code {process.exitcode}: {(self.folder / 'log').read_text()[-3000:]}")
         psutil.wait_procs(orphans, timeout=PATIENCE)  # workers of a killed driver may still write
         self.run_in_peace(function, *words)
-        self._compare(kind, uri, self.calm)
+        self.compare(kind, uri, self.calm)
 
-    def _compare(self, kind: str, uri: str, calm: dict[str, bytes], of: str = "") -> None:
+    def compare(self, kind: str, uri: str, calm: dict[str, bytes], of: str = "") -> None:
         tally, found = self.tallies[kind], contents(uri)
         different = [name for name in {**found, **calm} if name.endswith(of) and found.get(name) != calm.get(name)]
         tally.different += bool(different)
@@ -261,25 +228,6 @@ def _living(parent: int) -> list[psutil.Process]:
     return []
 
 
-def contents(uri: str) -> dict[str, bytes]:
-    """Every file below, but for those half-written; of the corpus' random key only that it is there."""
-    found = _files(uri)
-    return {name: b"" if name == "identity.key" else data for name, data in found.items()}
-
-
-def _files(uri: str) -> dict[str, bytes]:
-    if uri.startswith("s3:"):
-        from lora_diffusion.storage import open_store
-
-        store = open_store(uri)
-        return {name: store.read(name) for name, _, _ in store.objects()}
-    root, found = Path(uri), {}
-    for path in root.rglob("*"):
-        with suppress(FileNotFoundError, IsADirectoryError):
-            found[str(path.relative_to(root))] = path.read_bytes()
-    return found
-
-
 @contextmanager
 def with_server(folder: Path) -> Iterator[Weed]:
     (folder / "weed").mkdir()
@@ -287,40 +235,32 @@ def with_server(folder: Path) -> Iterator[Weed]:
         yield weed
 
 
-def table(tallies: dict[str, Tally], seed: int, seconds: float) -> str:
-    lines = ["| what | rounds | kills | of whom | lost | doubled | other bytes |", "|---|---|---|---|---|---|---|"]
-    total = Counter[str]()
-    for kind, t in tallies.items():
-        whom = ", ".join(f"{count} {who}" for who, count in sorted(t.victims.items()))
-        lines.append(f"| {kind} | {t.rounds} | {t.kills} | {whom} | {t.lost} | {t.doubled} | {t.different} |")
-        total.update(rounds=t.rounds, kills=t.kills, lost=t.lost, doubled=t.doubled, different=t.different)
-    numbers = " | ".join(str(total[name]) for name in ("lost", "doubled", "different"))
-    lines.append(f"| **all** | {total['rounds']} | {total['kills']} | seed {seed}, {seconds:.0f} s | {numbers} |")
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ray", type=int, default=7, help="rounds of the whole job on Ray, a minute or two each")
+    parser.add_argument("--ray", type=int, default=7, help="rounds of the corpus job on Ray, a minute or two each")
+    parser.add_argument("--evaluation", type=int, default=3, help="rounds of the evaluation on Ray, two minutes each")
+    parser.add_argument("--serving", type=int, default=2, help="rounds of the endpoint on Ray, five minutes each")
     parser.add_argument("--log", type=Path, help="a JSON file of every kill")
     args = parser.parse_args()
+    from ray_rounds import corpus, evaluation  # here, as each process that is killed imports this file
+    from serving import serving
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the table is printed all the same
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     with with_server(folder) as server:
         chaos, begin = Chaos(folder, args.seed, server), time.monotonic()
         try:
-            for _ in range(args.ray):
-                chaos.ray_job()
-                print(chaos.tallies["ray job"].log[-1], file=sys.stderr, flush=True)
-            begin = time.monotonic()
             often = [chaos.local, chaos.between, chaos.between]
-            for kind in itertools.cycle([*often * 3, chaos.training, *often * 3, chaos.disk, chaos.s3]):
+            for kind in itertools.cycle([*often * 3, chaos.training, *often * 3, chaos.disk, chaos.s3, chaos.clock]):
                 if time.monotonic() - begin > args.seconds:
                     break
                 kind()
-                progress = ", ".join(f"{tally.kills} of {name}" for name, tally in chaos.tallies.items())
-                print(f"{time.monotonic() - begin:.0f} s, kills: {progress}", file=sys.stderr, flush=True)
+                print(f"{time.monotonic() - begin:.0f} s, {chaos}", file=sys.stderr, flush=True)
+            for whole in [corpus] * args.ray + [evaluation] * args.evaluation + [serving] * args.serving:
+                whole(chaos)
+                print(f"{time.monotonic() - begin:.0f} s, {chaos}", file=sys.stderr, flush=True)
         finally:
             print(table(chaos.tallies, args.seed, time.monotonic() - begin), flush=True)
             if args.log:

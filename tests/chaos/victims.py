@@ -136,3 +136,7 @@ def training(corpus: str, output: str, cache: str) -> None:
         fill_cache(rows)
         store = open_store(output)
         SynthesizerTraining(config, snapshot, rows.open(config.data), store, say=lambda line: None).run()
+
+
+if __name__ == "__main__":
+    told(corpus, sys.argv[1], "", 2)

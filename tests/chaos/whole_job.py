@@ -1,8 +1,9 @@
-"""The whole corpus job on a Ray of its own, of which one part is killed: what it says, and what the same command makes of it."""
+"""A whole job on a Ray of its own, of which one part is killed: what it says, and what the same command makes of it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from factory_world import make_world, settings
 
 from lora_diffusion.corpus import CorpusReader
 
-JOB = Path(__file__).parents[2] / "jobs" / "build_corpus.py"
-# a part of the job -> the word in its command line, and the exit code that follows
+JOBS = Path(__file__).parents[2] / "jobs"
+# a part of a job -> the word in its command line, and the exit code that follows
 PARTS = {
     "ledger": ("ray::InMemoryAttempts", 3),
     "raylet": ("raylet/raylet", 3),
     "fine-tuning worker": ("MapBatches(Make)", 0),
     "GCS": ("gcs_server", 3),
-    "driver": (JOB.name, -9),
+    "driver": ("", -9),
     "embedding worker": ("MapBatches(Embed)", 0),
     "agent": ("ray::RuntimeEnvAgent", 3),
+    "scoring worker": ("MapBatches(Score)", 0),
 }
 
 
@@ -55,22 +57,33 @@ def prepare(folder: Path) -> list[str]:
     return ["--config", str(folder / "config.yaml")]
 
 
-def run(words: list[str], output: Path, log: Path, part: str = "", shards: int = 1) -> tuple[int, str, float]:
-    """Exit code, last line, and seconds from the kill to the end. `part` is killed when `shards` are there."""
-    word = PARTS[part][0] if part else ""
-    with driver(JOB, [*words, f"output={output}"], {}, log) as process:
+def run(
+    job: str, words: list[str], log: Path, part: str = "", ready: Callable[[], bool] = lambda: True
+) -> tuple[int, str, float]:
+    """Exit code, last line, and seconds from the kill to the end. `part` is killed once it is there and `ready` says so.
+
+    Exit code 99: it was done before.
+    """
+    with driver(JOBS / f"{job}.py", words, {}, log) as process:
         killed = not part
         while process.poll() is None and not killed:
             time.sleep(0.05)
-            if len(list(output.glob("shards/*.parquet"))) >= shards:
-                with suppress(psutil.Error):
-                    whole = psutil.Process(process.pid)
-                    for found in [whole] if part == "driver" else whole.children(recursive=True):
-                        title = " ".join(found.cmdline())
-                        if word in title and "IDLE" not in title and not killed:
-                            found.kill()
-                            killed = True
+            if ready():
+                killed = _kill(process.pid, part)
         begin = time.monotonic()
         code = process.wait(timeout=900)
     lines = log.read_text(errors="replace").strip().splitlines()
     return (code if killed else 99), (lines or [""])[-1], time.monotonic() - begin
+
+
+def _kill(pid: int, part: str) -> bool:
+    word = PARTS[part][0]
+    with suppress(psutil.Error):
+        whole = psutil.Process(pid)
+        for found in whole.children(recursive=True) if word else [whole]:
+            with suppress(psutil.Error):
+                title = " ".join(found.cmdline())
+                if word in title and "IDLE" not in title:
+                    found.kill()
+                    return True
+    return False
