@@ -315,6 +315,9 @@ def _reason(error: Exception, local: bool) -> str:
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk is full. What is already written is safe: free some space and run the same command again"
+    response = getattr(error.__cause__, "response", {})
+    if response.get("Error", {}).get("Code") == "RequestTimeTooSkewed":
+        return f"this machine's clock is not the store's ({error}). Set it, and run the same command again"
     if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EROFS):
         way_out = "the folder's permissions" if local else "the credentials and what they may do with this bucket"
         return f"permission denied ({error}). Check {way_out}"

@@ -44,24 +44,28 @@ def jumping(chaos: Chaos, offsets: tuple[int, ...] = OFFSETS) -> Iterator[dict[s
         thread.join()
 
 
+def command(uri: str) -> list[str]:
+    """Makes victims.py's corpus there."""
+    return [sys.executable, str(Path(__file__).with_name("victims.py")), uri]
+
+
 def round_of(chaos: Chaos) -> None:
     """A corpus, whose driver is killed once; a second driver is refused while it lives, whatever the clocks say."""
     uri, tally = str(chaos.new("clock")), chaos.tallies["clock"]
-    command = [sys.executable, str(Path(__file__).with_name("victims.py")), uri]
     log = chaos.folder / "log"
     with jumping(chaos) as env:
         begin = time.monotonic()
         with log.open("wb") as output:
-            first = subprocess.Popen(command, env=env, stdout=output, stderr=output)
+            first = subprocess.Popen(command(uri), env=env, stdout=output, stderr=output)
         while first.poll() is None and not Path(uri, "claim.json").exists():
             time.sleep(0.05)
-        second = subprocess.run(command, env=env, capture_output=True, text=True)
+        second = subprocess.run(command(uri), env=env, capture_output=True, text=True)
         if first.poll() is None:
             assert second.returncode == 1, second.stderr
             assert "works on" in second.stderr, second.stderr
         first.kill()
         first.wait()
         tally.kill("driver", time.monotonic() - begin, len(contents(uri)))
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(command(uri), env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     chaos.compare("clock", uri, chaos.calm)

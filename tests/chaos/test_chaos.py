@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import clock
 import pytest
 from chaos import Chaos
+from s3_server import BUCKET
 from tally import Tally, survived
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -64,3 +67,15 @@ def test_what_a_kill_must_not_do_is_noticed(chaos: Chaos) -> None:
 def test_clocks_that_jump_by_a_day_take_over_nothing_and_lose_nothing(chaos: Chaos) -> None:
     chaos.clock()
     assert survived(chaos.tallies["clock"]), chaos.tallies["clock"].log
+
+
+@pytest.mark.s3
+@pytest.mark.skipif(not clock.CC, reason="the clock is moved by a library that a C compiler makes")
+@pytest.mark.parametrize("seconds", [86_400, -86_400])
+def test_a_clock_that_the_store_refuses_is_a_sentence(chaos: Chaos, seconds: int) -> None:
+    uri = f"s3://{BUCKET}/skewed{seconds}"
+    with clock.jumping(chaos, (seconds,)) as env:
+        refused = subprocess.run(clock.command(uri), env=env, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "this machine's clock is not the store's (" in refused.stderr.splitlines()[-1]
+    assert refused.stderr.endswith("Set it, and run the same command again\n")
