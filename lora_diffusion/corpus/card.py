@@ -45,12 +45,15 @@ lora_diffusion.corpus.CorpusReader("path").vectors()       # (people, {size}), a
 
 
 def write_card(store: Store, manifest: Manifest, infos: Sequence[ShardInfo]) -> None:
+    keep_or_write(store, card(manifest, infos))
+
+
+def keep_or_write(store: Store, text: str) -> None:
     """Write `README.md` if it would change and is ours: a user who deletes its mark keeps their own."""
     try:
         there = store.read(FILE).decode(errors="replace")
     except FileNotFoundError:
         there = MARK
-    text = card(manifest, infos)
     if MARK in there and there != text:
         store.write(FILE, text.encode())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lora_diffusion.config import to_dict
@@ -80,14 +81,15 @@ class ScoreConfig:
 class WorkerConfig:
     """How Ray spreads the work. Fractions of a CPU leave room for Ray's own tasks on a small machine.
 
-    finetune_max: 0 is one worker for each GPU (or CPU) that the cluster has now.
+    finetune_max: 0 is one worker for each GPU (or CPU) that the cluster has, also of machines that join. A number of workers with
+        GPUs is asked for at once: an autoscaler can bring the machines, and those that are there begin.
     max_deaths: so often may a worker process die over the same people before they count as the cause.
     """
 
     embed_min: int = 1  # embedding workers at least
     embed_max: int = 1  # embedding workers at most
     embed_cpus: float = 0.2  # CPUs of each
-    finetune_min: int = 1  # fine-tuning workers at least
+    finetune_min: int = 1  # fine-tuning workers at least, where finetune_max does not fix their number
     finetune_max: int = 0
     finetune_cpus: float = 0.9  # CPUs of each
     finetune_gpus: float = 0.0  # GPUs of each; 0 fine-tunes on the CPU
@@ -153,3 +155,8 @@ class CorpusConfig:
             **({} if start is None else {"start": start}),
             "score": {key: value for key, value in whole["score"].items() if key != "max_batch"},
         }
+
+    def as_begun(self, recipe: Mapping[str, Any]) -> CorpusConfig:
+        """To go on with a corpus of `recipe`: a setting that it lacks came later, and is off there unless somebody set it."""
+        later = "same_person" not in recipe.get("photos", {}) and self.photos.same_person == PhotoConfig.same_person
+        return replace(self, photos=replace(self.photos, same_person=None)) if later else self

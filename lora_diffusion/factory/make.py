@@ -5,7 +5,9 @@ Axes: K people of a group, N length of a LoRA vector, E embedding.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +24,7 @@ from lora_diffusion.faces.crops import CROP_SIZE
 from lora_diffusion.faces.embedder import FaceEmbedder, folder_fingerprint
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
-from lora_diffusion.factory.errors import BrokenDeviceError, CommonFault, DeviceError
+from lora_diffusion.factory.errors import BrokenDeviceError, CommonFault, DeviceError, out_of_memory
 from lora_diffusion.factory.score import Scorer
 from lora_diffusion.lora.finetune import Finetuner
 from lora_diffusion.lora.layout import LoRALayout
@@ -55,6 +57,7 @@ class LoRAMaker:
         self.start_1N = None if lora.start is None else load_start(lora.start, self.layout, self.base)[None]
         self.embedder = FaceEmbedder(config.embedder)
         self.scorer = Scorer(self.base, self.embedder, config.score)
+        self.together = config.people_per_group  # K that fits into the memory, as far as was tried
 
     @cached_property
     def finetuner(self) -> Finetuner:
@@ -110,20 +113,51 @@ class LoRAMaker:
             )
 
     def __call__(self, people: Sequence[EmbeddedPerson]) -> list[Person | Failure]:
-        """One answer for each of `people`, all usable. Raises what their data makes torch raise; DeviceError otherwise."""
+        """One answer for each of `people`, all usable. Raises what their data makes torch raise; DeviceError otherwise.
+
+        Where memory does not hold them together they are made in halves, and so are all groups after them: the LoRAs are
+        the same, to float error.
+        """
+        answers: list[Person | Failure] = []
+        while left := people[len(answers) :]:
+            some = left[: self.together]
+            try:
+                answers += self._together(some)
+                continue
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if len(some) == 1:
+                    raise DeviceError(
+                        "the memory does not hold the fine-tuning of one person: finetune.gradient_checkpointing=true, or less of "
+                        f"finetune.batch_size, score.max_batch or score.seeds_per_prompt, needs less. {_first_line(error)}"
+                    ) from error
+            self.together = math.ceil(len(some) / 2)
+            gc.collect()  # here the error is gone, which held what did not fit
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return answers
+
+    @property
+    def note(self) -> str:
+        """For the user, where fewer people fit than were asked for."""
+        if self.together == self.config.people_per_group:
+            return ""
+        return (
+            f"the memory does not hold people_per_group={self.config.people_per_group} together: {self.together} at a time from "
+            "here on. The LoRAs are the same, to float error"
+        )
+
+    def _together(self, people: Sequence[EmbeddedPerson]) -> list[Person | Failure]:
         try:
             tuned = self.finetuner([person.photos() for person in people], self.start_1N)
             start = time.perf_counter()
             photos_KE = np.stack([person.embedding for person in people if person.embedding is not None])
             similarity_K, base_similarity_K = self.scorer(photos_KE, tuned.vectors_KN, self.finetuner.bank)
             score_seconds = time.perf_counter() - start
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"the accelerator's memory does not hold a group of {len(people)} people: lower people_per_group "
-                f"(or finetune.batch_size, score.max_batch). {error}"
-            ) from error
         except RuntimeError as error:
-            if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error):
+            accelerator = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+            if accelerator and not out_of_memory(error):
                 raise BrokenDeviceError(f"the accelerator failed: {error}") from error
             raise
         answers: list[Person | Failure] = []
@@ -162,3 +196,7 @@ class LoRAMaker:
                 )
             )
         return answers
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -89,6 +89,12 @@ class CorpusRun:
         return "\n".join(lines)
 
 
+def as_begun(config: CorpusConfig) -> CorpusConfig:
+    """`config`, as the corpus at its output was begun with: an earlier release knew fewer settings."""
+    there = Manifest.find(open_store(config.output))
+    return config if there is None else config.as_begun(there.recipe)
+
+
 def begin(config: CorpusConfig, wanted: Manifest, people: Listed) -> CorpusRun:
     """Begin or continue the corpus at `config.output`. Only one driver may do so at a time.
 

@@ -28,7 +28,7 @@ from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, folder_f
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.embed import EmbeddedPerson
 from lora_diffusion.factory.people import PersonRef
-from lora_diffusion.factory.planning import Listed, list_people
+from lora_diffusion.factory.planning import Listed, as_begun, list_people
 from lora_diffusion.factory.shard import ShardReport
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.lora.weights2weights import W2W_ALPHA
@@ -84,7 +84,7 @@ class ImportConfig:
     def corpus(self) -> CorpusConfig:
         """As if the corpus job had made it: configs/sd15.yaml holds the recipe of weights2weights."""
         config = load_config(CorpusConfig, "configs/sd15.yaml")
-        return replace(
+        config = replace(
             config,
             people=self.photos or self.weights,
             output=self.output,
@@ -94,6 +94,7 @@ class ImportConfig:
             people_per_group=self.people_per_shard,
             groups_per_shard=1,
         )
+        return as_begun(config)
 
 
 def layout() -> LoRALayout:

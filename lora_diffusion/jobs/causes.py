@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from lora_diffusion.extras import MissingExtra
+from lora_diffusion.factory.errors import out_of_memory
 
 USER_ERRORS = (ValueError, OSError, MissingExtra)
 # where exceptions, and those of Ray, keep what they were made from
@@ -89,11 +90,9 @@ def _wrappers() -> tuple[type[BaseException], ...]:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Python's, torch's on a GPU and on a CPU (a plain RuntimeError), and Ray's, whose monitor ends a worker in time."""
+    """Also as Ray passes it on, and Ray's own, whose monitor ends a worker in time."""
     # not OOM, which Ray names as a possible cause of any death
     words = ("can't allocate memory", "memory usage threshold")
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ in ("OutOfMemoryError", "_ArrayMemoryError")
-        or (isinstance(error, (RuntimeError, *_wrappers())) and any(word in str(error) for word in words))
+    return out_of_memory(error) or (
+        isinstance(error, (RuntimeError, *_wrappers())) and any(word in str(error) for word in words)
     )

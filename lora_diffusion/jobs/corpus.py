@@ -30,7 +30,7 @@ from lora_diffusion.corpus.plan import shard_name
 from lora_diffusion.corpus.tombstone import read_key
 from lora_diffusion.factory import planning, report
 from lora_diffusion.factory.attempts import InMemoryAttempts
-from lora_diffusion.factory.config import CorpusConfig
+from lora_diffusion.factory.config import CorpusConfig, WorkerConfig
 from lora_diffusion.factory.errors import BrokenDeviceError, DeviceError
 from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.factory.planning import CorpusRun
@@ -48,6 +48,7 @@ LESS_MEMORY = "a smaller people_per_group or score.max_batch"
 
 
 def dry_run(config: CorpusConfig) -> str:
+    config = planning.as_begun(config)
     count = planning.number_of_synthetic(config.people)
     people = planning.Listed({f"person {i}": PersonRef(f"person {i}") for i in range(count)[: config.limit]})
     people = people or planning.list_people(config)
@@ -67,7 +68,10 @@ def dry_run(config: CorpusConfig) -> str:
 
 
 def run(config: CorpusConfig, ray_address: str) -> None:
-    need, given = config.workers, config
+    given = planning.as_begun(config)
+    if given != config:
+        print(f"{config.output} was begun before photos.same_person was a setting: it goes on without", flush=True)
+    need, config = given.workers, given
     count = planning.number_of_synthetic(given.people)
     people = None if count else planning.list_people(config)  # before Ray: a place where nobody is takes no time
     connect(
@@ -125,14 +129,27 @@ def make(
             tune,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=min(need.finetune_min, workers), max_size=workers, initial_size=workers),
+            compute=pool(need, workers, len(begun.todo)),
             num_cpus=need.finetune_cpus,
             num_gpus=need.finetune_gpus or None,
             fn_constructor_args=(config, ledger),
         )
     )
+    told = set()
     for row in rows_of(dataset):
+        if (note := row.get("note")) and note not in told:
+            print(note, flush=True)
+            told.add(note)
         progress.add(row["num_people"], row["num_failed"])
+
+
+def pool(need: WorkerConfig, workers: int, shards: int) -> ActorPoolStrategy:
+    """Of fine-tuning, `workers` at the start. A number of GPUs that somebody gave is asked for at once and for good: an autoscaler
+    sees what is wanted, those that are there begin, and a lost one's place is filled. Else the pool grows with the cluster."""
+    if need.finetune_max and need.finetune_gpus:
+        return ActorPoolStrategy(size=workers)
+    most = workers if need.finetune_max else shards
+    return ActorPoolStrategy(min_size=min(need.finetune_min, workers), max_size=most, initial_size=workers)
 
 
 class LedgerOf:
@@ -197,7 +214,8 @@ class Make:
             print(f"{error}: this worker ends, another takes over", file=sys.stderr, flush=True)
             os._exit(1)
         self.observer.shard(shard_name(done.index), done.num_people, done.failed, time.perf_counter() - start)
-        return pa.table({"num_people": [done.num_people], "num_failed": [len(done.failed)]})
+        note = getattr(self.make.maker, "note", "")
+        return pa.table({"num_people": [done.num_people], "num_failed": [len(done.failed)], "note": [note]})
 
 
 def finish(begun: CorpusRun, progress: Progress, draw: bool = True) -> None:

@@ -1,10 +1,12 @@
-"""A corpus -> the files that weights2weights' code reads: all_weights.pt, mean.pt, std.pt, identity_df.csv, and embeddings.npy.
+"""A corpus -> the files that weights2weights' code reads, or a dataset folder for the Hugging Face Hub.
 
     lora-diffusion export runs/sd15/corpus output=files
     lora-diffusion export s3://bucket/corpus output=files rescale=true dtype=float16
+    lora-diffusion export s3://bucket/corpus output=dataset format=hf require_consent=true
 
-Rows are written as they are read: memory is that of one shard, the disk needs the file twice for a moment. The other way:
-lora-diffusion import-weights2weights.
+format=weights2weights: all_weights.pt, mean.pt, std.pt, identity_df.csv, and embeddings.npy; the disk needs the matrix twice for a
+moment. The other way: lora-diffusion import-weights2weights. format=hf: data/*.parquet, README.md (the card) and lora.json, which
+`datasets.load_dataset` and the Hub's viewer read. Rows are written as they are read, so memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -20,33 +22,45 @@ import pyarrow.csv
 import torch
 
 from lora_diffusion.corpus import CorpusReader, matrix
+from lora_diffusion.corpus.hub import HubDataset
 from lora_diffusion.factory.weights2weights import layout
 from lora_diffusion.lora.weights2weights import to_weights2weights
 from lora_diffusion.places import Output, Place, local_place
+from lora_diffusion.storage import open_store
 from lora_diffusion.training.meter import in_bytes
 
 
 @dataclass(frozen=True)
 class Config:
-    """corpus: of rank 1 on `to_q` and `to_v` of Stable Diffusion 1.5. output: a folder on this machine.
+    """corpus: for weights2weights of rank 1 on `to_q` and `to_v` of Stable Diffusion 1.5. output: a folder; of hf also s3://.
 
-    rescale: of a corpus whose alpha is not 27, fold the difference into B.
+    dtype, rescale: of weights2weights. rescale: of a corpus whose alpha is not 27, fold the difference into B.
+    require_consent: of hf. Only people of whom the corpus has consent.
     """
 
     corpus: Place
     output: Output
-    format: Literal["weights2weights"] = "weights2weights"
+    format: Literal["weights2weights", "hf"] = "weights2weights"
     dtype: Literal["float32", "float16"] = "float32"
     rescale: bool = False
+    require_consent: bool = False
 
 
 def dry_run(config: Config) -> str:
+    if config.format == "hf":
+        dataset = HubDataset(CorpusReader(config.corpus), config.require_consent)
+        return f"{dataset.people:,} people of {config.corpus}, about {in_bytes(dataset.people * dataset.row_bytes)} -> {config.output}"
     reader, _ = checked(config)
     size = len(reader) * reader.layout.size * np.dtype(config.dtype).itemsize
     return f"{len(reader):,} rows of {config.corpus}, {in_bytes(size)} -> {config.output}"
 
 
 def run(config: Config, ray_address: str) -> None:
+    if config.format == "hf":
+        store, dataset = open_store(config.output), HubDataset(CorpusReader(config.corpus), config.require_consent)
+        size = dataset.write(store)
+        print(f"{dataset.people:,} people, {in_bytes(size)}: {store.uri}")
+        return
     reader, folder = checked(config)
     folder.mkdir(parents=True, exist_ok=True)
     dtype, count, raw = getattr(torch, config.dtype), len(reader), folder / ".all_weights.tmp"

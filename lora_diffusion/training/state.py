@@ -101,7 +101,10 @@ class TrainingState:
         return saved[0]
 
     def restore(self) -> int:
-        """Continue from the newest state; returns its step, 0 if there is none. Raises ValueError if it does not fit."""
+        """Continue from the newest state; returns its step, 0 if there is none. Of a training that is done only this is read.
+
+        Raises ValueError if it does not fit.
+        """
         saved = SavedTensors.find(self.store, self.file)
         if saved is None:
             return 0
@@ -115,7 +118,7 @@ class TrainingState:
                 + "Set them back to resume, or choose another output to begin anew."
             )
         # In the order of the file, which is the same for all workers: splitting a tensor is done by all of them together.
-        for key, tensor in saved:
+        for key, tensor in saved if not progress["done"] else ():  # then the best weights are what is wanted
             kind, _, name = key.partition(".")
             name, _, moment = name.rpartition(".") if kind == "optimizer" else (name, "", "")
             with saved.readable():

@@ -159,12 +159,6 @@ def test_photos_of_another_person_are_left_out_of_the_mean_and_are_rows_with_the
     assert len(embed(0, PersonRef("ada")).pictures) == len(photos)
 
 
-def test_a_corpus_of_before_goes_on_with_every_photo_kept(config: CorpusConfig) -> None:
-    kept = dataclasses.replace(config, photos=dataclasses.replace(config.photos, same_person=None))
-    assert "same_person" not in kept.recipe("recogniser")["photos"], "the recipe of earlier releases"
-    assert config.recipe("recogniser")["photos"]["same_person"] == 0.2
-
-
 def test_a_person_with_too_few_good_photos_is_a_failure_that_says_why(config: CorpusConfig, tmp_path: Path) -> None:
     store = open_store(tmp_path / "people")
     for i in range(3):

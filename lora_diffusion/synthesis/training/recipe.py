@@ -9,6 +9,7 @@ Axes: P rows, N vector length, M varying parameters, Z code size, C condition.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,8 @@ class SynthesizerTraining(TrainingRun):
             if "pca" in self.config.stages:
                 self._pca(make=True)
             if "vae" in self.config.stages:
-                self._vae(make=True)
+                self._train(self._vae_loop())
+                gc.collect()  # a loop refers to itself: weights, moments and averages of the VAE stay until then
             if "denoiser" in self.config.stages:
                 self._denoiser()
         finally:
@@ -140,7 +142,7 @@ class SynthesizerTraining(TrainingRun):
 
     # -- VAE -------------------------------------------------------------------------------------------------------
 
-    def _vae(self, make: bool) -> LoRAVAE:
+    def _vae_loop(self) -> Loop:
         config = self.config
         torch.manual_seed(config.vae_training.seed)
         vae = LoRAVAE(config.vae, copy.deepcopy(self.normaliser))
@@ -152,12 +154,17 @@ class SynthesizerTraining(TrainingRun):
         if pca is not None:
             vae.start_from_pca(pca)
         identity = {"data": self._identity(), "vae": to_dict(config.vae), "start_from_pca": pca is not None}
-        loop = self._loop("vae", VAEStage(vae, self.rows, config.vae_training.steps), config.vae_training, identity)
-        if not make and not loop.state.done:
+        return self._loop("vae", VAEStage(vae, self.rows, config.vae_training.steps), config.vae_training, identity)
+
+    def _vae(self) -> LoRAVAE:
+        loop = self._vae_loop()
+        if not loop.state.done:
             raise ValueError(f"the VAE in {self.store.uri} is not trained: run stage=vae or stage=all first")
-        self._train(loop)
-        vae = LoRAVAE(config.vae, copy.deepcopy(self.normaliser))  # whole again, where FSDP split it
-        vae.load_state_dict(strip_prefix("vae", loop.best_weights()), strict=False)
+        weights = strip_prefix("vae", loop.best_weights())
+        del loop
+        gc.collect()
+        vae = LoRAVAE(self.config.vae, copy.deepcopy(self.normaliser))  # whole again, where FSDP split it
+        vae.load_state_dict(weights, strict=False)
         return vae.to(self.group.device).eval()
 
     # -- denoiser --------------------------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ class SynthesizerTraining(TrainingRun):
         if self.config.code_space == "vector":
             return VectorCodes(copy.deepcopy(self.normaliser))
         if self.config.code_space == "latent":
-            return LatentCodes(self._vae(make=False))
+            return LatentCodes(self._vae())
         pca = self._pca(make=False)
         if pca is None:
             raise ValueError(f"no pca.safetensors in {self.store.uri}: run stage=pca or stage=all first")
