@@ -23,6 +23,7 @@ EXPECTED = (
     "expected is Stable Diffusion 1.x, 2.x or XL: a diffusers folder (also s3://bucket/prefix), a single .safetensors "
     "checkpoint, a hub id that this machine can reach, or a shipped model"
 )
+HUB = "https://huggingface.co"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _XL_CLASSES = {**_CLASSES, "text_encoder_2": "CLIPTextModelWithProjection"}
@@ -70,8 +71,26 @@ def _local(place: str) -> Path:
             raise NotHereError(
                 f"base model {place} is not on this machine yet: the hub would be asked for it"
             ) from error
-        raise ValueError(f"there is no such folder here, and the hub does not give it ({_first(error)})") from error
+        raise ValueError(f"there is no such folder here, and {_hub_says(error, place)}") from error
     raise ValueError(_trouble(index))
+
+
+def _hub_says(error: BaseException, place: str) -> str:
+    """Why the hub does not give it: diffusers says of everything that a file is missing, so what lies behind is looked at."""
+    kinds: set[str] = set()
+    behind: BaseException | None = error
+    while behind is not None:
+        kinds |= {kind.__name__ for kind in type(behind).__mro__}
+        behind = behind.__cause__ or behind.__context__
+    if "GatedRepoError" in kinds:
+        return f"the hub gives it to those who accepted its terms: do so at {HUB}/{place}, then log in with `hf auth login` or HF_TOKEN"
+    if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
+        return (
+            f"the hub cannot be reached: where it can, `hf download {place} --local-dir FOLDER`, and give that folder"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return "the hub has no model of this name, or a private one: then log in with `hf auth login` or HF_TOKEN"
+    return f"the hub does not give it ({_first(error)})"
 
 
 def _check_folder(folder: Path) -> dict[str, Any]:
