@@ -204,7 +204,7 @@ def _variant(folder: Path, part: str) -> str | None:
     raise ValueError(f"its {part}/ holds no {stem}.safetensors")
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     """The first line of what a library says, without its full stop."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
