@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,8 +165,10 @@ def test_a_session_survives_a_reload_and_its_links_open_anywhere(browser: Any, a
         first, drawn = page.url, contents(page)
         page.fill("#prompt", "smiling, astronaut, wearing a hat")
         assert "has not learnt: astronaut, hat" in page.locator("#prompt-hint").inner_text()
-        with redrawing(page):
+        with page.expect_response("**/v1/likeness") as landmarks, redrawing(page):
             page.click("#draw")
+        landmarks.value.finished()
+        page.evaluate("new Promise((done) => setTimeout(done, 300))")  # for the page to show them
         assert page.locator("#prompt").input_value() == "a photo of sks person, smiling, astronaut, wearing a hat"
         assert page.url != first
         likeness = marks(page)
@@ -191,6 +194,56 @@ def test_a_session_survives_a_reload_and_its_links_open_anywhere(browser: Any, a
         page.wait_for_selector("#start:not([hidden])")
         assert page.request.get(request.value.url).status == 404
         assert page.evaluate("sessionStorage.getItem('session')") is None
+
+
+def kept(page: Any, address: str) -> float:
+    """LoRAs in the server's library."""
+    text = page.request.get(f"{address}/metrics").text()
+    return float(re.search(r"^lora_diffusion_library_loras (\S+)$", text, re.MULTILINE)[1])  # type: ignore[index]
+
+
+def test_forgetting_a_person_deletes_every_lora_that_shows_them(browser: Any, address: str) -> None:
+    """Changes, blends, the people that were made of blends, and what was asked for and not waited for."""
+    with opened(browser, address) as page:
+        before = kept(page, address)
+        page.click("#samples button[data-name=Noah]")
+        ready(page)
+        for strength in ("1", "2", "3"):
+            page.locator("#slider-1").fill(strength)
+        page.wait_for_selector("#which:has-text('changed')")
+        ready(page)
+        noah = page.url
+        page.click("#others button[data-name=Ines]")
+        page.wait_for_selector("#blend-status:has-text('Move the slider')")
+        page.click("#blend-take")
+        page.wait_for_selector("#name:has-text('Noah 50 %, Ines 50 %')")
+        ready(page)
+        page.locator("#slider-1").fill("-2")
+        page.wait_for_selector("#which:has-text('changed')")
+        ready(page)
+        page.reload()
+        ready(page)
+        page.goto(noah)
+        page.wait_for_selector("#name:text-is('Noah')")
+        ready(page)
+        assert kept(page, address) >= before + 14  # Noah, his changes, Ines, nine between them, a change of one
+        page.click("summary:has-text('What is kept')")
+        page.click("#forget")
+        page.wait_for_selector("#start:not([hidden])")
+        assert kept(page, address) == before
+        assert page.evaluate("sessionStorage.getItem('session')") is None
+
+
+def test_a_photo_of_another_person_is_left_out_and_said_to_be(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        page.set_input_files("#file", [PHOTO, PEOPLE / "80512-2.jpg", PEOPLE / "80511.jpg"])
+        page.click("#several button:has-text('One person')")
+        ready(page)
+        assert page.locator("#photo-caption").inner_text() == "One of 2 photos; 1 of another person left out"
+        page.click("#again")
+        page.set_input_files("#file", [PHOTO, PEOPLE / "80511.jpg"])
+        page.click("#several button:has-text('One person')")
+        page.wait_for_selector("[role=alert]:has-text('different people')")
 
 
 def test_several_photos_are_one_person_or_a_person_each(browser: Any, address: str) -> None:
@@ -292,6 +345,13 @@ def test_pictures_stay_in_sight_nothing_jumps_and_everything_has_a_name(
             page.evaluate("document.querySelector('#dice').click()")
         assert page.evaluate("[...window.places]") == [pytest.approx(place["y"] + page.evaluate("scrollY"), abs=1)]
         page.locator("#slider-1").scroll_into_view_if_needed()
+        if screen == "desktop":
+            for height in (800, 620):
+                page.set_viewport_size({"width": 1280, "height": height})
+                right = [page.locator(id).bounding_box() for id in ("#viewer", ".told", "#pictures")]
+                assert len({round(box["x"] + box["width"]) for box in right[:2]}) == 1
+                assert right[2]["width"] <= right[0]["width"]
+            page.set_viewport_size({"width": 1280, "height": 800})
         picture = page.locator("#big" if screen == "desktop" else "#strip img").first
         picture.wait_for()
         box, height = picture.bounding_box(), page.viewport_size["height"]

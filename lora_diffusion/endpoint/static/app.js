@@ -6,7 +6,7 @@ import { startCamera } from "./camera.js";
 import { startCode } from "./code.js";
 import { showLikeness } from "./likeness.js";
 import { startPeople } from "./people.js";
-import { learnFace, makeLoRA, newPerson } from "./person.js";
+import { forgetLoRAs, learnFace, makeLoRA, makeLoRAs, newPerson } from "./person.js";
 import { prepare } from "./photos.js";
 import { blobOf, make, save, thumbnail, urlOf } from "./pictures.js";
 import * as session from "./session.js";
@@ -16,6 +16,7 @@ import { startStage } from "./stage.js";
 import { answerOf, calm, copyText, duration, guard, listenToClose, progress, say, setWays, tell } from "./voice.js";
 
 const $ = (id) => document.getElementById(id);
+const UNUSABLE = [413, 415, 422]; // statuses of photos that another one must be taken for
 const MARKED = 2; // pictures that a landmark of the likeness is the mean of
 
 let model; // GET /v1/model
@@ -39,8 +40,13 @@ async function choose(files, name, again) {
 async function meet(photos, name = "Your person", again = undefined) {
   enter(newPerson(name, [URL.createObjectURL(photos[0])]));
   say("Reading the face");
-  const met = await learnFace(person, await Promise.all(photos.map(prepare)), model, again);
-  if (!met) return startAgain();
+  try {
+    if (!(await learnFace(person, await Promise.all(photos.map(prepare)), model, again))) return startAgain();
+  } catch (error) {
+    if (!UNUSABLE.includes(error.status)) throw error;
+    startAgain();
+    return tell(error);
+  }
   showPhoto();
   await draw();
 }
@@ -65,7 +71,8 @@ function showPhoto() {
   $("photo").parentElement.hidden = !first;
   if (first) $("photo").src = first;
   $("photo").alt = `The photo: ${person.name}`;
-  $("photo-caption").textContent = person.photos.length > 1 ? `One of ${person.photos.length} photos` : "Photo";
+  const left = person.leftOut ? `; ${person.leftOut} of another person left out` : "";
+  $("photo-caption").textContent = (person.photos.length > 1 ? `One of ${person.photos.length} photos` : "Photo") + left;
 }
 
 /** Away from what is shown, whatever that is. */
@@ -98,7 +105,7 @@ function startAgain() {
 /** Back to an entry of the history, or to what a link names. */
 async function open(entry) {
   const known = session.personOf(entry);
-  if (!known || known.id !== person?.id) enter(known ? { ...known } : { ...newPerson(entry.name), base: entry.lora });
+  if (!known || known.id !== person?.id) enter(known ? { made: [], of: [], ...known } : { ...newPerson(entry.name), base: entry.lora });
   settings.write({ strength: 1, ...entry.settings });
   sliders.setScale(entry.settings.strength ?? 1);
   sliders.set(entry.strengths);
@@ -172,7 +179,7 @@ async function loraOf(strengths, signal) {
     $("expires").textContent = `after ${duration(person.base.expires_in)}`;
   }
   if (!Object.keys(strengths).length) return person.base;
-  return (await ask("v1/edits", { body: { lora: person.base.id, edits: strengths }, signal })).loras[0];
+  return (await makeLoRAs(person, "v1/edits", { lora: person.base.id, edits: strengths }, signal))[0];
 }
 
 /** A LoRA that the server has forgotten is made again, where the face is known. */
@@ -225,10 +232,10 @@ async function download(lora, format, name) {
 }
 
 async function forget() {
-  const gone = person;
-  await Promise.all([...new Set([person.base.id, shown?.lora.id ?? person.base.id])].map((id) => ask(`v1/loras/${id}`, { method: "DELETE" }).catch((error) => {
-    if (error.reason !== "unknown_lora") throw error;
-  })));
+  const gone = Object.assign(person, { forgotten: true }); // what is being made goes as soon as it is there
+  drawing.abort();
+  blend.leave();
+  await forgetLoRAs(session.lorasOf(gone));
   startAgain();
   session.forget(gone);
   showDrawn();
@@ -276,7 +283,7 @@ function ready(whether) {
 /** The ways out of an error: texts of buttons, and what they do. */
 function waysOut(error) {
   if (!model) return { "Try again": learnModel };
-  if (person && !person.base && [413, 415, 422].includes(error.status)) return { "Take another photo": startAgain };
+  if (!person && UNUSABLE.includes(error.status)) return { "Take another photo": () => $("file").click() };
   return person ? { "Draw again": draw } : {};
 }
 

@@ -1,7 +1,7 @@
 // From one person to another: the LoRAs on the way, one picture each, drawn together and walked with a slider.
 
-import { ask, listen } from "./api.js";
-import { learnFace, makeLoRA, newPerson } from "./person.js";
+import { listen } from "./api.js";
+import { learnFace, makeLoRA, makeLoRAs, newPerson } from "./person.js";
 import { prepare } from "./photos.js";
 import { blobOf, make, save, urlOf } from "./pictures.js";
 import { toBody } from "./settings.js";
@@ -69,8 +69,9 @@ export function startBlend({ first, model, take, download, guard, tell }) {
     try {
       say("Finding the way from one face to the other");
       const [a, b] = await Promise.all([lora(signal), (other.base ??= await makeLoRA(other, signal))]);
+      person.made.push(b.id); // of no use but for this blend: forgotten with it
       const positions = Array.from({ length: STEPS }, (_, i) => i / (STEPS - 1));
-      const { loras } = await ask("v1/interpolations", { body: { a: { lora: a.id }, b: { lora: b.id }, positions }, signal });
+      const loras = await makeLoRAs(person, "v1/interpolations", { a: { lora: a.id }, b: { lora: b.id }, positions }, signal);
       let drawn = 0;
       // From the middle outwards: what the slider shows first is drawn first.
       const order = [...loras.keys()].sort((i, j) => Math.abs(i - (STEPS - 1) / 2) - Math.abs(j - (STEPS - 1) / 2));
@@ -122,7 +123,7 @@ export function startBlend({ first, model, take, download, guard, tell }) {
     const { person } = first();
     const [a, b] = shares();
     const { photos, reference } = person;
-    return { ...newPerson(`${person.name} ${a} %, ${other.name} ${b} %`, photos), reference, base: frame().lora };
+    return { ...newPerson(`${person.name} ${a} %, ${other.name} ${b} %`, photos), reference, base: frame().lora, of: [person.id, ...person.of] };
   }
 
   function leave() {

@@ -38,8 +38,10 @@ export function mean(vectors) {
   return vectors[0].map((_, i) => vectors.reduce((sum, vector) => sum + vector[i], 0) / vectors.length);
 }
 
+export const cosine = (a, b) => a.reduce((sum, x, k) => sum + x * b[k], 0);
+
 /** Mean cosine over all pairs of unit vectors, or null for fewer than two. */
 export function meanCosine(vectors) {
-  const cosines = vectors.flatMap((a, i) => vectors.slice(0, i).map((b) => a.reduce((sum, x, k) => sum + x * b[k], 0)));
+  const cosines = vectors.flatMap((a, i) => vectors.slice(0, i).map((b) => cosine(a, b)));
   return cosines.length ? cosines.reduce((a, b) => a + b) / cosines.length : null;
 }

@@ -15,7 +15,7 @@ function read() {
 }
 
 /** Where it does not fit (5 MB), the oldest go. */
-function write() {
+export function write() {
   while (kept.drawn.length) {
     const named = new Set(kept.drawn.map(({ person }) => person));
     kept.people = Object.fromEntries(Object.entries(kept.people).filter(([id]) => named.has(id)));
@@ -40,9 +40,20 @@ export function remember(person, entry) {
 export const drawn = () => kept.drawn;
 export const personOf = (entry) => kept.people[entry.person];
 
+/** The ids of all LoRAs of a person, and of the people that a blend has made of them. */
+export function lorasOf(person) {
+  const all = [person, ...blendsOf(person)];
+  const names = new Set(all.map(({ id }) => id));
+  const drawn_ = kept.drawn.filter((entry) => names.has(entry.person)).map(({ lora }) => lora.id);
+  return [...new Set([...all.flatMap(({ base, made }) => [...(base ? [base.id] : []), ...made]), ...drawn_])];
+}
+
+const blendsOf = (person) => Object.values(kept.people).filter(({ of }) => of?.includes(person.id));
+
 /** What is known of a person whom the server was told to forget goes, too. */
 export function forget(person) {
-  kept.drawn = kept.drawn.filter((entry) => entry.person !== person.id);
+  const names = new Set([person, ...blendsOf(person)].map(({ id }) => id));
+  kept.drawn = kept.drawn.filter((entry) => !names.has(entry.person));
   write();
   leave();
 }
