@@ -8,7 +8,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo serve test test-fast chaos browser lint docs examples bench sbom clean
+.PHONY: demo serve test test-fast chaos browser lint docs examples bench sbom audit clean
 
 # torch by pip, which knows of CPU builds that lie on this machine; the rest by uv, several times as fast, with hashes checked.
 # --no-deps: requirements.txt is complete, and torch is there already. It has hashes for Linux; elsewhere pip resolves.
@@ -87,6 +87,10 @@ bench: $(READY)
 # sbom.json (CycloneDX): all packages that run in production, with versions and licences.
 sbom: $(READY)
 	$(BIN)/python deploy/packages.py --sbom sbom.json
+
+# Known holes in what is installed. It asks pypi.org, and fails for a package of which it got no answer.
+audit: $(READY)
+	$(BIN)/uv tool run pip-audit --strict --disable-pip --require-hashes --requirement requirements.txt --requirement deploy/torch.txt
 
 clean:
 	rm -rf $(VENV) demo site

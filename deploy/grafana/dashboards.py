@@ -19,15 +19,19 @@ def quantile(q: float, name: str, by: str, only: str = "") -> str:
     return f"histogram_quantile({q}, sum by (le, {by}) (rate({name}_bucket{only}[5m])))"
 
 
+def mean(name: str, by: str) -> str:
+    return f"sum by ({by}) (rate({name}_sum[5m])) / sum by ({by}) (rate({name}_count[5m]))"
+
+
 # dashboard -> (title, expression, legend, unit) of each panel
 PANELS: dict[str, list[tuple[str, str, str, str]]] = {
     "serving": [
         ("Answers", f"sum by (route, status) (rate({P}_requests_total[5m]))", "{{route}} {{status}}", "reqps"),
-        ("Share of 5xx", f'sum(rate({P}_requests_total{{status=~"5.."}}[5m])) / sum(rate({P}_requests_total[5m]))', "", "percentunit"),
+        ("Share of 5xx", f'(sum(rate({P}_requests_total{{status=~"5.."}}[5m])) or vector(0)) / sum(rate({P}_requests_total[5m]))', "", "percentunit"),
         ("Time to answer, 95 %", quantile(0.95, f"{P}_request_seconds", "route"), "{{route}}", "s"),
         ("Wait in a stage's queue, 95 %", quantile(0.95, f"{P}_stage_wait_seconds", "stage"), "{{stage}}", "s"),
         ("Work of a stage, 95 %", quantile(0.95, f"{P}_stage_work_seconds", "stage"), "{{stage}}", "s"),
-        ("Requests in a batch, median", quantile(0.5, f"{P}_stage_batch_size", "stage"), "{{stage}}", "short"),
+        ("Requests in a batch, mean", mean(f"{P}_stage_batch_size", "stage"), "{{stage}}", "short"),
         ("Requests in flight", f"sum({P}_requests_in_flight)", "", "short"),
         ("LoRAs in memory", f"sum({P}_library_loras)", "", "short"),
         ("Their bytes", f"sum({P}_library_bytes)", "", "bytes"),

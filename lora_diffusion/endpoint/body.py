@@ -24,6 +24,10 @@ from lora_diffusion.serving.config import LimitsConfig
 JSON_FIELDS = frozenset({"embedding", "latent", "edits", "a", "b", "positions"})
 PHOTO_FIELDS = ("photo", "photos", "photo[]", "photos[]")
 MAX_VALUES, MAX_NAMES = 100_000, 256  # of a body, and of an object in it: far more than any request has
+MAX_DIGITS, MAX_TYPE = (
+    400,
+    1000,
+)  # of a whole number; of the header Content-Type: to parse either takes the square of its length
 Watched = Callable[[asyncio.Timeout], AbstractContextManager[None]]
 CHUNK = 500_000  # bytes of a form, parsed in about 10 ms
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -32,7 +36,7 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 async def read_values(request: Request, limits: LimitsConfig, watched: Watched) -> dict[str, Any]:
     """watched: lets go on, or ends. Raises ApiError: too large, too slow, of another media type or coding, or malformed."""
     header = Message()
-    header["content-type"] = request.headers.get("content-type", "")
+    header["content-type"] = request.headers.get("content-type", "")[:MAX_TYPE]
     media_type = header.get_content_type() if header["content-type"] else "of no type"
     charset = header.get_content_charset("utf-8")
     if media_type not in ("application/json", "multipart/form-data"):
@@ -46,8 +50,12 @@ async def read_values(request: Request, limits: LimitsConfig, watched: Watched) 
     values = _json(data) if media_type == "application/json" else await _form(request, data, limits)
     if not isinstance(values, dict):
         raise ApiError("malformed_body", "The JSON body must be an object of names and values.")
-    if any(isinstance(part, dict) and len(part) > MAX_NAMES for part in (values, *values.values())):
-        raise ApiError("body_too_large", f"An object in the body has more than {MAX_NAMES} names.")
+    left: list[dict[str, Any]] = [values]
+    while left:
+        part = left.pop()
+        if len(part) > MAX_NAMES:
+            raise ApiError("body_too_large", f"An object in the body has more than {MAX_NAMES} names.")
+        left += (value for value in part.values() if isinstance(value, dict))
     return values
 
 
@@ -99,7 +107,7 @@ def _json(data: bytes) -> Any:
     if data.count(b",") > MAX_VALUES:
         raise ApiError("body_too_large", f"The JSON holds more than {MAX_VALUES:,} values.")
     try:
-        values = json.loads(data, parse_constant=_no_constant)
+        values = json.loads(data, parse_constant=_no_constant, parse_int=_whole_number)
         if SURROGATE.search(data):
             json.dumps(values, ensure_ascii=False).encode()
         return values
@@ -111,13 +119,19 @@ def _json(data: bytes) -> Any:
         what = "a text in it holds half of a surrogate pair"
     except RecursionError:
         what = "it is nested too deeply"
-    except ValueError as error:
-        what = str(error) if isinstance(error, NoJSON) else "a number in it has too many digits"
+    except NoJSON as error:
+        what = str(error)
     raise ApiError("malformed_body", f"The body is no valid JSON: {what}.")
 
 
 class NoJSON(ValueError):
-    """A number that Python writes and JSON does not know."""
+    """A number that Python writes and JSON does not know, or one that nobody needs."""
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise NoJSON("a number in it has too many digits")
+    return int(text)
 
 
 def _no_constant(name: str) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-import sys
 import time
 from typing import Any
 
@@ -36,7 +35,7 @@ from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.jobs.causes import RunAgain, find_cause
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
-from lora_diffusion.jobs.observe import CorpusObserver
+from lora_diffusion.jobs.observe import CorpusObserver, log
 from lora_diffusion.jobs.synthetic import render_people
 from lora_diffusion.models.files import NotHereError, here_only
 from lora_diffusion.storage import open_store
@@ -211,7 +210,7 @@ class Make:
         try:
             done = self.make(*unpack(table))
         except BrokenDeviceError as error:
-            print(f"{error}: this worker ends, another takes over", file=sys.stderr, flush=True)
+            log(event="worker_ends", run=self.make.config.output, error=f"{error}: another takes over")
             os._exit(1)
         self.observer.shard(shard_name(done.index), done.num_people, done.failed, time.perf_counter() - start)
         note = getattr(self.make.maker, "note", "")

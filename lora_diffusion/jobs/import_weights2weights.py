@@ -11,18 +11,23 @@ The same command goes on where a killed one stopped. docs/guides/weights2weights
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
+from lora_diffusion.corpus.plan import shard_name
+from lora_diffusion.corpus.tombstone import read_key
 from lora_diffusion.factory import planning
 from lora_diffusion.factory.attempts import InMemoryAttempts
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.factory.weights2weights import ImportConfig, ShardImporter, Source
 from lora_diffusion.jobs.corpus import Embed, finish, pack, unpack
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
+from lora_diffusion.jobs.observe import CorpusObserver
+from lora_diffusion.storage import open_store
 from lora_diffusion.training.meter import in_bytes
 from lora_diffusion.training.progress import Progress
 
@@ -83,7 +88,10 @@ class Import:
 
     def __init__(self, config: ImportConfig) -> None:
         self.copy = ShardImporter(config)
+        self.observer = CorpusObserver(config.output, read_key(open_store(config.output)))
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        start = time.perf_counter()
         done = self.copy(*unpack(table))
+        self.observer.shard(shard_name(done.index), done.num_people, done.failed, time.perf_counter() - start)
         return pa.table({"num_people": [done.num_people], "num_failed": [len(done.failed)]})

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from lora_diffusion.corpus.tombstone import keyed_hash
@@ -22,10 +23,10 @@ REPORT |= {"waiting_for_data": 0.1, "seconds_left": 3.0}
 
 
 def asked_for(name: str) -> set[str]:
-    """Metrics in the expressions of a dashboard, a histogram without `_bucket`."""
+    """Metrics in the expressions of a dashboard, a histogram without its endings."""
     panels = json.loads((FOLDER / f"{name}.json").read_text())["panels"]
     text = " ".join(target["expr"] for panel in panels for target in panel["targets"])
-    return {found.removesuffix("_bucket") for found in re.findall(r"(?:ray_)?lora_diffusion_\w+", text)}
+    return {re.sub("_(bucket|sum|count)$", "", found) for found in re.findall(r"(?:ray_)?lora_diffusion_\w+", text)}
 
 
 def test_the_dashboards_are_what_their_script_writes(tmp_path: Path) -> None:
@@ -36,10 +37,26 @@ def test_the_dashboards_are_what_their_script_writes(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.json").read_text() == (FOLDER / f"{name}.json").read_text()
 
 
+@pytest.mark.parametrize("name", ["serving", "corpus", "training"])
+def test_the_dashboards_are_of_grafanas_own_schema(name: str) -> None:
+    schema = json.loads((FOLDER.parents[1] / "tests/data/grafana/dashboard.schema.json").read_text())
+    dashboard = json.loads((FOLDER / f"{name}.json").read_text())
+    assert not list(jsonschema.Draft7Validator(schema).iter_errors(dashboard))
+    dashboard["panels"][0]["type"] = 5
+    assert list(jsonschema.Draft7Validator(schema).iter_errors(dashboard))
+
+
 def test_the_serving_dashboard_asks_for_what_the_endpoint_exports() -> None:
     exported = set(re.findall(r"# TYPE (\w+)", Metrics().exposition()[0].decode()))
     assert asked_for("serving") <= exported
     assert len(asked_for("serving")) == 8
+
+
+def test_the_runbook_watches_what_the_dashboards_show() -> None:
+    text = (FOLDER.parents[1] / "docs/RUNBOOK.md").read_text()
+    named = set(re.findall(r"`((?:ray_)?lora_diffusion_\w+[a-z])`", text))
+    assert len(named) == 4
+    assert named <= asked_for("serving") | asked_for("corpus") | asked_for("training")
 
 
 @pytest.mark.ray

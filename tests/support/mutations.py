@@ -1,10 +1,16 @@
-"""Hostile bytes made of good ones: mutations that know JSON, safetensors and HTTP, and checksums that fit again afterwards."""
+"""Hostile bytes made of good ones: mutations that know JSON, safetensors and HTTP, and checksums that fit again afterwards.
+
+`Reader`: what is to be read, and how; `hostile.py` has them all.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -15,6 +21,28 @@ from safetensors.torch import load, save
 from lora_diffusion.artifacts import checksum
 from lora_diffusion.lora import container
 from lora_diffusion.training.checkpoint import CHECKSUM
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`read(folder, data)` puts the bytes where a user would, and reads them. `seeds(folder)`: whole ones.
+
+    `whole`: reads them with all that lies beside them as well, for some cases; a million would take days.
+    """
+
+    seeds: Callable[[Path], list[bytes]]
+    read: Callable[[Path, bytes], object]
+    prepare: Callable[[Path], object] = lambda folder: None
+    change: str = "bytes"  # or json, safetensors, http: what the mutations know
+    whole: Callable[[Path, bytes], object] | None = None
+
+
+def put(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.unlink(missing_ok=True)  # the one before may still be mapped
+    path.write_bytes(data)
+    return path
+
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 255, 2**31, 2**53, 2**63, 10**40, -(2**63), 0.5, -0.0, 1e308, float("nan")),
