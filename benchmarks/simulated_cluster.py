@@ -155,7 +155,9 @@ class SleepMake:
 
         from lora_diffusion.jobs.corpus import unpack
 
-        return pa.Table.from_pylist([vars(self.make(*unpack(table)))])
+        done = self.make(*unpack(table))
+        counts = {"num_people": [done.num_people], "num_failed": [len(done.failed)]}
+        return pa.table({"index": [done.index], **counts})
 
 
 def simulate(args: argparse.Namespace, output: str) -> dict[str, Any]:

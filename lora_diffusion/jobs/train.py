@@ -106,7 +106,18 @@ def worker(values: dict[str, Any]) -> None:
         if values["done"]:
             ray.train.report(values)
 
-    told: dict[str, Any] = {"say": say, "report": report, "commit": values["commit"]}
+    gone: set[str] = set()
+
+    def leaving() -> bool:
+        """Whether Ray says of a machine of this run, for the first time, that it is drained, as before a preemption."""
+        info = ray.train.get_preemption_info()  # all workers get the same answer
+        new = set(info.preempted_node_ids) - gone if info else set()
+        gone.update(new)
+        if new and group.rank == 0:
+            say("a machine of this run is being taken away: the state is saved")
+        return bool(new)
+
+    told: dict[str, Any] = {"say": say, "report": report, "commit": values["commit"], "leaving": leaving}
     store = open_store(config.output)
     try:
         if values["snapshot"] is not None:

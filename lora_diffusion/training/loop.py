@@ -35,6 +35,7 @@ from lora_diffusion.training.state import TrainingState
 Batch = dict[str, Tensor]
 Slots = NDArray[np.int64]
 Report = Callable[[dict[str, Any]], None]
+Leaving = Callable[[], bool]
 MOST_BAD_IN_A_ROW = 20
 
 
@@ -159,12 +160,13 @@ class Loop:
         """The averaged weights of the best validation, by their names in the stage: the result of training."""
         return self.state.load_best()
 
-    def run(self, report: Report = lambda values: None) -> None:
+    def run(self, report: Report = lambda values: None, leaving: Leaving = lambda: False) -> None:
         """To the last step, or until validation no longer improves.
 
         `report(values)` is called on every worker, equally often: means since the last report, validation if there was
-        one, speed; `checkpoint` says that the state is safe, `done` that this was the last. Raises ValueError if the
-        loss is no longer finite.
+        one, speed; `checkpoint` says that the state is safe, `done` that this was the last. `leaving()`, asked every
+        `log_every` steps on all workers: whether a machine is about to be taken away, so that the state is saved now.
+        Raises ValueError if the loss is no longer finite.
         """
         state, config = self.state, self.config
         if state.step == 0:
@@ -181,8 +183,10 @@ class Loop:
                 last = state.step == config.steps
                 validated = self._validate() if last or state.step % config.validate_every == 0 else {}
                 state.done = state.done or last
-                safe = state.done or state.step % config.checkpoint_every == 0
-                if validated or safe or state.step % config.log_every == 0:
+                told = state.step % config.log_every == 0
+                leaves = told and leaving()
+                safe = state.done or leaves or state.step % config.checkpoint_every == 0
+                if validated or safe or told:
                     means = meter.means(self.group)
                     values = {**means, "learning_rate": self.learning_rate(state.step - 1), **validated}
                     self._check(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,7 @@ def write_corpus(
     dtype: str = "float32",
     bad: dict[int, str] | None = None,
     finish: bool = True,
+    names: Sequence[str] | None = None,
     **made_with: Any,
 ) -> CorpusReader:
     """`count` people. `bad`: position -> nan (vector), zero (embedding), photo (NaN in one photo's embedding) or failed (no
@@ -47,7 +49,7 @@ def write_corpus(
     towards = rng.normal(size=(512, rank))
     manifest = open_corpus(store, Manifest(**{"layout": layout.to_dict(), "base": BASE, "recipe": RECIPE, **made_with}))
     reader = CorpusReader(store)
-    plan = extend_plan(store, reader.plan, [f"person-{i:06d}" for i in range(count)])
+    plan = extend_plan(store, reader.plan, names or [f"person-{i:06d}" for i in range(count)])
     writer = ShardWriter(store, manifest, dtype)
     for shard in plan.shards:
         if shard.index in reader.shards:

@@ -220,3 +220,19 @@ def test_a_batch_whose_gradient_is_not_finite_is_left_out_and_counted(tmp_path: 
     stage.bad_steps = range(10**6)
     with pytest.raises(ValueError, match="gradients of 20 batches in a row were not finite"):
         Loop("regression", stage, replace(CONFIG, steps=50), open_store(tmp_path / "all")).run()
+
+
+def test_the_state_is_saved_at_once_when_a_machine_is_about_to_go(tmp_path: Path) -> None:
+    config = replace(CONFIG, log_every=3, checkpoint_every=1000)
+
+    class Gone(Exception):
+        pass
+
+    def die(values: dict[str, Any]) -> None:
+        if values["step"] >= 9:
+            raise Gone
+
+    asked = iter([False, True, False])
+    with pytest.raises(Gone):
+        Loop("regression", Regression(), config, open_store(tmp_path)).run(die, lambda: next(asked))
+    assert Loop("regression", Regression(), config, open_store(tmp_path)).resumed_at == 6

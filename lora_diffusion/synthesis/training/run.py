@@ -9,13 +9,14 @@ from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.training.metrics import RunLog, progress_line
 from lora_diffusion.synthesis.training.train_config import TrainConfig
 from lora_diffusion.training.distributed import Group
-from lora_diffusion.training.loop import Loop
+from lora_diffusion.training.loop import Leaving, Loop
 
 
 class TrainingRun:
     """Writes to `store`, together with the others in `group`.
 
-    `say(line)`: progress for people, from worker 0; `report(values)`: the numbers of each report, on every worker.
+    `say(line)`: progress for people, from worker 0; `report(values)`: the numbers of each report, on every worker; `leaving()`: see
+    `Loop.run`.
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class TrainingRun:
         say: Callable[[str], None] = print,
         report: Callable[[dict[str, Any]], None] = lambda values: None,
         commit: str = "",
+        leaving: Leaving = lambda: False,
     ) -> None:
         self.config, self.store, self.group, self.report, self.commit = config, store, group or Group(), report, commit
+        self.leaving = leaving
         self.leader = self.group.rank == 0
         self.say: Callable[[str], None] = say if self.leader else lambda line: None
         self.log = RunLog(store, config.tensorboard) if self.leader else None
@@ -55,4 +58,4 @@ class TrainingRun:
                 self.say(progress_line(values))
             self.report(values)
 
-        loop.run(report)
+        loop.run(report, self.leaving)
