@@ -5,7 +5,7 @@ Axes: B pictures, C channels, H / W pixels, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,20 @@ class OnnxNetwork(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        values: dict[str, Any] = {name: self.get_buffer(place) for name, place in self.places.items()}
-        values[self.input] = x
+        return self.between({self.input: x}, [self.output])[0]
+
+    def between(self, given: dict[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+        """The values of these names from values of others, by the graph's names. Raises ValueError where they do not follow."""
+        values: dict[str, Any] = {name: self.get_buffer(place) for name, place in self.places.items()} | given
         for kind, inputs, outputs, attributes in self.nodes:
-            found = OPERATORS[kind]([values[name] if name else None for name in inputs], attributes)
-            values.update(zip(outputs, found if isinstance(found, tuple) else (found,), strict=False))
-        answer: Tensor = values[self.output]
-        return answer
+            if all(name in values for name in wanted):
+                break
+            if all(name in values for name in inputs if name):
+                found = OPERATORS[kind]([values[name] if name else None for name in inputs], attributes)
+                values.update(zip(outputs, found if isinstance(found, tuple) else (found,), strict=False))
+        if missing := [name for name in wanted if name not in values]:
+            raise ValueError(f"{', '.join(missing)} does not follow from {', '.join(given)} in this ONNX graph")
+        return [values[name] for name in wanted]
 
 
 def _attribute(onnx: Any, attribute: Any) -> Any:

@@ -56,11 +56,15 @@ class AutoencoderStage(Stage):
         loss_B = l1_B + 0.5 * difference.square().mean((1, 2, 3)) + self.kl_weight * kl_B
         parts = {"l1": l1_B, "kl": kl_B}
         if self.features is not None:
-            pairs = zip(self.features(output), self.features(images), strict=True)
-            apart = [(_unit(a) - _unit(b.detach())).square().flatten(1).mean(1) for a, b in pairs]
-            parts["perceptual"] = torch.stack(apart).sum(0)
+            parts["perceptual"] = feature_distance(self.features, output, images)
             loss_B = loss_B + self.perceptual_weight * parts["perceptual"]
         return loss_B, parts
+
+
+def feature_distance(features: Callable[[Tensor], list[Tensor]], output: Tensor, images: Tensor) -> Tensor:
+    """(B,) sum over the feature maps of the mean squared difference at unit length, as in LPIPS."""
+    pairs = zip(features(output), features(images), strict=True)
+    return torch.stack([(_unit(a) - _unit(b.detach())).square().flatten(1).mean(1) for a, b in pairs]).sum(0)
 
 
 def _unit(features: Tensor) -> Tensor:
