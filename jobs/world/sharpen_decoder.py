@@ -32,7 +32,7 @@ class Config:
     out: Output = "runs/decoder/tiny-sd"
     training: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            steps=3000, batch_size=8, learning_rate=4e-4, warmup=50, weight_decay=0.0, betas=(0.5, 0.99), clip_norm=20.0,
+            steps=2000, batch_size=8, learning_rate=4e-4, warmup=50, weight_decay=0.0, betas=(0.5, 0.99), clip_norm=20.0,
             ema_decay=0.995,
         )
     )  # fmt: skip
@@ -73,7 +73,8 @@ def run(config: Config, ray_address: str) -> None:
     loop.run(report)
     stage.load_state_dict(loop.best_weights(), strict=False)
     shutil.copytree(resolve_model(config.base), config.out, dirs_exist_ok=True)
-    base.vae.half().save_pretrained(Path(config.out) / "vae", safe_serialization=True)
+    weights = {name: value.half().contiguous() for name, value in base.vae.state_dict().items()}
+    save_file(weights, Path(config.out) / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     print(f"wrote {config.out}")
 
 

@@ -17,7 +17,9 @@ SHIPPED_SYNTHESIZERS = {"tiny": Path(__file__).resolve().parents[1] / "assets" /
 OLD_DIGITS = 16
 """A fingerprint of so many digits was made by an earlier release, in another way: only the model itself can tell whether
 it is its own."""
-
+RENAMED = {"b486db5bb0ed5c8a64c0": "280ede7ac3e2bd50e780"}
+"""Models of earlier releases whose artifacts fit one of today: `tiny-sd` before the decoder of its autoencoder was sharpened, of
+which no LoRA knows."""
 
 PARTS = ("base", "recogniser", "layout_id", "start")
 """What must be the same wherever LoRAs meet."""
@@ -39,7 +41,8 @@ class ModelId:
         """Of a record; one that is no mapping raises ValueError."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a model's name and fingerprint were expected, not {str(values)[:100]!r}")
-        return cls(str(values.get("name") or ""), str(values.get("fingerprint") or ""))
+        fingerprint = str(values.get("fingerprint") or "")
+        return cls(str(values.get("name") or ""), RENAMED.get(fingerprint, fingerprint))
 
     def __str__(self) -> str:
         return f"{self.name or 'without a name'} ({self.fingerprint or 'no fingerprint'})"

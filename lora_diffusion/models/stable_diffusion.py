@@ -143,7 +143,7 @@ class BaseModel:
         once more, from `name`, and rounding it as it did. For artifacts of today none of this is done.
         """
         if len(fingerprint) == DIGITS:
-            return fingerprint == self.fingerprint
+            return fingerprint in (self.fingerprint, *EARLIER.get(self.fingerprint, ()))
         return bool(fingerprint) and fingerprint in self._old_fingerprints()
 
     def _old_fingerprints(self) -> Iterator[str]:

@@ -337,6 +337,15 @@ def test_fingerprints_of_earlier_releases_are_known_by_the_models_themselves(fol
     assert old.identity.differences(read_identity("tiny"), ("recogniser",)) == []
 
 
+def test_what_was_made_for_the_model_with_its_soft_decoder_fits_the_sharp_one() -> None:
+    base = BaseModel.from_pretrained("tiny-sd")
+    soft, sharp = (Identity(ModelId("tiny-sd", of)) for of in ("b486db5bb0ed5c8a64c0", base.fingerprint))
+    assert base.fingerprint != soft.base.fingerprint
+    assert Identity.from_dict(soft.to_dict()).differences(sharp) == []
+    Identity.from_dict(soft.to_dict()).check_base(base, "an old corpus")
+    soft.check_base(base, "an old corpus")
+
+
 def test_a_corpus_that_an_earlier_release_began_is_continued_as_it_calls_its_base_model(
     world: Path, tmp_path: Path
 ) -> None:

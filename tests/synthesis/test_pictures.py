@@ -163,6 +163,19 @@ def test_a_step_reaches_all_that_makes_vectors_and_pictures_without_a_face_count
     loss_B.sum().backward()
     moved = {name for name, p in stage.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert {"codes.components_KM", "denoiser.guess.weight_CZ", "denoiser.last.linear.weight"} <= moved
+    people, shown_B = stage.people, np.array([1, 0])
+    means_BE = people.faces(slots, shown_B)[1][:, 0]
+    numbers_BG, targets_BGE = stage._scenes_and_targets(draws["prompt"], slots, shown_B, means_BE)
+    assert torch.equal(targets_BGE[:, 0], means_BE)
+    stage.config = replace(config.pictures, matched=1.0)
+    numbers_BG, targets_BGE = stage._scenes_and_targets(draws["prompt"], slots, shown_B, means_BE)
+    for slot, shown, numbers_G, targets_GE in zip(slots, shown_B, numbers_BG, targets_BGE, strict=True):
+        theirs = [people.starts_P[slot] + photo for photo in range(people.counts_P[slot]) if photo != shown]
+        at = [place for place in theirs if people.prompt_T[place] == numbers_G[0]]
+        faces = torch.from_numpy(people.embeddings_TRE[at, 0])
+        assert float((faces @ targets_GE[0]).max()) == pytest.approx(1, abs=1e-5), (
+            "the face of the photo with these words"
+        )
     assert not any("unet" in name or "network" in name for name, _ in stage.named_parameters())
     stage.teacher.embedder.locate = lambda picture: None  # type: ignore[method-assign]
     loss_B, parts = stage(stage.inputs(slots), draws, 0)

@@ -23,7 +23,8 @@ class LossWeights:
 
     denoising: the base model's loss on the person's other photos (hair, glasses, beard; too much of it makes weak LoRAs).
     high_noise: squared difference to the base model's prediction in an early step, where composition, pose and light are decided.
-    outside: the same in the last steps, outside of the head.
+    start: the same to the prediction with the LoRA of the synthesiser that training began with.
+    outside: the difference to the base model's in the last steps, outside of the head.
     code_length: mean square of the code, so that LoRAs stay near the corpus'.
     sharpness: share of fine detail that a picture lacks against the photos after the VAE.
     """
@@ -31,6 +32,7 @@ class LossWeights:
     identity: float = 1.0
     denoising: float = 0.1
     high_noise: float = 0.0
+    start: float = 0.0
     outside: float = 0.0
     code_length: float = 0.0
     sharpness: float = 0.0
@@ -52,6 +54,9 @@ class PicturesConfig:
     new_components: how many the linear decoder gets beside those of the PCA; a VAE's decoder gets none.
     new_scale: their size against the others': a code number of them moves a LoRA so many times as far.
     components_rate: learning rate of the decoder, as a share of the size of its weights; the denoiser has the loop's own.
+    matched: 0: prompts are those of anybody's photos, and a picture should resemble the mean of the person's other photos. Above: the
+        prompt is that of one of these, which makes up so much of what the picture should resemble. Then turned heads and
+        glasses pay where the prompt asks for them.
     pictures_each: pictures of each person in a step.
     num_inference_steps, guidance_scale: how they are drawn, by DDIM.
     gradient_steps: through how many of the last steps the gradient goes.
@@ -77,6 +82,7 @@ class PicturesConfig:
     new_components: int = 32
     new_scale: float = 10.0
     components_rate: float = 1e-3
+    matched: float = 0.0
     pictures_each: int = 2
     num_inference_steps: int = 6
     gradient_steps: int = 2
@@ -95,6 +101,8 @@ class PicturesConfig:
         for name in ("validation_people", "pictures_each", "num_inference_steps", "gradient_steps", "denoising_photos"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pictures.{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.matched <= 1:
+            raise ValueError(f"pictures.matched must be from 0 to 1, not {self.matched}")
         if self.gradient_steps > self.num_inference_steps:
             raise ValueError(
                 f"pictures.gradient_steps is {self.gradient_steps}, more than num_inference_steps, {self.num_inference_steps}"

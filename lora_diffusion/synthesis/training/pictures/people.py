@@ -148,10 +148,20 @@ class People:
         self.prompt_T = np.array([places[caption] for caption in captions])
         self.train, self.validation = split(names, config.validation_people)
 
-    def photos(self, places_B: np.ndarray, picks_BV: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Latents (B, V, C, H, W) and prompt numbers (B, V) of the picked photos of each person."""
-        at_BV = self.starts_P[places_B][:, None] + picks_BV
-        return torch.from_numpy(np.asarray(self.latents_T[at_BV], np.float32)), torch.from_numpy(self.prompt_T[at_BV])
+    def photos(self, places_B: np.ndarray, picks_BV: np.ndarray) -> Tensor:
+        """Latents (B, V, C, H, W) of the picked photos of each person."""
+        return torch.from_numpy(np.asarray(self.latents_T[self._at(places_B, picks_BV)], np.float32))
+
+    def prompts_of(self, places_B: np.ndarray, picks_BV: np.ndarray) -> np.ndarray:
+        """Numbers (B, V) of their prompts."""
+        return np.asarray(self.prompt_T[self._at(places_B, picks_BV)])
+
+    def embeddings(self, places_B: np.ndarray, picks_BV: np.ndarray) -> Tensor:
+        """(B, V, E) by the recogniser that teaches, of length 1."""
+        return torch.from_numpy(np.asarray(self.embeddings_TRE[self._at(places_B, picks_BV), 0]))
+
+    def _at(self, places_B: np.ndarray, picks_BV: np.ndarray) -> np.ndarray:
+        return np.asarray(self.starts_P[places_B][:, None] + picks_BV)
 
     def faces(self, places_B: np.ndarray, shown_B: np.ndarray) -> tuple[Tensor, Tensor]:
         """The embedding of the shown photo (B, E), and by each recogniser the mean of the person's other photos (B, R, E)."""

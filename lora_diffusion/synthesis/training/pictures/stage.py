@@ -10,6 +10,7 @@ Axes: B people, G pictures of each, V photos of one, Z code, N vector length, E 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,21 +20,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_diffusion.faces.differentiable import Teacher
-from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder, embed_pictures
+from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.lora.bank import LoRABank
 from lora_diffusion.lora.objective import NoiseSchedule
-from lora_diffusion.lora.rendering import PROMPT_PARTS, load_prompt_scorer, make_scheduler, render
+from lora_diffusion.lora.rendering import make_scheduler
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import LatentCodes
+from lora_diffusion.synthesis.denoiser import Denoiser
 from lora_diffusion.synthesis.diffusion import denoise
 from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.training.pictures.judging import Judge, fine_detail
 from lora_diffusion.synthesis.training.pictures.people import People
 from lora_diffusion.synthesis.training.pictures_config import PicturesConfig
 from lora_diffusion.training.loop import Batch, Slots, Stage
 
 JITTER = (0.04, 0.03, 2.0, 2.0)  # turn, log scale, shift right and down (px of the crop): standard deviations
 CROP_SHIFT, CROP_NOISE = 0.05, 0.03  # of brightness, of each pixel
-FIRST_SEED, BASE_SEEDS = 700, 8  # of validation's pictures; the base model's figures come from so many of each prompt
 
 
 class PictureStage(Stage):
@@ -56,6 +58,8 @@ class PictureStage(Stage):
         self._train_what_makes_vectors()
         # In a list: frozen networks that are no part of what is trained, split over workers or kept.
         self.frozen: list[Any] = [base, Teacher(FaceEmbedder(EmbedderConfig(recogniser, several_faces="largest")))]
+        if config.weights.start:
+            self.frozen += [part.requires_grad_(False) for part in deepcopy((self.denoiser, self.codes))]
         self.teacher.to(base.device)
         self.bank = LoRABank(base.unet, layout)
         varying = torch.zeros(layout.size, dtype=torch.bool)
@@ -63,11 +67,8 @@ class PictureStage(Stage):
         self.train_A = bool((varying & ~layout.mask_B()).any())
         self.schedule = NoiseSchedule.from_scheduler(base.scheduler, base.device)
         self.prompts_TSD = base.encode_prompts(people.prompts)
-        second = config.second_recogniser
-        self.judge = FaceEmbedder(EmbedderConfig(second, several_faces="largest")) if second else None
-        self.scorer = load_prompt_scorer(config.prompt_scorer)
+        self.judge = Judge(config, base, self.bank, self.teacher.embedder)
         self.photo_detail = fine_detail(self._decode(self._some_latents())).mean()
-        self.base_figures: dict[str, float] = {}
         self.sheet: NDArray[np.uint8] | None = None
 
     @property
@@ -137,8 +138,10 @@ class PictureStage(Stage):
         condition_BE, targets_BRE = (t.to(self.base.device) for t in self.people.faces(slots_B, shown_B))
         codes_BZ = self._codes(condition_BE, draws["code"])
         vectors_BN = self._vectors(codes_BZ)
-        prompts = self.prompts_TSD[self._prompts(draws["prompt"])]
-        pictures, high_B, changes = self._draw(vectors_BN, prompts, draws["start"].flatten(0, 1), step)
+        numbers_BG, targets_BGE = self._scenes_and_targets(draws["prompt"], slots_B, shown_B, targets_BRE[:, 0])
+        prompts = self.prompts_TSD[numbers_BG.ravel()]
+        start_BN = self._vectors_of_start(condition_BE, draws["code"]) if w.start else None
+        pictures, early, changes = self._draw(vectors_BN, prompts, draws["start"].flatten(0, 1), step, start_BN)
         boxes, points, seen = self.teacher.faces(pictures)
         B, G = len(slots_B), c.pictures_each
         jitter = c.jitter * draws["jitter"].flatten(0, 1) * torch.tensor(JITTER, device=pictures.device)
@@ -146,12 +149,10 @@ class PictureStage(Stage):
         found_BG = torch.from_numpy(seen).to(pictures.device).view(B, G)
         points[~seen] = _ANYWHERE * pictures.shape[-1]
         cosine_BG = (
-            (self.teacher(pictures, points, jitter, c.jitter * grain) * targets_BRE[:, 0].repeat_interleave(G, 0))
-            .sum(1)
-            .view(B, G)
+            (self.teacher(pictures, points, jitter, c.jitter * grain) * targets_BGE.flatten(0, 1)).sum(1).view(B, G)
         )
         identity_B = ((1 - cosine_BG) * found_BG).sum(1) / found_BG.sum(1).clamp(min=1)
-        parts = {"identity": identity_B, "faces": found_BG.float().mean(1), "high_noise": high_B}
+        parts = {"identity": identity_B, "faces": found_BG.float().mean(1), **early}
         parts["code_length"] = codes_BZ.square().mean(1)
         parts["sharpness"] = F.relu(1 - fine_detail(pictures) / self.photo_detail).view(B, G).mean(1)
         if w.outside:
@@ -166,50 +167,77 @@ class PictureStage(Stage):
                 loss_B = loss_B + weights[name] * part_B
         return loss_B, {name: part_B.detach() for name, part_B in parts.items()}
 
-    def _codes(self, condition_BE: Tensor, white_BZ: Tensor) -> Tensor:
+    def _codes(self, condition_BE: Tensor, white_BZ: Tensor, denoiser: Denoiser | None = None) -> Tensor:
         how = self.how
-        start_BZ = how.temperature * self.diffusion.noise(white_BZ)
         return denoise(
-            self.denoiser, start_BZ, condition_BE, how.guidance_scale, how.num_inference_steps, diffusion=self.diffusion
-        )
+            denoiser or self.denoiser, how.temperature * self.diffusion.noise(white_BZ), condition_BE, how.guidance_scale,
+            how.num_inference_steps, diffusion=self.diffusion,
+        )  # fmt: skip
 
     def _vectors(self, codes_BZ: Tensor) -> Tensor:
         return self.codes.decode(codes_BZ, self.how.deviation_scale)
 
-    def _prompts(self, draws_BG: Tensor) -> NDArray[np.int64]:
-        """Prompts of anybody's photos, as often as they come."""
-        prompts: NDArray[np.int64] = self.people.prompt_T[
-            (draws_BG.cpu().numpy() * len(self.people.prompt_T)).astype(int)
-        ]
-        return prompts.ravel()
+    @torch.no_grad()
+    def _vectors_of_start(self, condition_BE: Tensor, white_BZ: Tensor) -> Tensor:
+        denoiser, codes = self.frozen[2:]
+        vectors_BN: Tensor = codes.decode(self._codes(condition_BE, white_BZ, denoiser), self.how.deviation_scale)
+        return vectors_BN
+
+    def _scenes_and_targets(
+        self, draws_BG: Tensor, slots_B: Slots, shown_B: Slots, means_BE: Tensor
+    ) -> tuple[NDArray[np.int64], Tensor]:
+        """Prompt of each picture (B, G), and what its embedding should be (B, G, E)."""
+        matched, G = self.config.matched, draws_BG.shape[1]
+        means_BGE = means_BE[:, None].expand(-1, G, -1)
+        if not matched:  # prompts of anybody's photos, as often as they come
+            anybody = self.people.prompt_T[(draws_BG.cpu().numpy() * len(self.people.prompt_T)).astype(int)]
+            return anybody, means_BGE
+        photos_BG = self._others(draws_BG, slots_B, shown_B)
+        theirs_BGE = self.people.embeddings(slots_B, photos_BG).to(means_BE.device)
+        return self.people.prompts_of(slots_B, photos_BG), F.normalize(
+            torch.lerp(means_BGE, theirs_BGE, matched), dim=2
+        )
+
+    def _others(self, draws_BV: Tensor, slots_B: Slots, shown_B: Slots) -> NDArray[np.int64]:
+        """Photos (B, V) of each person, never the one shown."""
+        counts_B = self.people.counts_P[slots_B][:, None]
+        others: NDArray[np.int64] = (shown_B[:, None] + 1 + _pick(draws_BV, counts_B - 1)) % counts_B
+        return others
 
     def _draw(
-        self, vectors_BN: Tensor, prompts: Tensor, start: Tensor, step: int
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Pictures (B * G, 3, H, W); change of the prediction in an early step (B,), and of those with gradient, (B * G, h, w)."""
-        c, base, G = self.config, self.base, self.config.pictures_each
+        self, vectors_BN: Tensor, prompts: Tensor, noise: Tensor, step: int, start_BN: Tensor | None
+    ) -> tuple[Tensor, Batch, list[Tensor]]:
+        """Pictures (B * G, 3, H, W); changes of the prediction in an early step, (B,) each; in those with gradient (B * G, h, w)."""
+        c, w, base, G = self.config, self.config.weights, self.base, self.config.pictures_each
         scheduler = make_scheduler(base, "ddim")
         scheduler.set_timesteps(c.num_inference_steps)
-        prompts, x = prompts.to(base.dtype), start * scheduler.init_noise_sigma
-        high_B, changes = torch.zeros(len(vectors_BN), device=x.device), []
+        prompts, x = prompts.to(base.dtype), noise * scheduler.init_noise_sigma
+        parts: Batch = {"high_noise": torch.zeros(len(vectors_BN), device=x.device)}
+        changes = []
         early = step % max(1, c.num_inference_steps // 3)
         for i, t in enumerate(scheduler.timesteps):
             last = i >= c.num_inference_steps - c.gradient_steps
-            watched = (last and c.weights.outside > 0) or (i == early and c.weights.high_noise > 0)
+            to_base = (last and w.outside > 0) or (i == early and w.high_noise > 0)
+            to_start = i == early and start_BN is not None
             model_in = scheduler.scale_model_input(x, t).to(base.dtype)
-            with torch.set_grad_enabled(last or watched):
-                given = vectors_BN if last or watched else vectors_BN.detach()
+            with torch.set_grad_enabled(last or to_base or to_start):
+                given = vectors_BN if last or to_base or to_start else vectors_BN.detach()
                 out = self._predict(given, model_in if last else model_in.detach(), t, prompts, G)
-            if watched:
+            if to_start:
+                assert start_BN is not None
+                with torch.no_grad():
+                    of_start = self._predict(start_BN, model_in, t, prompts, G)
+                parts["start"] = (out - of_start).square().mean((1, 2, 3)).view(-1, G).mean(1)
+            if to_base:
                 with torch.no_grad(), self._autocast():
                     plain = base.unet(model_in, t, **base.conditioning(prompts, model_in)).sample.float()
                 change = (out - plain).square()
                 if i == early:
-                    high_B = change.flatten(1).mean(1).view(-1, G).mean(1)
+                    parts["high_noise"] = change.mean((1, 2, 3)).view(-1, G).mean(1)
                 if last:
                     changes.append(change.mean(1))
             x = scheduler.step(out if last else out.detach(), t, x).prev_sample
-        return self._decode(x), high_B, changes
+        return self._decode(x), parts, changes
 
     def _predict(self, vectors_BN: Tensor, x: Tensor, t: Tensor, prompts: Tensor, each: int) -> Tensor:
         with self._autocast(), self.bank.active(vectors_BN, each, train_A=self.train_A):
@@ -238,14 +266,13 @@ class PictureStage(Stage):
 
     def _denoising(self, vectors_BN: Tensor, slots_B: Slots, shown_B: Slots, draws: Batch) -> Tensor:
         """(B,) the base model's loss on photos that are not the one shown."""
-        counts_B, V = self.people.counts_P[slots_B], self.config.denoising_photos
-        others_BV = _pick(draws["photo"], counts_B[:, None] - 1)
-        picks_BV = (shown_B[:, None] + 1 + others_BV) % counts_B[:, None]
-        x0, prompts_BV = (t.to(self.base.device) for t in self.people.photos(slots_B, picks_BV))
+        V, picks_BV = self.config.denoising_photos, self._others(draws["photo"], slots_B, shown_B)
+        x0 = self.people.photos(slots_B, picks_BV).to(self.base.device)
+        prompts_BV = self.people.prompts_of(slots_B, picks_BV)
         low, high = self.config.timestep_range
         timesteps = (low + draws["timestep"] * (high - low)).long()
         noisy, target = self.schedule.add_noise(x0, draws["noise"], timesteps)
-        prompts = self.prompts_TSD[prompts_BV.flatten()].to(self.base.dtype)
+        prompts = self.prompts_TSD[prompts_BV.ravel()].to(self.base.dtype)
         out = self._predict(vectors_BN, noisy.flatten(0, 1).to(self.base.dtype), timesteps.flatten(), prompts, V)
         return (out.view_as(target) - target).square().mean((1, 2, 3, 4))
 
@@ -253,61 +280,17 @@ class PictureStage(Stage):
 
     @torch.no_grad()
     def _validate(self, slots_B: Slots, white_BZ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss: 1 - similarity of pictures, drawn as users draw, to the photos that were not shown; a missing face counts 0."""
-        if not self.base_figures:
-            count = len(self.config.score.prompts) * BASE_SEEDS
-            figures = self._figures(self._pictures(None, 1, BASE_SEEDS), self._scenes(1, BASE_SEEDS)[0])
-            self.base_figures = {name: float(value.float().sum()) / count for name, value in figures.items()}
+        """Loss: 1 - similarity of pictures to the photos that were not shown."""
         first_B = np.zeros(len(slots_B), np.int64)
         condition_BE, targets_BRE = (t.to(self.base.device) for t in self.people.faces(slots_B, first_B))
-        B, each = len(slots_B), self.config.score.seeds_per_prompt
-        pictures = self._pictures(self._vectors(self._codes(condition_BE, white_BZ)), B, each)
-        parts = {}
-        for number, (name, embedder) in enumerate((("likeness", self.teacher.embedder), ("second", self.judge))):
-            if embedder is None:
-                continue
-            vectors, seen = embed_pictures(embedder, pictures)
-            by_person = torch.from_numpy(vectors).view(B, -1, vectors.shape[-1])
-            parts[name] = (by_person * targets_BRE[:, number, None].cpu()).sum(2).mean(1)
-            parts.setdefault("faces", torch.from_numpy(seen).float().view(B, -1).mean(1))
-        scenes = self._scenes(B, each)[0]
-        parts |= {name: value.view(B, -1).mean(1) for name, value in self._figures(pictures, scenes).items()}
+        pictures = self.judge.draw(self._vectors(self._codes(condition_BE, white_BZ)))
         if slots_B[0] == self.validation_slots[0]:
-            self.sheet = pictures.reshape(B, -1, *pictures.shape[1:])[:8]
+            self.sheet = pictures[:8]
+        parts = self.judge.figures(pictures, targets_BRE)
         return 1 - parts["likeness"], parts
 
-    def _scenes(self, people: int, each: int) -> tuple[list[str], list[int]]:
-        prompts = [prompt for prompt in self.config.score.prompts for _ in range(each)] * people
-        return prompts, list(range(FIRST_SEED, FIRST_SEED + len(prompts) // people)) * people
-
-    def _pictures(self, vectors_BN: Tensor | None, people: int, each: int) -> NDArray[np.uint8]:
-        c = self.config.score
-        prompts, seeds = self._scenes(people, each)
-        with torch.autocast(self.base.device.type, enabled=False):
-            return render(
-                self.base, vectors_BN, prompts, seeds, bank=self.bank, num_inference_steps=c.num_inference_steps,
-                guidance_scale=c.guidance_scale, max_batch=c.max_batch,
-            )  # fmt: skip
-
-    def _figures(self, pictures: NDArray[np.uint8], prompts: list[str]) -> dict[str, Tensor]:
-        """Of each picture: fine detail; for each part of the prompts that is asked for, 1 where it is shown, 0 where not."""
-        figures = {"detail": fine_detail(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)}
-        if self.scorer is not None:
-            hits = torch.from_numpy(self.scorer.hits(pictures, prompts))
-            asked = (hits >= 0).all(0)
-            figures |= {f"prompt_{part}": hits[:, h].float() for h, part in enumerate(PROMPT_PARTS) if asked[h]}
-        return figures
-
     def summarise(self, values: dict[str, Any]) -> dict[str, Any]:
-        """`validation_score`, and what parts of prompts and fine detail lack against the base model."""
-        lack = {
-            name: base - values[f"validation_{name}"] for name, base in self.base_figures.items() if name != "detail"
-        }
-        short = sum(max(0.0, value) for value in lack.values()) / max(1, len(lack))
-        reference = self.base_figures.get("detail", float(self.photo_detail))
-        coarse = max(0.0, 1 - values["validation_detail"] / reference)
-        score = values["validation_loss"] + self.config.prompt_price * short + self.config.detail_price * coarse
-        return {"validation_score": score, "validation_prompts_short": short, "validation_coarse": coarse}
+        return self.judge.score(values, float(self.photo_detail))
 
     @torch.no_grad()
     def _some_latents(self) -> Tensor:
@@ -316,12 +299,6 @@ class PictureStage(Stage):
 
 # a face in the middle, for crops of pictures without one: they count nowhere
 _ANYWHERE = np.array([[0.4, 0.4], [0.6, 0.4], [0.5, 0.5], [0.42, 0.6], [0.58, 0.6]], np.float32)
-
-
-def fine_detail(pictures_BCHW: Tensor) -> Tensor:
-    """(B,) mean difference of a picture in -1 .. 1 to its blurred copy (3 × 3), in levels of 256."""
-    blurred = F.avg_pool2d(F.pad(pictures_BCHW, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return 127.5 * (pictures_BCHW - blurred).abs().mean((1, 2, 3))
 
 
 def _pick(draws: Tensor, counts: NDArray[np.int64]) -> NDArray[np.int64]:
