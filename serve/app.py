@@ -4,7 +4,8 @@
 # ruff: noqa
 # mypy: ignore-errors
 # fmt: off
-logging_config: {"enable_access_log": False}
+logging_config: {"enable_access_log": False, "log_level": "WARNING"}
+controller_options: {"runtime_env": {"env_vars": {"RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "lora_diffusion.endpoint.logs.only_warnings", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "lora_diffusion.endpoint.logs.only_warnings"}}}
 http_options: {"host": "127.0.0.1", "port": 8000}
 applications: [{"name": "lora-diffusion", "route_prefix": "/", "import_path": "lora_diffusion.endpoint.graph:build", "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}, "args": {"config": "configs/serve_tiny.yaml"}}]
 app: object = __import__("lora_diffusion.endpoint.graph", fromlist=["build"]).build

@@ -55,7 +55,7 @@ class Gateway:
 
     def __init__(self, config: ServeConfig, **stages: DeploymentHandle[Any]) -> None:
         refuse_to_listen(config)
-        set_up_logs()
+        set_up_logs(config.log_requests)
         self._studio = Studio(
             config,
             Metrics(),
@@ -76,7 +76,7 @@ class FusedGateway:
 
     def __init__(self, config: ServeConfig, renderer: DeploymentHandle[Any]) -> None:
         refuse_to_listen(config)
-        set_up_logs()
+        set_up_logs(config.log_requests)
         self._stages = local_stages(config)
         drawing = WithVectors(remote(Renderer, renderer), self._stages["decoder"])
         self._studio = Studio(config, Metrics(), renderer=drawing, **self._stages)

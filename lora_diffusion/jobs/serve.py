@@ -13,15 +13,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import IO, Any, Literal, get_type_hints
 
 import yaml
 
@@ -95,9 +97,10 @@ def run(config: Config, ray_address: str) -> None:
     from lora_diffusion.endpoint.haproxy import end_haproxy, haproxy_environment
 
     refuse_open_door(config.access, config.host)
-    look(config)
+    base = look(config)
     if ray_address == "local":  # a cluster listens on its own machines
         check_free(config)
+    print(f"loading the synthesiser {config.synthesizer} and {base}", flush=True)
     values, application = to_dict(config), yaml.safe_load(APP.read_text(encoding="utf-8"))
     application["http_options"] = {name: values.pop(name) for name in ("host", "port")}
     proxy = values.pop("proxy")
@@ -135,13 +138,36 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+SAYS_NOTHING = re.compile(r"(^|\s)(INFO|SUCC) |Task ServeController.graceful_shutdown failed")  # the last at each end
+WHOSE = re.compile(r"\x1b\[\d+m\(ServeReplica:\S+ pid=\d+\)\x1b\[0m (?=LoRA Diffusion)")
+
+
+def show(lines: IO[str]) -> None:
+    """What `serve run` prints, without Ray's lines that say nothing to whoever started us."""
+    for line in lines:
+        if not SAYS_NOTHING.search(line):
+            print(WHOSE.sub("", line), end="", file=sys.stderr, flush=True)
+
+
 def until_it_ends(command: list[str], env: dict[str, str]) -> int:
     """Its exit code. Ctrl-C, SIGTERM or a closed terminal reach it through us, once: it may shut Serve down, and then its Ray."""
     # A session of its own, so that Ctrl-C is the same from a terminal as from `kill`. A shell that starts us in the background
     # has Ctrl-C ignored, and what we start would inherit that.
     process = subprocess.Popen(
-        command, env=env, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    assert process.stdout is not None
+    showing = threading.Thread(
+        target=show, args=(process.stdout,), daemon=True
+    )  # Ray's processes may outlive it, and hold the pipe
+    showing.start()
 
     def stop(*_: object) -> None:
         process.send_signal(signal.SIGINT)
@@ -155,5 +181,6 @@ def until_it_ends(command: list[str], env: dict[str, str]) -> int:
         raise
     finally:
         process.wait()
+        showing.join(1)
         for number, handler in before.items():
             signal.signal(number, handler)

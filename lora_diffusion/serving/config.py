@@ -108,6 +108,7 @@ class ServeConfig:
         "stages"  # of Ray Serve's deployments: one for each stage, or all but the drawing in the gateway
     )
     licence: str = ""  # shown by /v1/model
+    log_requests: bool = False  # a line of JSON for each request, without its content; errors have theirs anyhow
     device: str = "cpu"  # of all stages
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the base model
     threads: int = 1  # of each stage on a CPU
