@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME, NOTICE, TORCH = ROOT / "deploy/runtime.txt", ROOT / "NOTICE", ROOT / "deploy/torch.txt"
 MARK = "Python packages that are installed beside this one"
-EXTRAS = {"ray", "serve"}
+EXTRAS = {"ray", "serve", "redis"}
 # Where a package's metadata names none, or not all: read in its own files.
 READ = {
     "insightface": "MIT",

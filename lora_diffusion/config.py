@@ -148,6 +148,8 @@ def _marks(hint: Any) -> set[str]:
 def _place(text: str, marks: set[str], key: str) -> str:
     if "people" in marks and text.startswith(SYNTHETIC):
         return text
+    if "redis" in marks and text.startswith(("redis://", "rediss://")):
+        return text
     try:
         found = place_or_name(text) if "place or name" in marks else place(text)
     except ValueError as error:

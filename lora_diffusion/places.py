@@ -15,6 +15,7 @@ from urllib.parse import unquote
 Place = Annotated[str, "place"]
 Output = Annotated[str, "output"]
 PlaceOrName = Annotated[str, "place or name"]
+PlaceOrRedis = Annotated[str, "output", "redis"]  # something to write, or redis://host:port/database
 People = Annotated[str, "people"]  # something to read, or synthetic:40
 SYNTHETIC = "synthetic:"
 SHIPPED = ("tiny", "tiny-b", "tiny-sd", "tiny-start")  # names that win over a folder of the same name here

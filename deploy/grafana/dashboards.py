@@ -35,6 +35,8 @@ PANELS: dict[str, list[tuple[str, str, str, str]]] = {
         ("Requests in flight", f"sum({P}_requests_in_flight)", "", "short"),
         ("LoRAs in memory", f"sum({P}_library_loras)", "", "short"),
         ("Their bytes", f"sum({P}_library_bytes)", "", "bytes"),
+        ("Until a LoRA is kept, 95 %", quantile(0.95, f"{P}_library_put_seconds", "instance"), "{{instance}}", "s"),
+        ("Refusals and failures", f"sum by (reason) (rate({P}_problems_total[5m]))", "{{reason}}", "reqps"),
     ],
     "corpus": [
         ("People a second", f"sum by (run, outcome) (rate({R}_corpus_people_total{BY_RUN}[10m]))", "{{run}} {{outcome}}", "short"),

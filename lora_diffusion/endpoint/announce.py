@@ -27,10 +27,18 @@ def announced(app: FastAPI, studio: Studio) -> FastAPI:
 
 
 async def _announce(studio: Studio) -> None:
+    told = False
     while True:
-        with suppress(Exception):
+        try:
             await studio.ready()
             break
+        except Exception as error:
+            if getattr(error, "reason", "") == "store_unavailable" and not told:
+                told = True
+                where, why = studio.config.library.store, str(error.__cause__ or error).rstrip(".")
+                print(
+                    f"The store of LoRAs at {where} cannot be used: {why}. Until it can, 503 is answered.", flush=True
+                )
         await asyncio.sleep(PAUSE_SECONDS)
     where = ""
     with suppress(Exception):  # Serve has no public way to ask where its proxy listens

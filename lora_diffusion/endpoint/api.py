@@ -55,7 +55,7 @@ def build_api(studio: Studio, echo_request_id: bool = True) -> FastAPI:
         Middleware(RequestId, echo=echo_request_id),
         Middleware(Log, metrics=studio.metrics),
         Middleware(FixedHeaders),
-        Middleware(Errors, limits=limits),
+        Middleware(Errors, limits=limits, metrics=studio.metrics),
         Middleware(Site, names=names, origins=access.cors_origins),
         Middleware(Deadline, limits=limits),
         Middleware(Lenient),
@@ -107,8 +107,9 @@ def _add_operations(app: FastAPI, studio: Studio) -> None:
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await studio.ready()
-        except (TimeoutError, ServingError):
-            raise ApiError("not_ready", headers={"Retry-After": "2"}) from None
+        except (TimeoutError, ServingError) as error:
+            told = str(error) if getattr(error, "reason", "") == "store_unavailable" else ""
+            raise ApiError("not_ready", told, headers={"Retry-After": "2"}) from None
         return schemas.Status(status="ready")
 
     @app.get("/metrics", include_in_schema=False)

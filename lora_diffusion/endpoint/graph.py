@@ -8,6 +8,8 @@ photo ─► Gateway ─► Embedder ─► Denoiser ─► Decoder ─► Libra
 
 photo ─► Gateway with embedder, denoiser, decoder and library ─► vector ─► Renderer with an embedder ─► pictures
 
+With `library.store` gateways and decoders ask that store, and there is no Library.
+
 serve run serve/app.py                                   # configs/serve_tiny.yaml
 serve run lora_diffusion.endpoint.graph:build config=configs/serve_sd15.yaml limits.max_images=4
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -40,10 +42,10 @@ from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.batcher import Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.faces import Embedder
-from lora_diffusion.serving.library import Library
+from lora_diffusion.serving.library import Library, ShardedLibrary, open_library
 from lora_diffusion.serving.messages import DrawnImage, DrawTask, LoRARecord, Progress
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
-from lora_diffusion.serving.stages import DecoderStage, RendererStage
+from lora_diffusion.serving.stages import DecoderStage, LibraryStage, RendererStage
 
 DEFAULT_CONFIG = "configs/serve_tiny.yaml"
 ENVIRONMENT = "LORA_DIFFUSION_SERVE"
@@ -53,7 +55,9 @@ ENVIRONMENT = "LORA_DIFFUSION_SERVE"
 class Gateway:
     """HTTP in, HTTP out; all work is done behind the handles."""
 
-    def __init__(self, config: ServeConfig, **stages: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, config: ServeConfig, libraries: Sequence[DeploymentHandle[Any]], **stages: DeploymentHandle[Any]
+    ) -> None:
         refuse_to_listen(config)
         set_up_logs(config.log_requests)
         self._studio = Studio(
@@ -63,7 +67,7 @@ class Gateway:
             denoiser=remote(Denoiser, stages["denoiser"]),
             decoder=remote(Decoder, stages["decoder"]),
             renderer=remote(Renderer, stages["renderer"]),
-            library=remote(Library, stages["library"]),
+            library=library_of(config, libraries),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -72,7 +76,7 @@ class Gateway:
 
 @serve.ingress()
 class FusedGateway:
-    """HTTP in, HTTP out, and all that leads to a LoRA: each stage in a thread of its own. One replica: it holds the library."""
+    """HTTP in, HTTP out, and all that leads to a LoRA: each stage in a thread of its own. One replica, unless a store holds the LoRAs."""
 
     def __init__(self, config: ServeConfig, renderer: DeploymentHandle[Any]) -> None:
         refuse_to_listen(config)
@@ -115,13 +119,19 @@ class FusedRenderer(Renderer):
 
 
 class DecoderReplica(Decoder):
-    def __init__(self, config: ServeConfig, library: DeploymentHandle[Any]) -> None:
-        super().__init__(config, remote(Library, library))
+    def __init__(self, config: ServeConfig, libraries: Sequence[DeploymentHandle[Any]]) -> None:
+        super().__init__(config, library_of(config, libraries))
 
 
 class RendererReplica(Renderer):
     def __init__(self, config: ServeConfig, decoder: DeploymentHandle[Any], embedder: DeploymentHandle[Any]) -> None:
         super().__init__(config, remote(Decoder, decoder), remote(Embedder, embedder))
+
+
+def library_of(config: ServeConfig, libraries: Sequence[DeploymentHandle[Any]]) -> LibraryStage:
+    """The deployments that hold LoRAs in memory, or the store."""
+    shards = [remote(Library, library) for library in libraries]
+    return ShardedLibrary(shards) if shards else open_library(config)
 
 
 def refuse_to_listen(config: ServeConfig) -> None:
@@ -154,7 +164,7 @@ def build(arguments: dict[str, Any]) -> Application:
 
     def bind(name: str, deployed: Any, **arguments: Any) -> Application:
         deployment: Any = serve.deployment(deployed)
-        deployed_as = patience | options.get(name, {})
+        deployed_as = patience | options.get(name.partition("-")[0], {})
         bound: Application = deployment.options(name=name, **deployed_as).bind(settings, **arguments)
         return bound
 
@@ -162,15 +172,22 @@ def build(arguments: dict[str, Any]) -> Application:
     refuse_to_listen(config)
     if unknown := sorted(set(options) - DEPLOYMENTS):
         raise ValueError(f"deployments: there is no {unknown[0]!r}; there are {', '.join(sorted(DEPLOYMENTS))}")
+    shards = config.library.shards
+    if config.library.store:
+        open_library(config)
+    elif config.graph == "fused" and (shards > 1 or options.get("Gateway", {}).get("num_replicas") != 1):
+        raise ValueError(
+            "graph=fused keeps the library in the gateway: set deployments.Gateway.num_replicas=1, or graph=stages, "
+            "or library.store, which several share; library.shards are for graph=stages"
+        )
+    elif options.get("Library", {}).get("num_replicas", 1) != 1 or "autoscaling_config" in options.get("Library", {}):
+        raise ValueError("a second replica of Library would hold other LoRAs: set library.shards=2, or library.store")
     if config.graph == "fused":
-        if options.get("Gateway", {}).get("num_replicas") != 1:
-            raise ValueError(
-                "graph=fused keeps the library in the gateway: set deployments.Gateway.num_replicas=1, or graph=stages"
-            )
         return bind("Gateway", FusedGateway, renderer=bind("Renderer", FusedRenderer))
-    library = bind("Library", Library)
+    names = ["Library"] if shards == 1 else [f"Library-{i}" for i in range(shards)]
+    libraries = [] if config.library.store else [bind(name, Library) for name in names]
     embedder = bind("Embedder", Embedder)
-    decoder = bind("Decoder", DecoderReplica, library=library)
+    decoder = bind("Decoder", DecoderReplica, libraries=libraries)
     return bind(
         "Gateway",
         Gateway,
@@ -178,7 +195,7 @@ def build(arguments: dict[str, Any]) -> Application:
         denoiser=bind("Denoiser", Denoiser),
         decoder=decoder,
         renderer=bind("Renderer", RendererReplica, decoder=decoder, embedder=embedder),
-        library=library,
+        libraries=libraries,
     )
 
 

@@ -11,13 +11,13 @@ from lora_diffusion.endpoint.metrics import Metrics
 from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.faces import Embedder
-from lora_diffusion.serving.library import Library
+from lora_diffusion.serving.library import open_library
 from lora_diffusion.serving.services import Decoder, Denoiser, Renderer
 
 
 def local_stages(config: ServeConfig) -> dict[str, Any]:
     """All that leads to a LoRA, by name: embedder, denoiser, decoder, library. Each works in a thread of its own."""
-    library = Library(config)
+    library = open_library(config)
     return {
         "embedder": Embedder(config),
         "denoiser": Denoiser(config),

@@ -36,6 +36,10 @@ class Metrics:
         )
         self.in_flight = Gauge(f"{PREFIX}_requests_in_flight", "Requests being worked on", registry=registry)
         self.wrong_keys = Counter(f"{PREFIX}_wrong_keys", "Requests with a wrong API key", registry=registry)
+        self.problems = Counter(f"{PREFIX}_problems", "Refusals and failures", ["reason"], registry=registry)
+        self.kept = Histogram(
+            f"{PREFIX}_library_put_seconds", "Until a made LoRA is kept", buckets=SECONDS, registry=registry
+        )
         self._loras = Gauge(f"{PREFIX}_library_loras", "LoRAs in memory", registry=registry)
         self._bytes = Gauge(f"{PREFIX}_library_bytes", "Bytes of the LoRAs in memory", registry=registry)
 
@@ -49,8 +53,9 @@ class Metrics:
         self._request_seconds.labels(route).observe(seconds)
 
     def library(self, stats: dict[str, Any]) -> None:
-        self._loras.set(stats["loras"])
-        self._bytes.set(stats["bytes"])
+        """stats: empty where a store holds them."""
+        self._loras.set(stats.get("loras", 0))
+        self._bytes.set(stats.get("bytes", 0))
 
     def exposition(self) -> tuple[bytes, str]:
         """The text, and its media type."""

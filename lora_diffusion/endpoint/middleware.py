@@ -113,9 +113,10 @@ class FixedHeaders(Layer):
 class Errors(Layer):
     """What is raised below becomes a problem document; errors of ours are noted: where, not what was sent."""
 
-    def __init__(self, app: ASGIApp, limits: LimitsConfig) -> None:
+    def __init__(self, app: ASGIApp, limits: LimitsConfig, metrics: Metrics) -> None:
         super().__init__(app)
         self._retry_after_seconds = limits.retry_after_seconds
+        self._metrics = metrics
 
     async def http(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun: list[Message] = []
@@ -131,6 +132,7 @@ class Errors(Layer):
                 line = {"event": "error", "request_id": request_id, "error": type(error).__name__, "frames": frames}
                 log.error(json.dumps(line))
                 problem = ApiError("internal_error")
+            self._metrics.problems.labels(problem.reason).inc()
             if not begun:
                 await problem.response(request_id)(scope, receive, send)
 

@@ -50,6 +50,7 @@ PROBLEMS = {
     "rate_limited": (429, "More than 60 requests a minute. Try again in 2 s."),
     "internal_error": (500, "An error of ours, noted under this request id. Try again."),
     "overloaded": (503, "64 requests are being worked on already. Try again a little later."),
+    "store_unavailable": (503, "The store of LoRAs cannot be used at the moment. Try again a little later."),
     "not_ready": (503, "Some stages do not answer yet. Try again a little later."),
     "deadline_exceeded": (504, "The request's time was up. Allow it more time, or ask for less."),
 }

@@ -26,9 +26,10 @@ LATENT_NAMES = {"guidance_scale": "latent_guidance_scale", "num_inference_steps"
 
 # reasons of refusals, beside those of every route (docs.py)
 SAMPLED = (*WITH_PHOTOS, "diverged")
-CODED = ("unknown_lora", "stale_latent", "diverged")
+CODED = ("unknown_lora", "stale_latent", "diverged", "store_unavailable")
 CHANGED = (*CODED, "unknown_attribute")
-MADE = (*SAMPLED, "bad_lora", "stale_latent")
+MADE = (*SAMPLED, "bad_lora", "stale_latent", "store_unavailable")
+DELETED = ("unknown_lora", "not_yours", "store_unavailable")
 DRAWN = (*MADE, "unknown_lora", "not_acceptable")
 
 
@@ -191,7 +192,7 @@ class Routes:
             Made(Decoded(lora_id, await self.studio.decoder.file(place, format, deadline(request)))), format
         )
 
-    @route("DELETE", "/v1/loras/{lora_id}", "LoRAs", "Forget a LoRA", None, ["unknown_lora", "not_yours"], status=204)
+    @route("DELETE", "/v1/loras/{lora_id}", "LoRAs", "Forget a LoRA", None, DELETED, status=204)
     async def delete_lora(self, request: Request, lora_id: str = Path(pattern=schemas.LORA_ID)) -> Response:
         """Forget a LoRA now."""
         if not await self.studio.library.delete(owner(request).place(lora_id), owner(request).token):

@@ -140,8 +140,9 @@ class Studio:
         """Codes -> LoRAs in the library. Waits a moment for a decoder that is still loading the code's synthesiser."""
         tasks = [DecodeTask(sampled.code, deviation_scale, format, owner) for sampled in samples]
         answers = await together(self._decode(task, deadline) for task in tasks)
-        for _, timing in answers:
+        for decoded, timing in answers:
             self.metrics.stage(timing)
+            self.metrics.kept.observe(decoded.put_seconds)
         return [
             Made(decoded, sampled, LoRARecord(sampled.code, deviation_scale), owner.token)
             for (decoded, _), sampled in zip(answers, samples, strict=True)

@@ -10,6 +10,7 @@ On a cluster deploy/serve.yaml starts it: docs/guides/serve.md.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -72,9 +73,23 @@ def look(config: Config) -> str:
         from lora_diffusion.models.devices import resolve_device
 
         resolve_device(config.device)
+    look_at_store(config)
     if not 0 < config.port < 65536:
         raise ValueError(f"port is {config.port}: it is a number from 1 to 65535")
     return base
+
+
+def look_at_store(config: Config) -> None:
+    """Raises ValueError for a Redis that cannot be used now, MissingExtra; buckets and folders are outputs, and looked at as such."""
+    where = config.library.store
+    if where.startswith(("redis://", "rediss://")):
+        from lora_diffusion.serving.errors import ServingError
+        from lora_diffusion.serving.library import open_library
+
+        try:
+            asyncio.run(open_library(config).ready())
+        except ServingError as error:
+            raise ValueError(f"the store of LoRAs at {where} cannot be used: {error.__cause__}") from error
 
 
 def check_free(config: Config) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
-from lora_diffusion.places import PlaceOrName
+from lora_diffusion.places import PlaceOrName, PlaceOrRedis
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,34 @@ class LimitsConfig:
 
 @dataclass(frozen=True)
 class LibraryConfig:
-    """Memory for LoRAs that were made, and how long they stay. One LoRA takes 2 KB, an uploaded one 4 N bytes."""
+    """Where LoRAs that were made lie, and how long they stay. One LoRA takes 2 KB, an uploaded one 4 N bytes.
 
-    max_bytes: int = 1_000_000_000  # memory for LoRAs
+    store: "", in memory, gone with its process; redis://[user@]host[:port][/database] (rediss:// with TLS), s3://bucket/prefix or a
+        folder: all replicas share it, also graph=fused with several gateways.
+    password_env: environment variable with the password of a Redis, which must not stand in `store`.
+    shards: of the one in memory, with graph=stages: a process each.
+    max_upload_bytes: of an uploaded LoRA's vector in float32; larger ones are refused.
+    """
+
+    store: PlaceOrRedis = ""
+    password_env: str = "LORA_DIFFUSION_REDIS_PASSWORD"
+    store_seconds: float = 2.0  # how long a store may take to answer, before the request is answered 503
+    shards: int = 1
+    max_bytes: int = 1_000_000_000  # memory for LoRAs, of each shard; a store has limits of its own
+    max_upload_bytes: int = 20_000_000
     ttl_seconds: float = 3600.0  # how long a LoRA stays
+
+    def __post_init__(self) -> None:
+        if self.ttl_seconds <= 0 or self.store_seconds <= 0:
+            raise ValueError("ttl_seconds and store_seconds are above 0")
+        if self.shards < 1 or (self.shards > 1 and self.store):
+            raise ValueError("shards is at least 1, and more only without a store, which all replicas share anyway")
+        if self.store.startswith(("redis:", "rediss:")):
+            address = urlsplit(self.store)
+            if address.password or "password" in parse_qs(address.query):
+                raise ValueError(f"store holds a password: put it into the environment variable {self.password_env}")
+            if not address.hostname:
+                raise ValueError("store names no host: redis://host:6379/0")
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,31 @@
 
 What is kept is the code of 2 KB, from which the Decoder makes the same vector again in a few milliseconds; of an upload, the
 vector. The same vector has the same id, whoever asks; an id cannot be guessed from another. Where several people made the same
-one, it stays until the last of them has deleted it. Least recently used ones make room, all go when their time is up, and a
-deletion is immediate. Nothing is written to disk.
+one, it stays until the last of them has deleted it. All go when their time is up, and a deletion is immediate.
+
+Here in memory: least recently used ones make room, nothing is written to disk, and a restart loses all. `library_redis` and
+`library_objects` keep them outside of the process.
 
 Axes: N length of a LoRA vector.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_diffusion.serving.config import ServeConfig
-from lora_diffusion.serving.errors import ServingError
+from lora_diffusion.serving.kept import DELETED, EVICTED, EXPIRED, Kept, ago, put_on, unknown
 from lora_diffusion.serving.messages import Floats, LoRARecord
+from lora_diffusion.serving.stages import LibraryStage
 
 REMEMBERED = 10_000  # ids of LoRAs that were here
-TOKEN_BYTES = 64
 
 
 def content_id(vector_N: Floats, layout_id: str) -> str:
@@ -34,17 +36,18 @@ def content_id(vector_N: Floats, layout_id: str) -> str:
     return digest.hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """tokens: of all who made it, if it takes one to delete it."""
+def open_library(config: ServeConfig) -> LibraryStage:
+    """Where `library.store` says. Touches nothing yet. Raises MissingExtra, or ValueError."""
+    store = config.library.store
+    if store.startswith(("redis://", "rediss://")):
+        from lora_diffusion.serving.library_redis import RedisLibrary
 
-    record: LoRARecord
-    expires: float
-    tokens: set[str]
+        return RedisLibrary(config.library)
+    if store:
+        from lora_diffusion.serving.library_objects import ObjectLibrary
 
-    @property
-    def nbytes(self) -> int:
-        return self.record.nbytes + TOKEN_BYTES * len(self.tokens)
+        return ObjectLibrary(config.library)
+    return Library(config)
 
 
 class LoRALibrary:
@@ -54,55 +57,48 @@ class LoRALibrary:
         self._max_bytes = max_bytes
         self._ttl_seconds = ttl_seconds
         self._clock = clock
-        self._records: OrderedDict[str, _Entry] = OrderedDict()
+        self._started = clock()
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._gone: OrderedDict[str, str] = OrderedDict()  # id -> why
         self._bytes = 0
 
     def put(self, lora_id: str, record: LoRARecord, token: str = "") -> None:
         """What is known of it already stays known. token: of who made it."""
         self.sweep()
-        tokens: set[str] = set()
-        if before := self._records.get(lora_id):
-            record, tokens = record.completed(before.record), before.tokens
-            self._delete(lora_id)
-        if token:
-            tokens.add(token)
-        entry = self._records[lora_id] = _Entry(record, self._clock() + self._ttl_seconds, tokens)
+        before, now = self._kept.get(lora_id), self._clock()
+        self._delete(lora_id)
+        entry = self._kept[lora_id] = put_on(before, record, token, now + self._ttl_seconds, now)
         self._gone.pop(lora_id, None)
         self._bytes += entry.nbytes
-        while self._bytes > self._max_bytes and len(self._records) > 1:
-            self._delete(next(iter(self._records)), "had to make room for newer ones")
+        while self._bytes > self._max_bytes and len(self._kept) > 1:
+            self._delete(next(iter(self._kept)), EVICTED)
 
     def get(self, lora_id: str) -> LoRARecord:
         """Raises ServingError "unknown_lora"."""
-        entry = self._records.get(lora_id)
-        if entry is not None and entry.expires > self._clock():
-            self._records.move_to_end(lora_id)
-            return entry.record
-        self._delete(lora_id, "has expired")
-        why = self._gone.get(lora_id)
-        what = f"This LoRA {why}." if why else "There is no LoRA with this id here."
-        raise ServingError("unknown_lora", f"{what} Make it again.")
+        now = self._clock()
+        if (entry := self._kept.get(lora_id)) and entry.expires > now:
+            self._kept.move_to_end(lora_id)
+            return entry.found(now)
+        self._delete(lora_id, EXPIRED)
+        lost, here = "", now - self._started
+        if here < self._ttl_seconds:  # after that, what was made before has expired anyway
+            lost = f"If it was made more than {ago(here)} ago, it was lost when this part of the service restarted."
+        raise unknown(self._gone.get(lora_id, ""), lost)
 
     def delete(self, lora_id: str, token: str = "") -> bool:
         """Whether there was one. It stays for others who made it, too. Raises ServingError "not_yours" without one of their tokens."""
-        entry = self._records.get(lora_id)
+        entry = self._kept.get(lora_id)
         if entry is None:
             return False
-        if entry.tokens and token not in entry.tokens:
-            raise ServingError(
-                "not_yours",
-                "This LoRA is deleted with the deletion_token that came when it was made: send X-Deletion-Token.",
-            )
-        if len(entry.tokens) > 1:
-            entry.tokens.remove(token)
-            self._bytes -= TOKEN_BYTES
+        if left := entry.without(token):
+            self._kept[lora_id] = left
+            self._bytes += left.nbytes - entry.nbytes
         else:
-            self._delete(lora_id, "was deleted")
+            self._delete(lora_id, DELETED)
         return True
 
     def _delete(self, lora_id: str, why: str = "") -> None:
-        entry = self._records.pop(lora_id, None)
+        entry = self._kept.pop(lora_id, None)
         if entry is not None:
             self._bytes -= entry.nbytes
             self._gone[lora_id] = why
@@ -112,15 +108,15 @@ class LoRALibrary:
     def sweep(self) -> None:
         """Forget what has expired."""
         now = self._clock()
-        for lora_id in [key for key, entry in self._records.items() if entry.expires <= now]:
-            self._delete(lora_id, "has expired")
+        for lora_id in [key for key, entry in self._kept.items() if entry.expires <= now]:
+            self._delete(lora_id, EXPIRED)
 
     def stats(self) -> dict[str, Any]:
-        return {"loras": len(self._records), "bytes": self._bytes, "max_bytes": self._max_bytes}
+        return {"loras": len(self._kept), "bytes": self._bytes, "max_bytes": self._max_bytes}
 
 
 class Library:
-    """The one place that holds LoRAs: LoRALibrary as a service."""
+    """LoRALibrary as a service: the one place that holds these LoRAs."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._library = LoRALibrary(config.library.max_bytes, config.library.ttl_seconds)
@@ -146,3 +142,29 @@ class Library:
 
     async def ready(self) -> bool:
         return True
+
+
+class ShardedLibrary:
+    """Several libraries as one; an id, which is a hash, lies in the one that its first digits say."""
+
+    def __init__(self, shards: Sequence[LibraryStage]) -> None:
+        self._shards = shards
+
+    def _of(self, lora_id: str) -> LibraryStage:
+        return self._shards[int(lora_id[:8], 16) % len(self._shards)]
+
+    async def put(self, lora_id: str, record: LoRARecord, token: str = "") -> None:
+        await self._of(lora_id).put(lora_id, record, token)
+
+    async def get(self, lora_id: str) -> LoRARecord:
+        return await self._of(lora_id).get(lora_id)
+
+    async def delete(self, lora_id: str, token: str = "") -> bool:
+        return await self._of(lora_id).delete(lora_id, token)
+
+    async def stats(self) -> dict[str, Any]:
+        found = await asyncio.gather(*(shard.stats() for shard in self._shards))
+        return {key: sum(stats[key] for stats in found) for key in found[0]}
+
+    async def ready(self) -> bool:
+        return all(await asyncio.gather(*(shard.ready() for shard in self._shards)))

@@ -133,6 +133,7 @@ class Decoded:
 
     lora_id: str
     file: bytes | None = None
+    put_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

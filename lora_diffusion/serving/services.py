@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
@@ -113,6 +114,7 @@ class Decoder:
         set_threads(config)
         self._stage = VectorStage(config)
         self._library = library
+        self._max_upload_bytes = config.library.max_upload_bytes
         self._licence = {"licence": config.licence} if config.licence else {}
         self._batcher: Batcher[DecodeTask, Floats] = Batcher(
             "decoder",
@@ -125,18 +127,30 @@ class Decoder:
         vector_N, timing = await self._batcher(task, deadline)
         record = LoRARecord(task.code, task.deviation_scale)
         lora_id = content_id(vector_N, self._stage.layout.layout_id)
-        putting = self._library.put(task.owner.place(lora_id), record, task.owner.token)
-        _, file = await asyncio.gather(putting, self._file(vector_N, record, task.format))
-        return Decoded(lora_id, file), timing
+        putting = self._put(task.owner, lora_id, record)
+        seconds, file = await asyncio.gather(putting, self._file(vector_N, record, task.format))
+        return Decoded(lora_id, file, seconds), timing
 
     async def accept(self, data: bytes, format: str | None = None, owner: Owner = NOBODY) -> Decoded:
         """An uploaded LoRA file, checked against the layout. Raises ServingError "bad_lora"."""
         from lora_diffusion.serving.files import decode_file
 
         vector_N = await asyncio.to_thread(decode_file, data, self._stage.layout)
+        if vector_N.nbytes > self._max_upload_bytes:
+            raise ServingError(
+                "bad_lora",
+                f"The LoRA has {vector_N.nbytes / 1e6:,.1f} MB as float32; this server keeps at most "
+                f"{self._max_upload_bytes / 1e6:,.1f} MB (library.max_upload_bytes).",
+            )
         lora_id, record = content_id(vector_N, self._stage.layout.layout_id), LoRARecord(vector_N=vector_N)
-        await self._library.put(owner.place(lora_id), record, owner.token)
+        await self._put(owner, lora_id, record)
         return Decoded(lora_id, await self._file(vector_N, record, format))
+
+    async def _put(self, owner: Owner, lora_id: str, record: LoRARecord) -> float:
+        """Seconds that it took."""
+        started = time.perf_counter()
+        await self._library.put(owner.place(lora_id), record, owner.token)
+        return time.perf_counter() - started
 
     async def vector(self, lora_id: str, record: LoRARecord | None, deadline: float) -> Floats:
         """(N,) float32 of a LoRA of the library, or of `record`. Raises ServingError."""

@@ -18,6 +18,7 @@ from lora_diffusion.config import load_config, to_dict
 from lora_diffusion.endpoint import APP
 from lora_diffusion.endpoint.access import refuse_open_door
 from lora_diffusion.endpoint.graph import DEPLOYMENTS, build
+from lora_diffusion.extras import MissingExtra
 from lora_diffusion.jobs.serve import arguments
 from lora_diffusion.serving.config import ServeConfig
 
@@ -33,8 +34,9 @@ def options_of(application: Any) -> dict[str, Any]:
         deployment = node._bound_deployment
         found[deployment.name] = deployment
         for argument in (*deployment.init_args, *deployment.init_kwargs.values()):
-            if hasattr(argument, "_bound_deployment"):
-                visit(argument)
+            for one in argument if isinstance(argument, list) else [argument]:
+                if hasattr(one, "_bound_deployment"):
+                    visit(one)
 
     visit(application)
     return found
@@ -82,6 +84,37 @@ def test_small_models_are_fused_into_the_gateway_and_large_ones_scale_alone() ->
     assert set(options_of(build({"config": CONFIGS[1]}))) == DEPLOYMENTS
     with pytest.raises(ValueError, match="num_replicas=1, or graph=stages"):
         build({"config": CONFIGS[0], "deployments.Gateway": "{num_replicas: 2}"})
+
+
+def test_a_library_in_memory_scales_by_shards_and_a_store_needs_none() -> None:
+    stages = DEPLOYMENTS - {"Library"}
+    sharded = options_of(build({"graph": "stages", "library.shards": 3}))
+    assert set(sharded) == stages | {"Library-0", "Library-1", "Library-2"}
+    assert sharded["Library-2"]._deployment_config.max_ongoing_requests == 256  # `deployments.Library` is of each
+    with pytest.raises(ValueError, match=r"library\.shards=2, or library\.store"):
+        build({"graph": "stages", "deployments.Library": "{num_replicas: 2}"})
+    with pytest.raises(ValueError, match=r"library\.shards are for graph=stages"):
+        build({"library.shards": 2})
+    for store in ("redis://store.example:6379/1", "/var/lib/loras"):
+        assert set(options_of(build({"graph": "stages", "library.store": store}))) == stages
+        fused = build({"library.store": store, "deployments.Gateway": "{num_replicas: 3}"})
+        assert set(options_of(fused)) == {"Gateway", "Renderer"}
+        with pytest.raises(ValueError, match="without a store"):
+            build({"library.store": store, "library.shards": 2})
+
+
+def test_a_store_whose_client_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "redis"]:
+        monkeypatch.delitem(sys.modules, name)
+    finder: Any = type("NoRedis", (), {"find_spec": staticmethod(_no_redis)})
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    with pytest.raises(MissingExtra, match=r"this needs redis.*lora-diffusion\[redis\]"):
+        build({"library.store": "redis://store.example"})
+
+
+def _no_redis(name: str, *_: Any) -> None:
+    if name.partition(".")[0] == "redis":
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @pytest.mark.parametrize("graph", ["fused", "stages"])

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from redis_server import RedisServer
 from s3_server import free_port
 from serve_world import save_synthesizer
 
@@ -36,6 +37,7 @@ class Server:
         self.arguments: dict[str, Any] = {
             "synthesizer": str(synthesizer),
             "graph": "stages",
+            "library.shards": 2,
             "limits.default_seconds": PATIENCE,
             "limits.max_in_flight": 12,
             "deployments.Renderer.autoscaling_config.max_replicas": 1,
@@ -106,12 +108,16 @@ async def ask_together(server: Server, count: int, **fields: Any) -> list[httpx.
         return await asyncio.gather(*(ask(client, server, **fields) for _ in range(count)))
 
 
+def replicas(deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment, among this test's own children."""
+    ours = [process for process in psutil.Process().children(recursive=True) if process.name().startswith("ray::")]
+    return [process for process in ours if f"lora-diffusion:{deployment}" in " ".join(process.cmdline())]
+
+
 def replica(deployment: str) -> psutil.Process:
-    """The process of a deployment's replica, among this test's own children."""
-    for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("ray::") and f"lora-diffusion:{deployment}" in " ".join(process.cmdline()):
-            return process
-    raise AssertionError(f"no replica of {deployment}")
+    found = replicas(deployment)
+    assert found, f"no replica of {deployment}"
+    return found[0]
 
 
 def test_photo_goes_in_and_picture_and_lora_come_out(server: Server) -> None:
@@ -220,6 +226,29 @@ def test_killed_replica_costs_no_request(server: Server, deployment: str) -> Non
     assert [answer.status_code for answer in answers] == [200] * 8, [answer.text[:200] for answer in answers]
 
 
+def test_killed_shard_loses_its_loras_alone_and_says_so(server: Server) -> None:
+    def make(seed: int) -> str:
+        fields = {"files": {"photo": ("p", PHOTO)}, "data": {"seed": str(seed), "latent_inference_steps": "3"}}
+        made: str = httpx.post(f"{server.url}/v1/loras", timeout=PATIENCE, **fields).json()["loras"][0]["id"]
+        return made
+
+    ids = [make(seed) for seed in range(8)]
+    lost = {lora_id for lora_id in ids if int(lora_id[:8], 16) % 2 == 0}
+    assert 0 < len(lost) < 8
+    process = replica("Library-0")
+    process.kill()
+    server.wait_until(lambda: not psutil.pid_exists(process.pid))
+    for lora_id in ids:
+        answer = httpx.get(f"{server.url}/v1/loras/{lora_id}", timeout=PATIENCE)
+        if lora_id in lost:
+            assert (answer.status_code, answer.json()["reason"]) == (404, "unknown_lora")
+            assert re.search(r"more than .* ago, it was lost when this part of the service", answer.json()["detail"])
+        else:
+            assert answer.status_code == 200, answer.text
+    assert make(0) == ids[0]  # the same request makes it again
+    assert httpx.get(f"{server.url}/v1/loras/{ids[0]}", timeout=PATIENCE).status_code == 200
+
+
 def test_slow_uploads_hold_up_nobody(server: Server) -> None:
     async def scenario() -> int:
         writers = []
@@ -296,8 +325,9 @@ def test_new_version_takes_over_without_a_lost_request(server: Server) -> None:
 
 
 def test_the_fused_graph_draws_and_reloads(server: Server, tmp_path: Path) -> None:
-    """Comes last: from now on two processes do what six did."""
-    old = [replica(name).pid for name in ("Embedder", "Denoiser", "Decoder", "Library")]
+    """From now on two processes do what seven did."""
+    old = [replica(name).pid for name in ("Embedder", "Denoiser", "Decoder", "Library-0", "Library-1")]
+    server.arguments["library.shards"] = 1
     server.arguments["graph"], server.reloaded = "fused", ("Gateway",)
     server.deploy()
     server.wait_until(lambda: not any(psutil.pid_exists(pid) for pid in old))
@@ -314,3 +344,30 @@ def test_the_fused_graph_draws_and_reloads(server: Server, tmp_path: Path) -> No
     assert replica("Gateway").pid == process
     again = httpx.post(f"{server.url}/v1/images", timeout=PATIENCE, json=wanted)
     assert again.status_code == 200, again.text  # made by the synthesiser before, which is still there
+
+
+def test_two_fused_gateways_share_a_store_and_no_death_loses_a_lora(server: Server, tmp_path: Path) -> None:
+    """Comes last. Each asks on its own connection, so that both gateways are met."""
+    store = RedisServer(tmp_path)
+    store.start()
+    try:
+        old = replica("Gateway").pid
+        server.arguments |= {"library.store": store.url, "deployments.Gateway.num_replicas": 2}
+        server.deploy()
+        server.wait_until(lambda: not psutil.pid_exists(old))
+        server.wait_until(lambda: server.ready() and len(replicas("Gateway")) == 2)
+        made = []
+        for seed in range(6):
+            fields = {"files": {"photo": ("p", PHOTO)}, "data": {"seed": str(seed), "latent_inference_steps": "3"}}
+            made.append(httpx.post(f"{server.url}/v1/loras", timeout=PATIENCE, **fields).json()["loras"][0])
+        for one in made * 2:
+            assert httpx.get(f"{server.url}{one['url']}", timeout=PATIENCE).status_code == 200
+        for process in replicas("Gateway"):
+            process.kill()
+        server.wait_until(server.ready)
+        for one in made:
+            token = {"X-Deletion-Token": one["deletion_token"]}
+            assert httpx.delete(f"{server.url}{one['url']}", headers=token, timeout=PATIENCE).status_code == 204
+            assert "was deleted" in httpx.get(f"{server.url}{one['url']}", timeout=PATIENCE).text
+    finally:
+        store.kill()

@@ -49,7 +49,7 @@ def test_the_dashboards_are_of_grafanas_own_schema(name: str) -> None:
 def test_the_serving_dashboard_asks_for_what_the_endpoint_exports() -> None:
     exported = set(re.findall(r"# TYPE (\w+)", Metrics().exposition()[0].decode()))
     assert asked_for("serving") <= exported
-    assert len(asked_for("serving")) == 8
+    assert len(asked_for("serving")) == 10
 
 
 def test_the_runbook_watches_what_the_dashboards_show() -> None:
