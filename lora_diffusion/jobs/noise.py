@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 NOISE = (
     b"has constructor arguments in the object store and max_restarts > 0",  # of every Ray Data pool, whose arguments stay
     b"Cannot deregister autoscaling state",
+    b"Failed to determine local IP via external connectivity",  # of a machine without internet, which may be meant
     b"won't accept connections from HAProxy on other nodes",  # an endpoint on loopback has none
 )
 _END = os.urandom(16).hex().encode()
