@@ -55,7 +55,8 @@ def test_likeness_comes_with_landmarks_on_one_scale(api: Client, embedding: list
     photos = [("photo", ("a", ADA.read_bytes())), ("photo", ("b", ADA_AGAIN.read_bytes()))]
     settings = {**DRAWN, "num_images": 2, "seed": 1}
     two = api("POST", "/v1/likeness", files=photos, data=settings).json()
-    assert set(two) == {"base", "nearest", "lora", "photos"}
+    assert set(two) == {"base", "nearest", "lora", "photos", "left_out"}
+    assert two["left_out"] == []
     assert two["photos"] == pytest.approx(
         np.dot(embedding, api.form("/v1/embeddings", ADA_AGAIN).json()["photos"][0]["faces"][0]["embedding"]), abs=1e-5
     )
