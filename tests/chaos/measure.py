@@ -28,7 +28,8 @@ NAMES = {
     "monitor.py": "Ray's monitor",
 }
 COLUMNS = ("MB", "PSS MB", "files", "threads", "CPU s")
-BOUNDS = {"MB": 24.0, "PSS MB": 24.0, "files": 6.0, "threads": 6.0, "count": 6.0}  # an hour
+BOUNDS = {"MB": 12.0, "files": 10.0, "threads": 10.0, "count": 10.0}  # an hour; PSS grows when others end who shared it
+RAYS = ("Ray's log monitor", "files of Ray's logs")  # a log for each worker that was begun
 
 
 def name_of(process: psutil.Process) -> str:
@@ -107,7 +108,7 @@ def too_steep(rows: list[dict[str, Any]]) -> list[str]:
         f"{row['what']}: {row[column][1]:+g} {column} an hour, and {bound:g} are allowed"
         for row in rows
         for column, bound in BOUNDS.items()
-        if column in row and row[column][1] > bound
+        if column in row and row[column][1] > bound and not row["what"].startswith(RAYS)
     ]
 
 

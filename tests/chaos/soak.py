@@ -211,7 +211,7 @@ class Soak:
             for stage in STAGES:
                 words += [f"deployments.{stage}.autoscaling_config.{key}_replicas=2" for key in ("min", "max")]
             address, self.others["serve run"] = stack.enter_context(endpoint(self.folder, ray, words))
-            client = Client(address, self.random.randrange(2**32))
+            client = Client(address, self.random.randrange(2**32), patience=90, allowed={"deadline_exceeded"})  # 60 s
             self.others |= {"S3 server": psutil.Process(self.weed.process.pid), "this script": psutil.Process()}
             recorder = measure.Recorder(
                 self.family, {"files of Ray's logs": self.folder / "ray", "files in TMPDIR": self.folder / "tmp"}
@@ -222,7 +222,9 @@ class Soak:
             ]
             for thread in threads:
                 thread.start()
-            while (left := recorder.begin + seconds - time.monotonic()) > 0 and not self.stopped.wait(min(left, EVERY)):
+            while (left := recorder.begin + seconds - time.monotonic()) > 0 and not self.stopped.wait(
+                min(left, EVERY, seconds / 20)
+            ):
                 recorder.look()
                 print(
                     f"{time.monotonic() - recorder.begin:.0f} s: {client.answers.total()} answers, {dict(self.jobs)}, "
