@@ -83,5 +83,5 @@ def evaluation(chaos: Chaos) -> None:
 def results(output: Path) -> dict[str, Any]:
     """What an evaluation says, but for when, where and how long."""
     found = json.loads((output / "results.json").read_text())
-    kept = {key: value for key, value in found.items() if key not in ("date", "machine", "seconds", "config")}
+    kept = {key: value for key, value in found.items() if key not in ("date", "commit", "machine", "config")}
     return {**kept, "scores": sorted(path.name for path in output.glob("scores/*"))}
