@@ -116,7 +116,7 @@ def main() -> None:
             [np.concatenate([*people[k].pixels[:4], *shown, *renders[k][:4]], 1) for k in range(min(8, args.people))]
         )
         picture = Image.fromarray(sheet).resize((2 * sheet.shape[1], 2 * sheet.shape[0]), Image.Resampling.LANCZOS)
-        picture.save(ROOT / "docs/images/fine_tuned.jpg", quality=90)
+        picture.save(ROOT / "docs/images/fine_tuned.jpg", quality=75)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def show(
 ) -> Shown:
     """The grid as a small JPEG, for the end of a notebook's cell."""
     file = io.BytesIO()
-    grid(rows, left, labels, side).save(file, "JPEG", quality=88)
+    grid(rows, left, labels, side).save(file, "JPEG", quality=78)
     return Shown(file.getvalue(), format="jpeg")
 
 
@@ -62,7 +62,7 @@ def sheet(path: str, width: int = 720) -> Shown:
     """A picture of a file, as a small JPEG."""
     picture = Image.open(path).convert("RGB")
     file = io.BytesIO()
-    picture.resize((width, picture.height * width // picture.width)).save(file, "JPEG", quality=88)
+    picture.resize((width, picture.height * width // picture.width)).save(file, "JPEG", quality=78)
     return Shown(file.getvalue(), format="jpeg")
 
 
