@@ -238,7 +238,7 @@ def say(line: str) -> None:
 
 
 def tell_left_out(photos: dict[str, float]) -> None:
-    from lora_diffusion.faces.same_person import LeftOut
+    from lora_diffusion.faces.choice import LeftOut
 
     for name, cosine in photos.items():
         say(str(LeftOut(name, cosine)))

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from lora_diffusion.endpoint import schemas
 from lora_diffusion.endpoint.problems import ApiError, as_problem
 from lora_diffusion.endpoint.studio import Made, Studio
-from lora_diffusion.faces.same_person import LeftOut
+from lora_diffusion.faces.choice import LeftOut
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.messages import FILE_NAMES, DrawnImage, DrawTask, Progress
 

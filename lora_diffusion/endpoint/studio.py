@@ -19,9 +19,9 @@ import numpy as np
 from lora_diffusion.endpoint.metrics import Metrics
 from lora_diffusion.endpoint.remote import ATTEMPTS, PAUSE_SECONDS, ReplicaLost
 from lora_diffusion.endpoint.schemas import Upload
-from lora_diffusion.faces.choice import Which, choose_face
+from lora_diffusion.faces.choice import LeftOut, Which, choose_face
 from lora_diffusion.faces.photos import PhotoError
-from lora_diffusion.faces.same_person import LeftOut, mean_of, one_person
+from lora_diffusion.faces.same_person import mean_of, one_person
 from lora_diffusion.serving.batcher import Timing
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError

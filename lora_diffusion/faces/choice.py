@@ -32,6 +32,17 @@ class Doubt:
     sentence: str
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A photo of another person than the rest show. cosine: with their mean embedding."""
+
+    photo: str
+    cosine: float
+
+    def __str__(self) -> str:
+        return f"{self.photo} shows another person than the other photos (cosine {self.cosine:.2f}) and was left out"
+
+
 def choose_face(faces: Sequence[Face], doubt: Doubt | None, which: Which, photo: str = "The photo") -> Face:
     """The person's face among `faces`, largest first. Raises FaceError where there is none, or several and `which` is "one"."""
     if which not in get_args(Which):

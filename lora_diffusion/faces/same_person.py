@@ -6,28 +6,16 @@ Axes: P photos, E embedding (512), of unit length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.faces.choice import FaceError
+from lora_diffusion.faces.choice import FaceError, LeftOut
 from lora_diffusion.faces.unit import unit
 
 LEAST = 0.2
 """Cosine with the others below which a photo shows another person."""
 DIFFERENT = "nobody is in more than half of the photos, which show different people"
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A photo of another person than the rest show. cosine: with their mean embedding."""
-
-    photo: str
-    cosine: float
-
-    def __str__(self) -> str:
-        return f"{self.photo} shows another person than the other photos (cosine {self.cosine:.2f}) and was left out"
 
 
 def mean_of(vectors_PE: NDArray[np.float32]) -> NDArray[np.float32]:

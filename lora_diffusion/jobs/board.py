@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class Board:
@@ -31,7 +32,12 @@ class Board:
 
 
 def new_board() -> Any:
-    return ray.remote(Board).options(num_cpus=0).remote()
+    """On the driver's machine: another one may be taken away."""
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=with_the_driver()).remote()
+
+
+def with_the_driver() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def show_while(work: Callable[[], object], board: Any) -> None:

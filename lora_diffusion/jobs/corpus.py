@@ -20,7 +20,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_diffusion.config import relative, to_dict
 from lora_diffusion.corpus import CorpusReader, Manifest, ShardPlan, finish_corpus
@@ -33,6 +32,7 @@ from lora_diffusion.factory.config import CorpusConfig, WorkerConfig
 from lora_diffusion.factory.errors import BrokenDeviceError, DeviceError
 from lora_diffusion.factory.people import PersonRef
 from lora_diffusion.factory.planning import CorpusRun
+from lora_diffusion.jobs.board import with_the_driver
 from lora_diffusion.jobs.causes import RunAgain, find_cause
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
 from lora_diffusion.jobs.observe import CorpusObserver, log
@@ -111,8 +111,7 @@ def make(
     """
     embed, tune = stages or (Embed, Make)
     config, need = begun.config, begun.config.workers
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    ledger = ray.remote(InMemoryAttempts).options(num_cpus=0, scheduling_strategy=here).remote()
+    ledger = ray.remote(InMemoryAttempts).options(num_cpus=0, scheduling_strategy=with_the_driver()).remote()
     # Retries are without limit (Ray's default): a lost node costs nobody, and the ledger ends what would never end.
     dataset = (
         ray.data.from_arrow([pack(work) for work in begun.work()])

@@ -24,6 +24,7 @@ from lora_diffusion.factory import planning
 from lora_diffusion.factory.attempts import InMemoryAttempts
 from lora_diffusion.factory.planning import CorpusRun
 from lora_diffusion.factory.weights2weights import ImportConfig, ShardImporter, Source
+from lora_diffusion.jobs.board import with_the_driver
 from lora_diffusion.jobs.corpus import Embed, finish, pack, unpack
 from lora_diffusion.jobs.local_ray import Need, connect, rows_of
 from lora_diffusion.jobs.observe import CorpusObserver
@@ -68,7 +69,7 @@ def copy(begun: CorpusRun, config: ImportConfig, workers: int, progress: Progres
     dataset: ray.data.Dataset = ray.data.from_arrow([pack(work) for work in begun.work()])
     pools: list[tuple[Any, tuple[Any, ...]]] = [(Import, (config,))]
     if config.photos is not None:
-        ledger = ray.remote(InMemoryAttempts).options(num_cpus=0).remote()
+        ledger = ray.remote(InMemoryAttempts).options(num_cpus=0, scheduling_strategy=with_the_driver()).remote()
         pools.insert(0, (Embed, (begun.config, PICTURE_SIZE, ledger)))
     for work, arguments in pools:
         dataset = dataset.map_batches(

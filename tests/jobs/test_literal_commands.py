@@ -59,6 +59,7 @@ timeout 120 python -c '{ask}'
 kill -INT $SERVE; wait $SERVE
 echo "== ray stop"
 ray stop > /dev/null
+for second in $(seq 30); do [ "$(ps -e -o comm= | grep -vxc -e bash -e ps -e grep)" = 0 ] && break; sleep 1; done
 ps -e -o pid=,comm=
 """
 
