@@ -26,10 +26,9 @@ from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.training.loop import Batch, Slots, Stage
 from lora_diffusion.world.base.training import NOBODY, feature_distance
 
-STEPS = 10  # of the sampler whose latents the decoder learns from
+STEPS, LATEST = 10, 7  # of the sampler; a photo's latent is noised to one of its steps up to LATEST, and denoised again
 HALVED = "/AveragePool_output_0"  # in the bundled recognisers' graphs: a crop of 56 pixels
 MAPS = ("/stage1/stage1.0/Relu_1_output_0", "/stage2/stage2.1/Relu_1_output_0", "/stage3/stage3.1/Relu_1_output_0")
-LATEST = 7  # a photo's latent is denoised again from one of the steps before
 
 
 @dataclass(frozen=True)
