@@ -52,7 +52,7 @@ class Answers:
     def __init__(self, synthesizer: Path) -> None:
         fast = SamplingConfig(latent_inference_steps=2)
         config = ServeConfig(
-            synthesizer=str(synthesizer), limits=LIMITS, sampling=fast, library=LibraryConfig(5_000_000)
+            synthesizer=str(synthesizer), limits=LIMITS, sampling=fast, library=LibraryConfig(max_bytes=5_000_000)
         )
         full, stages = Full(), local_stages(config)
         self.app = build_api(Studio(config, Metrics(), **{**stages, "embedder": full}, renderer=full))
