@@ -124,10 +124,12 @@ class Synthesizer:
     ) -> Floats:
         """LoRA vectors (num_samples, N) of the person in a photo, or in a list of photos, whose embeddings are averaged.
 
+        Photos that show another person than most are left out, with a warning.
+
         A photo is a path, the bytes of a file, a PIL image or uint8 RGB (H, W, 3). The settings are those of `from_embedding`.
         `faces`: "largest" takes the largest face of a photo that shows several, "one" refuses it (default: as `embedder` says).
         `embedder` must be the recogniser that conditioned the training; without one, the one that `provenance` names is loaded.
-        Raises FaceError (no face, several) and PhotoError (not a photo), both ValueErrors, which name the photo.
+        Raises FaceError (no face, several, different people) and PhotoError (not a photo), both ValueErrors, which name the photo.
         """
         if embedder is None:
             embedder = self._embedder = self._embedder or FaceEmbedder(

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import httpx
 import psutil
+from http_endpoint import is_ready
 from ray.util import get_node_ip_address
 from s3_server import free_port
 from serve_world import save_synthesizer
@@ -65,7 +65,7 @@ def endpoint(folder: Path, ray: str, words: Sequence[str]) -> Iterator[tuple[str
     command = ["lora-diffusion", "serve", f"synthesizer={model}", "access.proxies=1", f"port={port}", *words]
     with started([*command, "--ray-address", ray], folder / "serve.log", {**os.environ}) as process:
         address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START
-        while not _ready(address):
+        while not is_ready(address):
             assert process.poll() is None, (folder / "serve.log").read_text()[-3000:]
             assert time.monotonic() < deadline, (folder / "serve.log").read_text()[-3000:]
             time.sleep(1)
@@ -95,10 +95,3 @@ def started(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subp
                 child.kill()
         process.kill()
         process.wait()
-
-
-def _ready(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/readyz", timeout=10).status_code == 200
-    except httpx.TransportError:
-        return False

@@ -56,7 +56,7 @@ def lora_diffusion_serve(folder: Path, settings: dict[str, Any]) -> Iterator[str
     try:
         address = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + START_SECONDS
-        while not _ready(address):
+        while not is_ready(address):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
@@ -74,7 +74,7 @@ def lora_diffusion_serve(folder: Path, settings: dict[str, Any]) -> Iterator[str
         process.wait()
 
 
-def _ready(address: str) -> bool:
+def is_ready(address: str) -> bool:
     try:
         return httpx.get(f"{address}/readyz", timeout=10).status_code == 200
     except httpx.TransportError:
