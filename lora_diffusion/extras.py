@@ -1,7 +1,7 @@
 """What is not installed is named together with the extra of this package that brings it.
 
 `pip install lora-diffusion` brings the command and the client of an endpoint. `[torch]`: LoRAs are made, drawn and
-converted in this process. `[ray]`: the jobs. `[serve]`: the endpoint. `[redis]`: its LoRAs in a Redis.
+converted in this process. `[ray]`: the jobs. `[serve]`: the endpoint. `[redis]`: its LoRAs in a Redis. `[lance]`: a corpus as a Lance table.
 `[world]`: rendered people.
 """
 

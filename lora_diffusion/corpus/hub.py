@@ -84,8 +84,18 @@ class HubDataset:
             what = "consent in the corpus" if require_consent else "a LoRA"
             raise ValueError(f"nobody in {reader.store.uri} has {what}: there is nothing to write")
 
+    def tables(self) -> Iterator[pa.Table]:
+        """Those of each shard who are to be written, by `schema`."""
+        for table in self._tables(self.schema.names):
+            yield table.select(self.schema.names).cast(self.schema)
+
+    def made_with(self) -> dict[str, Any]:
+        """The vectors' layout, the recipe and the base model: what `lora.json` says."""
+        manifest = self.reader.manifest
+        made_with = {"layout": manifest.layout, "recipe_id": manifest.recipe_id, "recipe": manifest.recipe}
+        return {**made_with, **manifest.identity.metadata()}
+
     def _tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        """Of each shard those who are to be written."""
         for table in self.reader.tables(columns):
             names = table["identity"].to_pylist()
             allowed = set(not_forgotten(self.reader.store, self._stones, names))
@@ -114,17 +124,15 @@ class HubDataset:
         for name in store.files("data"):
             if _OURS.fullmatch(name) and name not in sizes:  # whoever left the corpus leaves the dataset
                 store.delete(f"data/{name}")
-        manifest = self.reader.manifest
-        made_with = {"layout": manifest.layout, "recipe_id": manifest.recipe_id, "recipe": manifest.recipe}
-        store.write_json("lora.json", {**made_with, **manifest.identity.metadata()})
+        store.write_json("lora.json", self.made_with())
         keep_or_write(store, self.card(sum(sizes.values())))
         return sum(sizes.values())
 
     def _files(self, rows: int) -> Iterator[pa.Table]:
         """Tables of `rows` people; the last has the rest."""
         waiting = self.schema.empty_table()
-        for table in self._tables(self.schema.names):
-            waiting = pa.concat_tables([waiting, table.select(self.schema.names).cast(self.schema)])
+        for table in self.tables():
+            waiting = pa.concat_tables([waiting, table])
             while len(waiting) >= rows:
                 yield waiting.slice(0, rows)
                 waiting = waiting.slice(rows)

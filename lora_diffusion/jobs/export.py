@@ -1,12 +1,14 @@
-"""A corpus -> the files that weights2weights' code reads, or a dataset folder for the Hugging Face Hub.
+"""A corpus -> the files that weights2weights' code reads, a dataset folder for the Hugging Face Hub, or a Lance table.
 
     lora-diffusion export runs/sd15/corpus output=files
     lora-diffusion export s3://bucket/corpus output=files rescale=true dtype=float16
     lora-diffusion export s3://bucket/corpus output=dataset format=hf require_consent=true
+    lora-diffusion export s3://bucket/corpus output=s3://bucket/corpus.lance format=lance
 
 format=weights2weights: all_weights.pt, mean.pt, std.pt, identity_df.csv, and embeddings.npy; the disk needs the matrix twice for a
 moment. The other way: lora-diffusion import-weights2weights. format=hf: data/*.parquet, README.md (the card) and lora.json, which
-`datasets.load_dataset` and the Hub's viewer read. Rows are written as they are read, so memory does not grow with the corpus.
+`datasets.load_dataset` and the Hub's viewer read. format=lance: a table that finds rows by number and people by their face. Rows of
+both are written as they are read, so memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 
 from lora_diffusion.corpus import CorpusReader, matrix
 from lora_diffusion.corpus.hub import HubDataset
+from lora_diffusion.corpus.lance import write_lance
 from lora_diffusion.factory.weights2weights import layout
 from lora_diffusion.lora.weights2weights import to_weights2weights
 from lora_diffusion.places import Output, Place, local_place
@@ -32,22 +35,22 @@ from lora_diffusion.training.meter import in_bytes
 
 @dataclass(frozen=True)
 class Config:
-    """corpus: for weights2weights of rank 1 on `to_q` and `to_v` of Stable Diffusion 1.5. output: a folder; of hf also s3://.
+    """corpus: for weights2weights of rank 1 on `to_q` and `to_v` of Stable Diffusion 1.5. output: a folder; of hf and lance also s3://.
 
     dtype, rescale: of weights2weights. rescale: of a corpus whose alpha is not 27, fold the difference into B.
-    require_consent: of hf. Only people of whom the corpus has consent.
+    require_consent: of hf and lance. Only people of whom the corpus has consent.
     """
 
     corpus: Place
     output: Output
-    format: Literal["weights2weights", "hf"] = "weights2weights"
+    format: Literal["weights2weights", "hf", "lance"] = "weights2weights"
     dtype: Literal["float32", "float16"] = "float32"
     rescale: bool = False
     require_consent: bool = False
 
 
 def dry_run(config: Config) -> str:
-    if config.format == "hf":
+    if config.format != "weights2weights":
         dataset = HubDataset(CorpusReader(config.corpus), config.require_consent)
         return f"{dataset.people:,} people of {config.corpus}, about {in_bytes(dataset.people * dataset.row_bytes)} -> {config.output}"
     reader, _ = checked(config)
@@ -56,10 +59,15 @@ def dry_run(config: Config) -> str:
 
 
 def run(config: Config, ray_address: str) -> None:
-    if config.format == "hf":
+    if config.format != "weights2weights":
         store, dataset = open_store(config.output), HubDataset(CorpusReader(config.corpus), config.require_consent)
-        size = dataset.write(store)
-        print(f"{dataset.people:,} people, {in_bytes(size)}: {store.uri}")
+        if config.format == "hf":
+            dataset.write(store)
+        else:
+            write_lance(dataset, store)
+        print(
+            f"{dataset.people:,} people, {in_bytes(dataset.people * dataset.row_bytes)} without compression: {store.uri}"
+        )
         return
     reader, folder = checked(config)
     folder.mkdir(parents=True, exist_ok=True)
