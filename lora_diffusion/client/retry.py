@@ -13,6 +13,8 @@ import httpx
 
 RETRIED = (429, 502, 503)
 """Too many requests, and a server (or a proxy before it) that cannot take one now. All calls may be repeated safely."""
+NO_ROUTES = b"/-/routes for available routes"
+"""What Ray's proxies say with their 404 while they begin and know of no application yet. The endpoint's own 404 is a problem document."""
 
 
 class ApiError(Exception):
@@ -49,7 +51,8 @@ class Retry:
     def wait(self, attempt: int, outcome: httpx.Response | httpx.TransportError, deadline: float) -> float | None:
         """Seconds to wait after attempt 1, 2, ... before the next; None: give up. `deadline`: as of time.monotonic()."""
         if isinstance(outcome, httpx.Response):
-            if outcome.status_code not in RETRIED:
+            begins = outcome.status_code == 404 and NO_ROUTES in outcome.content
+            if outcome.status_code not in RETRIED and not begins:
                 return None
             least = retry_after(outcome)
         elif isinstance(outcome, httpx.UnsupportedProtocol):

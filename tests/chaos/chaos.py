@@ -239,7 +239,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ray", type=int, default=7, help="rounds of the corpus job on Ray, a minute or two each")
+    parser.add_argument("--ray", type=int, default=8, help="rounds of the corpus job on Ray, a minute or two each")
     parser.add_argument("--evaluation", type=int, default=3, help="rounds of the evaluation on Ray, two minutes each")
     parser.add_argument("--serving", type=int, default=2, help="rounds of the endpoint on Ray, five minutes each")
     parser.add_argument("--log", type=Path, help="a JSON file of every kill")

@@ -28,7 +28,15 @@ RAY = {
     "controller": "ServeController",
 }
 # what a client may be told instead of an answer while a part is started again; a connection may break
-PROBLEMS = {"overloaded", "not_ready", "deadline_exceeded", "unknown_lora", "transport", "503 of the proxy"}
+PROBLEMS = {
+    "overloaded",
+    "not_ready",
+    "deadline_exceeded",
+    "unknown_lora",
+    "transport",
+    "503 of the proxy",
+    "no routes yet",
+}
 BACK = 300.0  # seconds until all is answered again: a replica imports torch, on a busy machine
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +29,14 @@ PARTS = {
     "agent": ("ray::RuntimeEnvAgent", 3),
     "scoring worker": ("MapBatches(Score)", 0),
 }
+MEMORY = "a worker, since memory runs out"  # another part: Ray chooses which
+HOG = """
+import time
+kept = []
+while True:
+    kept.append(bytearray(b"x" * 64_000_000))
+    time.sleep(0.05)
+"""
 
 
 def outcome(place: Path) -> dict[str, Any]:
@@ -64,12 +74,15 @@ def run(
 
     Exit code 99: it was done before.
     """
-    with driver(JOBS / f"{job}.py", words, {}, log) as process:
+    limit, env = round(psutil.virtual_memory().percent / 100 + 0.2, 2), {}
+    if part == MEMORY:  # Ray's own limit, above what is used now
+        env = {"RAY_memory_usage_threshold": str(limit), "RAY_memory_monitor_refresh_ms": "100"}
+    with driver(JOBS / f"{job}.py", words, env, log) as process:
         killed = not part
         while process.poll() is None and not killed:
             time.sleep(0.05)
             if ready():
-                killed = _kill(process.pid, part)
+                killed = _starve(process, limit) if part == MEMORY else _kill(process.pid, part)
         begin = time.monotonic()
         code = process.wait(timeout=900)
     lines = log.read_text(errors="replace").strip().splitlines()
@@ -87,3 +100,30 @@ def _kill(pid: int, part: str) -> bool:
                     found.kill()
                     return True
     return False
+
+
+def _starve(driver: subprocess.Popen[bytes], limit: float) -> bool:
+    """Another program takes memory until Ray ends one of the job's workers; False if none was there, or the job was over."""
+    with subprocess.Popen([sys.executable, "-c", HOG]) as hog:
+        try:
+            workers = _workers(driver.pid)
+            while workers and driver.poll() is None:
+                time.sleep(0.02)
+                used, now = psutil.virtual_memory().percent / 100, _workers(driver.pid)
+                if workers - now and used > limit - 0.02:
+                    return True
+                workers = now
+        finally:
+            hog.kill()
+    return False
+
+
+def _workers(pid: int) -> set[int]:
+    found = set()
+    with suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if title.startswith("ray::") and "IDLE" not in title:
+                    found.add(process.pid)
+    return found

@@ -14,7 +14,7 @@ import pytest
 from http_endpoint import in_process
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from lora_diffusion.client import ApiError, AsyncClient, Client, Retry
@@ -71,6 +71,21 @@ def test_a_busy_server_is_asked_again_no_sooner_than_it_says(status: int) -> Non
             assert ask()[0].id == "0" * 32
             assert len(odd.times) == 3
             assert np.diff(odd.times).min() >= 0.4
+
+
+def test_a_proxy_that_knows_no_routes_yet_is_asked_again_and_a_lora_that_is_not_there_is_not() -> None:
+    words = "Path '/v1/loras' not found. Ping http://.../-/routes for available routes."  # of Ray's HAProxy and of its Python proxy
+    odd = Odd(lambda n: PlainTextResponse(words, 404) if n < 3 else JSONResponse(LORAS, 201))
+    gone = Odd(lambda n: JSONResponse({"detail": "No LoRA.", "reason": "unknown_lora", "status": 404}, 404))
+    with in_process(odd.app) as address, in_process(gone.app) as other:
+        for ask in ask_both_ways(address, retry=Retry(first_wait=0.01)):
+            odd.times.clear()
+            assert ask()[0].id == "0" * 32
+        for ask in ask_both_ways(other, retry=Retry(first_wait=0.01)):
+            gone.times.clear()
+            with pytest.raises(ApiError, match="No LoRA"):
+                ask()
+            assert len(gone.times) == 1
 
 
 def test_retry_after_may_be_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
