@@ -8,7 +8,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # Ray runs this file with jobs/ on the path, not the repository
 
-from lora_diffusion.jobs.run import main
+from lora_diffusion.jobs.run import command
 
 if __name__ == "__main__":
-    sys.exit(main("publish"))
+    sys.exit(command("publish"))

@@ -24,10 +24,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
 from lora_diffusion.extras import needs
+from lora_diffusion.jobs.guard import guarded
 from lora_diffusion.jobs.noise import without_noise
 from lora_diffusion.jobs.watch import PATIENCE, said_after, watching_ray
 
@@ -77,7 +79,14 @@ JOBS = {
 
 
 def main(name: str, words: Sequence[str] | None = None) -> int:
+    """A job in this process; returns the exit code."""
     return run_job(JOBS[name], words)
+
+
+def command(name: str, words: Sequence[str] | None = None) -> int:
+    """A job as a command of its own: one that uses Ray runs in a child, since Ray may end it without a word."""
+    work = partial(main, name, words)
+    return guarded(name, work) if JOBS[name].extra == "ray" else work()
 
 
 def run_job(job: Job, words: Sequence[str] | None = None) -> int:
