@@ -24,6 +24,7 @@ from lora_diffusion import __version__
 from lora_diffusion.cli_files import FORMAT_HELP, FORMATS, Refused, add_convert, add_forget, add_verify
 from lora_diffusion.extras import MissingExtra, needs
 from lora_diffusion.jobs.run import JOBS, command, help_of, stopped
+from lora_diffusion.jobs.run import main as run_here
 from lora_diffusion.places import local_place, place
 from lora_diffusion.storage import open_store
 
@@ -51,7 +52,8 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in JOBS:
-        sys.exit(command(words[0], words[1:]))
+        job = command if arguments is None else run_here
+        sys.exit(job(words[0], words[1:]))
     args = parse(words)
     try:
         with needs("torch"):
