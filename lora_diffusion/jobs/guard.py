@@ -14,14 +14,14 @@ import signal
 import sys
 from collections.abc import Callable
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SI_KERNEL = 128  # of a signal's sender: a terminal, whose ^C goes to all of its processes
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
 PR_SET_PDEATHSIG = 1
 
 
 def guarded(job: str, work: Callable[[], int]) -> int:
-    """The exit code of `work`, which runs in a child; 3 and a sentence if that ended without one. Signals are passed on to the
-    child, one that ends it ends this process too, and neither outlives the other. Without fork, `work` runs here."""
+    """The exit code of `work`, which runs in a child; 3 and a sentence if that ended without one. Signals, also a terminal's, reach
+    the child once, through this process; one that ends it ends this process too, and neither outlives the other. On other
+    systems than Linux `work` runs here."""
     if not sys.platform.startswith("linux"):
         return work()
     sys.stdout.flush()
@@ -30,6 +30,7 @@ def guarded(job: str, work: Callable[[], int]) -> int:
     before, parent = signal.pthread_sigmask(signal.SIG_BLOCK, waited), os.getpid()
     child = os.fork()
     if not child:
+        os.setpgid(0, 0)  # what is sent to the parent's group, as a terminal's ^C, comes through the parent
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -72,5 +73,9 @@ def _until_it_ends(child: int, waited: set[signal.Signals]) -> int:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return status
-        elif came.si_code != SI_KERNEL:
+        elif came.si_signo == signal.SIGTSTP:  # ^Z, until `fg` or `bg`
+            os.kill(child, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(child, signal.SIGCONT)
+        else:
             os.kill(child, came.si_signo)

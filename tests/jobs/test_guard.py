@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,8 +25,8 @@ def work():
 sys.exit(guarded("corpus", work))
 """
 WAITS = """
-    print(os.getpid(), flush=True)
     try:
+        print(os.getpid(), flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         time.sleep(0.3)  # a second ^C would end it here
@@ -32,14 +34,22 @@ WAITS = """
 """
 
 
-def start(body: str) -> subprocess.Popen[str]:
+def start(body: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(body=body.strip())],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where pytest runs in the background
+        **options,
     )
+
+
+def wait_until(said: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not said():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,26 @@ def test_a_signal_to_the_parent_reaches_the_driver_once(sent: signal.Signals, co
         process.send_signal(sent)
         assert process.wait(30) == code
         assert not driver.is_running()
+
+
+def test_a_signal_to_the_group_reaches_the_driver_once() -> None:
+    """As of `timeout`, or a terminal."""
+    with start(WAITS, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+def test_a_job_that_is_stopped_rests_and_goes_on() -> None:
+    with start(WAITS) as process:
+        assert process.stdout is not None
+        driver = psutil.Process(int(process.stdout.readline()))
+        process.send_signal(signal.SIGTSTP)
+        wait_until(lambda: driver.status() == psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: driver.status() == psutil.STATUS_SLEEPING)
+        process.kill()
 
 
 def test_the_driver_does_not_outlive_its_parent() -> None:
