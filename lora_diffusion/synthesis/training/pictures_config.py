@@ -59,7 +59,7 @@ class PicturesConfig:
         glasses pay where the prompt asks for them.
     pictures_each: pictures of each person in a step.
     num_inference_steps, guidance_scale: how they are drawn, by DDIM.
-    gradient_steps: through how many of the last steps the gradient goes.
+    gradient_steps: through how many of the last steps the gradient goes. All of them take twice the time of two, and keep the prompts.
     denoising_photos: photos of each person in the denoising loss.
     timestep_range: of the denoising loss.
     head: diameter of what the loss `outside` spares, in sides of the face's box.
