@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
 PR_SET_PDEATHSIG = 1
@@ -39,8 +40,10 @@ def guarded(job: str, work: Callable[[], int]) -> int:
         return _told(tell, work)
     os.close(tell)
     code = os.waitstatus_to_exitcode(_until_it_ends(child, waited))
-    if told := os.read(answer, 1):
-        return told[0]
+    os.set_blocking(answer, False)  # a process that the driver forked may still hold the other end
+    with suppress(BlockingIOError):
+        if told := os.read(answer, 1):
+            return told[0]
     if code < 0:
         often = ", as a machine does that has no memory left" if code == -signal.SIGKILL else ""
         print(f"{job}: ended by signal {-code}{often}: run the same command again", file=sys.stderr, flush=True)

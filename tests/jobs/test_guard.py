@@ -78,6 +78,11 @@ def test_the_exit_code_is_the_drivers_and_its_end_is_never_silent(body: str, cod
     assert (said.strip().splitlines() or [""])[-1] == last
 
 
+def test_what_the_driver_leaves_behind_holds_nobody_up() -> None:
+    process = start("os.fork() or time.sleep(20); os._exit(1)")
+    assert process.wait(10) == 3
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
 def test_a_signal_to_the_parent_reaches_the_driver_once(sent: signal.Signals, code: int) -> None:
     with start(WAITS) as process:
