@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import lance
 import numpy as np
 import pytest
 from small_corpus import LAYOUT, NAMES, build
@@ -27,6 +26,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_rows_come_by_number_and_people_by_their_face(corpus: Path, tmp_path: Path) -> None:
+    import lance  # here: whoever forks should not have it
+
     place = tmp_path / "people.lance"
     words = [str(corpus), f"output={place}", "format=lance"]
     assert main("export", [*words, "--dry-run"]) == 0
@@ -44,6 +45,8 @@ def test_rows_come_by_number_and_people_by_their_face(corpus: Path, tmp_path: Pa
 
 
 def test_who_was_forgotten_is_in_no_version_of_the_table(corpus: Path, tmp_path: Path) -> None:
+    import lance
+
     place = tmp_path / "people.lance"
     for _ in range(2):
         assert main("export", [str(corpus), f"output={place}", "format=lance"]) == 0
@@ -56,6 +59,8 @@ def test_who_was_forgotten_is_in_no_version_of_the_table(corpus: Path, tmp_path:
 
 @pytest.mark.s3
 def test_a_table_in_a_bucket(corpus: Path, bucket: str) -> None:
+    import lance
+
     assert main("export", [str(corpus), f"output=s3://{bucket}/people.lance", "format=lance"]) == 0
     options = {"allow_http": "true", "aws_region": "us-east-1"}
     assert lance.dataset(f"s3://{bucket}/people.lance", storage_options=options).count_rows() == len(WITH_LORA)

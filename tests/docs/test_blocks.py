@@ -19,14 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_corpus
 from PIL import Image
 
 from lora_diffusion.config import load_config
-from lora_diffusion.corpus.hub import HubDataset
-from lora_diffusion.corpus.lance import write_lance
 from lora_diffusion.jobs.run import JOBS, read_options
-from lora_diffusion.storage import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -189,8 +185,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             )
     layout = LoRALayout.from_unet(meta_unet("sd1"), rank=1, target_modules=("to_q", "to_k"))
     save_lora(torch.zeros(layout.size), layout, tmp_path / "bought.safetensors")
-    corpus = small_corpus.build(open_store(tmp_path / "w2w" / "corpus"), small_corpus.NAMES)
-    write_lance(HubDataset(corpus), open_store(tmp_path / "people.lance"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
