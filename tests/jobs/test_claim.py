@@ -61,7 +61,7 @@ def test_nothing_is_written_where_something_is(store: Store) -> None:
 
 def test_of_many_at_once_one_gets_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the place is new or a dead driver's claim is in it. Whoever writes later than SETTLE after another would take over from it."""
-    monkeypatch.setattr(claim, "SETTLE", 8.0)  # a busy machine's store may take seconds
+    monkeypatch.setattr(claim, "SETTLE", 8.0)  # hides that a store slower than this lets two begin (LOG.md, 2026-11-29)
     dead = json.dumps({"job": "corpus", "host": "here", "machine": claim.machine(), "pid": 2**22 + 1}).encode()
     for before in (None, dead):
         outcomes: list[object] = []
