@@ -27,12 +27,12 @@ from lora_diffusion.corpus.tombstone import KEY_FILE, is_tombstone, make_key, re
 from lora_diffusion.storage import Store, StoreError, open_store
 
 AT_ONCE = 4  # files in memory
-CLAIM = "claim.json"  # of a job that is at work
+CLAIM, CLAIMS = "claim.json", r"claim(-[0-9a-f]{16})?\.json"  # of a job that is at work, and of one that takes over
 _CORPUS = re.compile(
-    rf"corpus\.json|{CLAIM}|statistics\.safetensors|README\.md|summary\.txt|contact_sheet\.png|identity\.key|(plan|shards|failures|statistics)/"
+    rf"corpus\.json|{CLAIMS}|statistics\.safetensors|README\.md|summary\.txt|contact_sheet\.png|identity\.key|(plan|shards|failures|statistics)/"
 )
 _RUN = re.compile(
-    rf"data\.json|config\.yaml|{CLAIM}|statistics\.safetensors|pca\.safetensors|explained_variance\.(json|png)"
+    rf"data\.json|config\.yaml|{CLAIMS}|statistics\.safetensors|pca\.safetensors|explained_variance\.(json|png)"
     r"|linear_guess\.safetensors|metrics\.jsonl|results\.json|checkpoints/[a-z]+(-best)?\.safetensors|plots/\w+\.png"
     r"|(checkpoints|plots|tensorboard|ray|synthesizer|before_pictures)/"
 )

@@ -110,7 +110,9 @@ def test_a_damaged_plan_or_manifest_is_never_removed(corpus: Path) -> None:
 
 
 def test_nothing_is_removed_under_a_job_that_is_at_work(corpus: Path) -> None:
-    (corpus / "claim.json").write_text("{}")
+    for name in ("claim.json", "claim-0123456789abcdef.json"):
+        (corpus / name).write_text("{}")
+    assert list(examine(str(corpus))) == []
     (corpus / "shards/00001.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="a job is at work"):
         repair(str(corpus), examine(str(corpus)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -22,6 +23,7 @@ _EDITS = r"""s/^( *bind) +\*?:([0-9]+)/\1 127.0.0.1:\2/
     tcp-request connection track-sc0 src\
     tcp-request connection reject if { sc0_conn_cur gt 512 }
 """
+BLOCK = 100  # ports
 _WRAPPER = """#!/bin/sh
 for word in "$@"; do
   [ -f "$word" ] && ! grep -q 'option forwardfor' "$word" && sed -i -E -f {edits} "$word"
@@ -40,7 +42,8 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
     edits.write_text(_EDITS)
     wrapper.write_text(_WRAPPER.format(edits=shlex.quote(str(edits)), binary=shlex.quote(get_haproxy_binary())))
     wrapper.chmod(0o700)
-    statistics, metrics = _free_ports(2)
+    statistics, metrics, fallback, fallback_grpc = _free_ports(4)
+    first = _free_block()
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
@@ -52,9 +55,25 @@ def haproxy_environment(folder: Path) -> dict[str, str]:
         # Three checks in a row without an answer, and Ray starts HAProxy anew: after 6 s instead of 30 if it is dead, 66 if it is slow.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "20",
+        # Ports of this endpoint alone. Where no gateway answers, HAProxy asks Ray's proxy, and several of those may share a port:
+        # with Ray's fixed 8500 another endpoint of this machine would answer in its place, with its own model and people.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK - 1),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
     }
+
+
+def _free_block() -> int:
+    """The first of BLOCK ports for gateways, below those that systems hand out."""
+    while True:
+        first = 20_000 + BLOCK * secrets.randbelow(12_000 // BLOCK)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + BLOCK):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def end_haproxy(folder: Path) -> None:

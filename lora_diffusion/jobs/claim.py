@@ -2,13 +2,17 @@
 
 A driver makes `claim.json` in its output, only if nothing has that name, and counts up in it every BEAT seconds until it ends.
 Who finds a claim takes it over at once if its process is known to be dead (on the same machine), or when it did not change for
-STALE seconds; clocks are never compared. A driver that was away for so long that another took over notices and stops.
+STALE seconds; clocks are never compared. Of several who would take over, the one that makes the dead claim's heir does, a file
+of a name that follows from the claim's content; it is gone when `claim.json` is the heir's. A driver that was away for so long
+that another took over notices and stops.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -23,10 +27,9 @@ from typing import Any
 from lora_diffusion.jobs.watch import PATIENCE, said_after
 from lora_diffusion.storage import Store, StoreError, open_store
 
-FILE = "claim.json"
+FILE, HEIR = "claim.json", re.compile(r"claim-[0-9a-f]{16}\.json")
 BEAT, STALE = 5.0, 60.0  # seconds
 GRACE = 20.0  # seconds for a job to end
-SETTLE = 1.0  # seconds after which the last of several who take over at once is the only one
 
 
 @contextmanager
@@ -66,8 +69,7 @@ class Claim:
 
     def take(self) -> None:
         while not self.store.create(FILE, self._content()):
-            there = self._read()
-            if there == self._mine or (there is not None and self._take_over(there)):
+            if self._is_mine(self._read()) or self._take_over():
                 break
         self._thread.start()
 
@@ -82,35 +84,50 @@ class Claim:
             for path in self._made:
                 path.rmdir()
 
-    def _take_over(self, there: dict[str, Any]) -> bool:
+    def _take_over(self) -> bool:
         """False if the claim went meanwhile. Raises ValueError if its owner lives."""
-        who = owner(there)
-        if not is_dead(there):
+        dead = self._claims()
+        if not dead:
+            return False
+        if not is_dead(parsed(dead[-1])):
             print(
-                f"{self.store.uri} is claimed by {who}: waiting for a sign of life, and taking over after {STALE:g} s without",
+                f"{self.store.uri} is claimed by {owner(parsed(dead[-1]))}: waiting for a sign of life, and taking over after {STALE:g} s "
+                "without",
                 flush=True,
             )
             end = time.monotonic() + STALE
-            while time.monotonic() < end and not is_dead(there):
+            while time.monotonic() < end and not is_dead(parsed(dead[-1])):
                 time.sleep(min(1.0, BEAT))
-                if (now := self._read()) != there:
-                    self._refuse(now)
-                    return False
-        if (now := self._read()) == there:
-            self.store.write(FILE, self._content())
-            time.sleep(SETTLE)
-            now = self._read()
-            if self._is_mine(now):
-                print(f"{self.store.uri}: taken over from {who}, which ended", flush=True)
-                return True
-        self._refuse(now)
-        return False
+                if self._claims() != dead:
+                    return self._refuse()
+        mine = heir(dead[-1])
+        if not self.store.create(mine, self._content()) and not self._is_mine(self._read(mine)):
+            return self._refuse()
+        if self._read() != dead[0]:  # another took over and is done with it
+            self.store.delete(mine)
+            return self._refuse()
+        self.store.write(FILE, self._content())
+        for name in self.store.files():
+            if HEIR.fullmatch(name):
+                self.store.delete(name)
+        print(f"{self.store.uri}: taken over from {owner(parsed(dead[-1]))}, which ended", flush=True)
+        return True
 
-    def _refuse(self, there: dict[str, Any] | None) -> None:
-        if there is not None:
-            raise ValueError(
-                f"{owner(there)} works on {self.store.uri}. Wait until it is done, stop it, or choose another output"
-            )
+    def _claims(self) -> list[bytes]:
+        """What `claim.json` holds and, where its owner died, the heirs that died before it was theirs: the last one counts."""
+        found, name = [], FILE
+        while (data := self._read(name)) is not None:
+            found.append(data)
+            name = heir(data)
+        return found
+
+    def _refuse(self) -> bool:
+        """False if there is no claim any more. Raises ValueError."""
+        if not (there := self._claims()):
+            return False
+        raise ValueError(
+            f"{owner(parsed(there[-1]))} works on {self.store.uri}. Wait until it is done, stop it, or choose another output"
+        )
 
     def _keep(self) -> None:
         while not self._over.wait(BEAT):
@@ -118,7 +135,7 @@ class Claim:
             with suppress(StoreError), said_after(PATIENCE, waiting):  # a store that is away for a while
                 there = self._read()
                 if there is not None and not self._is_mine(there):
-                    self._stop(there)
+                    self._stop(parsed(there))
                     return
                 self._mine["beat"] += 1
                 self.store.write(FILE, self._content())
@@ -135,18 +152,28 @@ class Claim:
     def _content(self) -> bytes:
         return json.dumps(self._mine).encode()
 
-    def _is_mine(self, there: dict[str, Any] | None) -> bool:
-        return there is not None and there.get("token") == self._mine["token"]
+    def _is_mine(self, there: bytes | None) -> bool:
+        return there is not None and parsed(there).get("token") == self._mine["token"]
 
-    def _read(self) -> dict[str, Any] | None:
-        """None if there is no claim; an empty one for what is none, or is being written."""
+    def _read(self, name: str = FILE) -> bytes | None:
         try:
-            found = json.loads(self.store.read(FILE))
+            return self.store.read(name)
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+
+
+def heir(claim: bytes) -> str:
+    """The name of the claim that succeeds this one."""
+    return f"claim-{hashlib.sha256(claim).hexdigest()[:16]}.json"
+
+
+def parsed(claim: bytes) -> dict[str, Any]:
+    """Empty for what is none, or is being written."""
+    try:
+        found = json.loads(claim)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def owner(claim: dict[str, Any]) -> str:

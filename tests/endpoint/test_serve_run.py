@@ -63,6 +63,10 @@ def proxies() -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if process.name() == "haproxy"]
 
 
+def synthesizer_of(address: str) -> str:
+    return str(httpx.get(f"{address}/v1/model", timeout=PATIENCE).json()["synthesizer"]["id"])
+
+
 async def ask(client: httpx.AsyncClient, address: str) -> httpx.Response:
     data = {"prompt": "a photo of sks person", "num_inference_steps": "3"}
     return await client.post(f"{address}/v1/personalize", files={"photo": ("p", PHOTO.read_bytes())}, data=data)
@@ -81,6 +85,15 @@ def test_nothing_of_it_listens_beyond_this_machine(address: str) -> None:
     assert {one.laddr.ip for proxy in proxies() for one in proxy.net_connections("tcp") if one.status == "LISTEN"} == {
         "127.0.0.1"
     }
+
+
+@behind_haproxy
+def test_another_endpoint_on_this_machine_answers_for_itself_alone(address: str, tmp_path: Path) -> None:
+    """Also while it has no gateway yet: HAProxy then asks Ray's own proxy, whose port must be no other endpoint's."""
+    first, settings = synthesizer_of(address), {"synthesizer": save_synthesizer(tmp_path / "other", seed=1)}
+    with lora_diffusion_serve(tmp_path, settings) as other:
+        assert synthesizer_of(other) != first
+    assert synthesizer_of(address) == first
 
 
 @behind_haproxy

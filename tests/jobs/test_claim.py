@@ -31,7 +31,7 @@ with claimed(sys.argv[1], "corpus"):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"BEAT": 0.2, "STALE": 1.5, "SETTLE": 0.3}.items():
+    for name, seconds in {"BEAT": 0.2, "STALE": 1.5}.items():
         monkeypatch.setattr(claim, name, seconds)
 
 
@@ -59,23 +59,30 @@ def test_nothing_is_written_where_something_is(store: Store) -> None:
     assert store.read("x") == b"one"
 
 
-def test_of_many_at_once_one_gets_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the place is new or a dead driver's claim is in it. Whoever writes later than SETTLE after another would take over from it."""
-    monkeypatch.setattr(claim, "SETTLE", 8.0)  # hides that a store slower than this lets two begin (LOG.md, 2026-11-29)
-    dead = json.dumps({"job": "corpus", "host": "here", "machine": claim.machine(), "pid": 2**22 + 1}).encode()
-    for before in (None, dead):
-        outcomes: list[object] = []
+def dead(pid: int = 2**22 + 1) -> bytes:
+    """The claim of a process that is none."""
+    return json.dumps({"job": "corpus", "host": "here", "machine": claim.machine(), "pid": pid}).encode()
 
-        def take(outcomes: list[object] = outcomes) -> None:
+
+@pytest.mark.parametrize("before", ["nothing", "a dead claim", "one whose heir died, too"])
+def test_of_many_at_once_one_gets_it(store: Store, before: str) -> None:
+    for _ in range(2):
+        if before != "nothing":
+            store.write(claim.FILE, dead())
+        if before == "one whose heir died, too":
+            store.write(claim.heir(dead()), dead(2**22 + 2))
+        outcomes: list[Claim | str] = []
+        start = threading.Barrier(6)
+
+        def take(outcomes: list[Claim | str] = outcomes, start: threading.Barrier = start) -> None:
             mine = Claim(open_store(store.uri), "corpus")
+            start.wait()
             try:
                 mine.take()
                 outcomes.append(mine)
             except ValueError as error:
                 outcomes.append(str(error))
 
-        if before:
-            store.write(claim.FILE, before)
         threads = [threading.Thread(target=take) for _ in range(6)]
         for thread in threads:
             thread.start()
@@ -84,8 +91,77 @@ def test_of_many_at_once_one_gets_it(store: Store, monkeypatch: pytest.MonkeyPat
         winners = [found for found in outcomes if isinstance(found, Claim)]
         assert len(winners) == 1, outcomes
         assert all("works on" in str(found) for found in outcomes if found is not winners[0])
+        assert not winners[0].lost
         winners[0].release()
         assert store.files() == {}
+
+
+class Held(Store):
+    """A store in which one step of a take-over, the first on this name, waits until `others` have been there."""
+
+    others: Callable[[], None] | None = None
+
+    def __init__(self, store: Store, step: str, name: str) -> None:
+        super().__init__(store.uri, store.filesystem, store.root, store.local)
+        act = getattr(self, step)
+
+        def slow(asked: str, content: bytes) -> object:
+            if asked == name and (others := self.others):
+                self.others = None
+                others()
+            return act(asked, content)
+
+        setattr(self, step, slow)
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_who_is_slow_to_take_over_takes_nothing_from_who_did(store: Store, done: bool) -> None:
+    store.write(claim.FILE, dead())
+    slow, quick = Held(store, "create", claim.heir(dead())), Claim(open_store(store.uri), "corpus")
+    mine = Claim(slow, "corpus")
+
+    def others() -> None:
+        quick.take()
+        if done:
+            quick.release()
+
+    slow.others = others
+    if done:
+        mine.take()
+        mine.release()
+    else:
+        with pytest.raises(ValueError, match="works on"):
+            mine.take()
+        assert not quick.lost
+        quick.release()
+    assert store.files() == {}
+
+
+def test_nobody_else_takes_over_what_has_an_heir(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "STALE", 60.0)
+    store.write(claim.FILE, dead())
+    slow = Held(store, "write", claim.FILE)
+    mine, refused = Claim(slow, "corpus"), []
+
+    def other() -> None:
+        try:
+            Claim(open_store(store.uri), "corpus").take()
+        except ValueError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=other)
+
+    def others() -> None:
+        thread.start()
+        time.sleep(1)
+
+    slow.others = others
+    mine.take()
+    thread.join()
+    assert "works on" in refused[0]
+    assert not mine.lost
+    mine.release()
+    assert store.files() == {}
 
 
 def test_a_second_driver_is_refused_and_a_killed_ones_place_is_taken_at_once(
