@@ -22,7 +22,7 @@ from lora_diffusion.corpus import CorpusReader, ShardPlan, Statistics
 from lora_diffusion.corpus.forget import follow_tombstones
 from lora_diffusion.corpus.plan import file_index, shard_name
 from lora_diffusion.corpus.reader import NO_STATISTICS
-from lora_diffusion.corpus.schema import parquet_metadata
+from lora_diffusion.corpus.schema import check_columns, parquet_metadata
 from lora_diffusion.corpus.tombstone import KEY_FILE, is_tombstone, make_key, read_key, tombstone
 from lora_diffusion.storage import Store, StoreError, open_store
 
@@ -206,7 +206,7 @@ def _table(store: Store, name: str) -> pa.Table:
     table = file.read()
     if len(table) != file.metadata.num_rows:
         raise ValueError(f"it has {len(table)} rows of {file.metadata.num_rows}")
-    return table
+    return check_columns(table)
 
 
 def _statistics(store: Store, name: str) -> Statistics:

@@ -22,7 +22,7 @@ from lora_diffusion.artifacts import checksum
 from lora_diffusion.corpus import manifest as manifests
 from lora_diffusion.corpus.manifest import Manifest
 from lora_diffusion.corpus.plan import CorpusError, Plan, ShardPlan, file_index, shard_name
-from lora_diffusion.corpus.schema import Failure, failures_from_table, matrix, parquet_metadata
+from lora_diffusion.corpus.schema import Failure, check_columns, failures_from_table, matrix, parquet_metadata
 from lora_diffusion.corpus.statistics import Statistics
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import Store, StoreError, open_store
@@ -86,7 +86,9 @@ def _read(file: IO[bytes], columns: Sequence[str] | None = None) -> pa.Table:
     table = parquet.read(columns=None if columns is None else list(columns))
     if len(table) != parquet.metadata.num_rows:
         raise CorpusError(f"it has {len(table)} rows of {parquet.metadata.num_rows}")
-    return table
+    if lost := set(columns or ()) - set(table.column_names):
+        raise CorpusError(f"it has no column {min(lost)}")
+    return check_columns(table)
 
 
 class CorpusReader:

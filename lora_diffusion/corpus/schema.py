@@ -101,6 +101,31 @@ FAILURE_SCHEMA = pa.schema(
 )
 
 
+def _kind(dtype: pa.DataType) -> str:
+    if pa.types.is_fixed_size_list(dtype):
+        return f"rows of {_kind(dtype.value_type)}"
+    if pa.types.is_list(dtype):
+        return f"lists of {_kind(dtype.value_type)}"
+    kinds = {"whole numbers": pa.types.is_integer, "numbers": pa.types.is_floating, "text": pa.types.is_string}
+    return next((kind for kind, fits in kinds.items() if fits(dtype)), str(dtype))
+
+
+_KINDS = {
+    field.name: _kind(field.type) for field in [*person_schema(1), *person_schema(1, consent=True), *FAILURE_SCHEMA]
+}
+_NEVER_NULL = ("position", "identity", "embedding", "photo_embeddings", "vector")
+
+
+def check_columns(table: pa.Table) -> pa.Table:
+    """`table` as it is. Raises CorpusError for a column of ours that holds something else, or nothing for somebody."""
+    for field, column in zip(table.schema, table.columns, strict=True):
+        if (kind := _kind(field.type)) != (expected := _KINDS.get(field.name, kind)):
+            raise CorpusError(f"its column {field.name} holds {kind}, not {expected}")
+        if column.null_count and field.name in _NEVER_NULL:
+            raise CorpusError(f"its column {field.name} is empty for {column.null_count} of {len(table)} rows")
+    return table
+
+
 def people_table(people: Sequence[Person], schema: pa.Schema) -> pa.Table:
     """P rows in the order given. Vectors are cast to the schema's dtype; the caller has seen that they are finite."""
     columns: list[pa.Array] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
@@ -163,6 +164,35 @@ def test_a_flipped_bit_of_a_vector_is_noticed(folder: Path) -> None:
 
 
 # --- a folder that can be uploaded as it is
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "holds", "message"),
+    [
+        ("plan/00000.parquet", "identity", pa.binary(), "its column identity holds binary, not text"),
+        ("shards/00000.parquet", "identity", None, r"its column identity is empty for 1 of \d+ rows"),
+        (
+            "shards/00000.parquet",
+            "vector",
+            pa.list_(pa.float32()),
+            "vector holds lists of numbers, not rows of numbers",
+        ),
+        ("shards/00000.parquet", "num_photos", pa.string(), "num_photos holds text, not whole numbers"),
+        ("failures/00001.parquet", "reason", pa.binary(), "reason holds binary, not text"),
+    ],
+)
+def test_a_column_that_another_program_rewrote_is_named(
+    folder: Path, name: str, column: str, holds: pa.DataType | None, message: str
+) -> None:
+    """Half of these end in a TypeError or AttributeError where they are used. holds None: nothing for one row."""
+    table = pq.read_table(folder / name)
+    values = table[column].to_pylist()
+    rewritten = pa.array([None, *values[1:]] if holds is None else table[column].cast(holds).to_pylist(), holds)
+    table = table.set_column(table.column_names.index(column), column, rewritten)
+    pq.write_table(table, folder / name)
+    with pytest.raises(CorpusError, match=message):
+        reader = CorpusReader(folder)
+        _ = reader.plan, reader.table(), reader.failures()
 
 
 def test_the_card_names_the_data_files(folder: Path) -> None:

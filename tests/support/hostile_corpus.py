@@ -62,7 +62,7 @@ def _of_corpus(name: str, look: Callable[[Path], Iterator[Callable[[], object]]]
 def _look_at_shard(folder: Path) -> Iterator[Callable[[], object]]:
     reader, snapshot = _whole_corpus(folder)
     yield lambda: reader._verify_one(reader.plan.shards[1], {"00001.safetensors": 0})
-    yield lambda: matrices(reader._table(1)["photo_embeddings"])
+    yield lambda: matrices(reader._table(1, ["photo_embeddings"])["photo_embeddings"])
     yield lambda: list(read_rows(snapshot, 1, reader.store))
 
 

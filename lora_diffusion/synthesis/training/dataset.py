@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lora_diffusion.corpus.plan import CorpusError, shard_name
 from lora_diffusion.corpus.reader import opened
-from lora_diffusion.corpus.schema import EMBEDDING_SIZE, matrices, matrix
+from lora_diffusion.corpus.schema import EMBEDDING_SIZE, check_columns, matrices, matrix
 from lora_diffusion.places import Place
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.training.private import cache_root, private_files, private_folder
@@ -86,7 +86,8 @@ def read_rows(snapshot: CorpusSnapshot, index: int, store: Store | None = None) 
         with opened(store, f"shards/{shard_name(index)}.parquet", whole=True) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=list(COLUMNS)).replace_schema_metadata(None)
+                table = check_columns(parquet.read_row_group(group, columns=list(COLUMNS)))
+                table = table.replace_schema_metadata(None)
                 if lost := set(COLUMNS) - {"photo_embeddings"} - set(table.column_names):
                     raise CorpusError(f"shard {shard_name(index)} of {snapshot.uri} lacks the column {min(lost)}")
                 if "photo_embeddings" not in table.column_names:
