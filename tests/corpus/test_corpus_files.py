@@ -190,8 +190,8 @@ def test_a_column_that_another_program_rewrote_is_named(
     rewritten = pa.array([None, *values[1:]] if holds is None else table[column].cast(holds).to_pylist(), holds)
     table = table.set_column(table.column_names.index(column), column, rewritten)
     pq.write_table(table, folder / name)
+    reader = CorpusReader(folder)
     with pytest.raises(CorpusError, match=message):
-        reader = CorpusReader(folder)
         _ = reader.plan, reader.table(), reader.failures()
 
 
