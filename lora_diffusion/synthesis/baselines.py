@@ -13,10 +13,9 @@ Axes: P rows, B batch, C embedding, N vector length, M normalised, K components.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,35 +41,41 @@ class Ridge:
         return self.target_mean_M + (embeddings_BC - self.embedding_mean_C) @ self.weight_CM
 
 
-def fit_ridge(pairs: Iterable[tuple[Tensor, Tensor]], penalties: Sequence[float] = PENALTIES) -> list[Ridge]:
+def fit_ridge(pairs: Iterable[tuple[Tensor, Tensor]], penalties: Sequence[float] = PENALTIES) -> Iterator[Ridge]:
     """One regression for each penalty, from one round over embeddings (B, C) and targets (B, M).
 
-    Raises ValueError for fewer than two rows.
+    Each is made when it is asked for, so that few lie in memory: 4 bytes × C × M each. Raises ValueError for fewer than two rows.
     """
     count = 0
-    sums: tuple[Tensor, ...] | None = None
     for e_BC, x_BM in pairs:
         e_BC, x_BM = e_BC.double(), x_BM.double()
-        new = (e_BC.sum(0), x_BM.sum(0), e_BC.T @ e_BC, e_BC.T @ x_BM)
-        sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
+        if not count:
+            sums = [e_BC.new_zeros(shape) for shape in [e_BC.shape[1:], x_BM.shape[1:]]]
+            products = [e_BC.new_zeros(e_BC.shape[1], width) for width in (e_BC.shape[1], x_BM.shape[1])]
+        for total, product, rows in zip(sums, products, (e_BC, x_BM), strict=True):
+            total += rows.sum(0)
+            product.addmm_(e_BC.T, rows)
         count += len(e_BC)
-    if sums is None or count < 2:
+    if count < 2:
         raise ValueError(f"{count} rows were given to the regression; at least two are needed")
-    sum_C, sum_M, ee_CC, ex_CM = sums
-    mean_C, mean_M = sum_C / count, sum_M / count
-    covariance_CC = ee_CC / count - torch.outer(mean_C, mean_C)
-    cross_CM = ex_CM / count - torch.outer(mean_C, mean_M)
+    mean_C, mean_M = (total / count for total in sums)
+    covariance_CC, cross_CM = (product.div_(count) for product in products)
+    covariance_CC.addr_(mean_C, mean_C, alpha=-1)
+    cross_CM.addr_(mean_C, mean_M, alpha=-1)
     values_C, vectors_CC = torch.linalg.eigh(covariance_CC)
-    rotated_CM = vectors_CC.T @ cross_CM
-    return [
-        Ridge(
-            mean_C.float(),
-            mean_M.float(),
-            (vectors_CC @ (rotated_CM / (values_C.clamp(min=0) + penalty)[:, None])).float(),
-            penalty,
-        )
-        for penalty in penalties
-    ]
+    rotated_CM = _product(vectors_CC.T, cross_CM, cross_CM)
+    for penalty in penalties:
+        shrunken_CC = vectors_CC / (values_C.clamp(min=0) + penalty)
+        weight_CM = _product(shrunken_CC, rotated_CM, torch.empty(rotated_CM.shape))
+        yield Ridge(mean_C.float(), mean_M.float(), weight_CM, penalty)
+
+
+def _product(a_CC: Tensor, b_CM: Tensor, out_CM: Tensor) -> Tensor:
+    """a b, written into `out_CM` some columns at a time: nothing of its size lies beside it. `out_CM` may be `b_CM`."""
+    for start in range(0, b_CM.shape[1], 4096):
+        part = slice(start, start + 4096)
+        out_CM[:, part] = a_CC @ b_CM[:, part]
+    return out_CM
 
 
 def deviation_cosine(predicted_BN: Tensor, true_BN: Tensor, mean_N: Tensor) -> float:
@@ -88,10 +93,13 @@ class RidgeToVector:
 
     @classmethod
     def fit(cls, train: Pairs, validation: Pairs, penalties: Sequence[float] = PENALTIES) -> RidgeToVector:
-        found = fit_ridge(train(), penalties)
-        scores = [_score(ridge.predict, ridge.target_mean_M, validation) for ridge in found]
-        best = int(np.argmax(scores))
-        return cls(found[best], scores[best])
+        best: RidgeToVector | None = None
+        for ridge in fit_ridge(train(), penalties):
+            cosine = _score(ridge.predict, ridge.target_mean_M, validation)
+            if best is None or cosine > best.cosine:
+                best = cls(ridge, cosine)
+        assert best is not None
+        return best
 
     def predict(self, embeddings_BC: Tensor) -> Tensor:
         return self.ridge.predict(embeddings_BC)

@@ -80,7 +80,7 @@ def test_a_person_of_the_corpus_is_their_own_nearest_neighbour() -> None:
 
 def test_one_row_is_no_corpus() -> None:
     with pytest.raises(ValueError, match="1 rows were given to the regression"):
-        fit_ridge([(torch.ones(1, 512), torch.ones(1, 3))])
+        list(fit_ridge([(torch.ones(1, 512), torch.ones(1, 3))]))
     with pytest.raises(ValueError, match="0 rows"):
-        fit_ridge([])
+        list(fit_ridge([]))
     assert np.isfinite(deviation_cosine(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3)))
