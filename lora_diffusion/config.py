@@ -284,7 +284,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as a string
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
     raise _wrong(where, names.get(hint, str(hint)), value)
