@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from lora_diffusion.corpus import CorpusReader
-
 if TYPE_CHECKING:
     from lora_diffusion.synthesis.publish import Labels
 
@@ -30,11 +28,10 @@ def render_people(count: int, folder: str) -> None:
     faces.finish()
 
 
-def synthetic_labels(corpus: str) -> Labels:
+def synthetic_labels(identities: Sequence[str]) -> Labels:
     """What rendered people look like, from the numbers in their names."""
     from lora_diffusion.world.people import sample_person
 
-    identities: Sequence[str] = CorpusReader(corpus).table(["identity"])["identity"].to_pylist()
     people = [sample_person(int(identity.removeprefix("person-"))) for identity in identities]
     return {person.name: person.traits.attributes() for person in people}
 

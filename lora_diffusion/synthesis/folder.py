@@ -100,7 +100,7 @@ class Parts(NamedTuple):
 def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.float32) -> None:
     """`dtype` float16 halves the folder: matrices only; biases, the normaliser and its constants stay in float32.
 
-    int8: as float16, and learned components in 8 bits, with a scale for each, and what scales them in float16.
+    int8: as float16, and learned components in 8 bits, with a scale for each, and the normaliser in float16.
     """
     files = {
         "codes": dict(parts.codes.state_dict()),
@@ -131,7 +131,8 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
         if COMPONENTS in files["codes"]:
             U_KM = files["codes"][COMPONENTS].detach().cpu()
             scale_K = U_KM.abs().amax(1).clamp(min=1e-12) / 127
-            files["codes"]["normaliser.std_N"] = files["codes"]["normaliser.std_N"].half()  # scales components alone
+            for name in ("normaliser.mean_N", "normaliser.std_N"):
+                files["codes"][name] = files["codes"][name].half()
             files["codes"] |= {COMPONENTS: (U_KM / scale_K[:, None]).round().to(torch.int8), COMPONENTS_SCALE: scale_K}
     store = open_store(path)
     for name, tensors in files.items():

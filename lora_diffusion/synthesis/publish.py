@@ -5,12 +5,13 @@ Axes: P people, C embedding, Z code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.corpus.reader import opened
@@ -23,11 +24,21 @@ from lora_diffusion.synthesis.synthesizer import Synthesizer
 Labels = dict[str, dict[str, float]]  # identity -> attribute -> value
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """People for directions, wherever they come from. where: as messages name it. embed: places among `identities` -> those of them
+    who have an embedding, and their embeddings (P, C) by the synthesiser's recogniser."""
+
+    where: str
+    identities: Sequence[str]
+    embed: Callable[[list[int]], tuple[list[int], NDArray[np.float32]]]
+
+
 def publish(
     source: str,
     out: str,
     draw: Mapping[str, str],
-    corpus: str | None = None,
+    corpus: str | Embedded | None = None,
     labels: str | Labels | None = None,
     neighbours: bool = True,
     dtype: torch.dtype = torch.float16,
@@ -35,7 +46,7 @@ def publish(
 ) -> Synthesizer:
     """Write the folder `out` from the folder `source`, both local or s3://; returns what was written.
 
-    draw: settings of `LatentSampling`, as text. labels: what `directions` takes. neighbours: keep the corpus' embeddings.
+    draw: settings of `LatentSampling`, as text. corpus: its address, or other people. labels: what `directions` takes. neighbours: keep the corpus' embeddings.
     components: keep only so many of learned components, those that the LoRAs of the corpus' embeddings need most.
 
     Raises ValueError for unknown settings, labels without a corpus, or a corpus nobody of whom has labels.
@@ -56,7 +67,7 @@ def publish(
 def checked(
     source: str,
     draw: Mapping[str, str],
-    corpus: str | None = None,
+    corpus: str | Embedded | None = None,
     labels: str | Labels | None = None,
     components: int | None = None,
 ) -> Synthesizer:
@@ -76,33 +87,40 @@ def checked(
     return synthesizer
 
 
-def directions(synthesizer: Synthesizer, corpus: str, labels: str | Labels) -> AttributeDirections:
-    """Fitted on what the synthesiser answers to the corpus' mean embeddings at temperature 0, without guidance.
+def directions(synthesizer: Synthesizer, corpus: str | Embedded, labels: str | Labels) -> AttributeDirections:
+    """Fitted on what the synthesiser answers to the people's mean embeddings at temperature 0, without guidance.
 
     labels: a table, or a Parquet file with `identity` and a column of numbers for each attribute (null: unknown).
     """
-    reader, of, known = _labelled(synthesizer, corpus, labels)
-    identities, embeddings_PC = reader.identities, reader.embeddings()
-    codes_PZ = synthesizer.denoise(embeddings_PC[known], [0] * len(known), guidance_scale=1.0, temperature=0.0)
-    names = list(of[identities[known[0]]])
-    columns = {name: np.array([of[identities[place]][name] for place in known], np.float64) for name in names}
+    people, of, known = _labelled(synthesizer, corpus, labels)
+    known, embeddings_PC = people.embed(known)
+    if not known:
+        raise ValueError(f"nobody of {people.where} who is in the labels has a usable photo")
+    codes_PZ = synthesizer.denoise(embeddings_PC, [0] * len(known), guidance_scale=1.0, temperature=0.0)
+    rows = [of[people.identities[place]] for place in known]
+    columns = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
     return AttributeDirections.fit(torch.from_numpy(codes_PZ), columns)
 
 
 def _labelled(
-    synthesizer: Synthesizer, corpus: str, labels: str | Labels
-) -> tuple[CorpusReader, Mapping[str, Mapping[str, float]], list[int]]:
-    """The corpus, the labels by identity, and the rows of those who have some. Raises ValueError if nobody has."""
+    synthesizer: Synthesizer, corpus: str | Embedded, labels: str | Labels
+) -> tuple[Embedded, Mapping[str, Mapping[str, float]], list[int]]:
+    """The people, the labels by identity, and the places of those who have some. Raises ValueError if nobody has."""
+    people = corpus if isinstance(corpus, Embedded) else _of_corpus(synthesizer, corpus)
+    of = read_labels(labels) if isinstance(labels, str) else labels
+    known = [place for place, identity in enumerate(people.identities) if identity in of]
+    if not known:
+        where = labels if isinstance(labels, str) else "the labels"
+        raise ValueError(f"nobody of {people.where} is in {where}: the identities must be the names there")
+    return people, of, known
+
+
+def _of_corpus(synthesizer: Synthesizer, corpus: str) -> Embedded:
     reader = CorpusReader(corpus)
     way_out = "Give the corpus that it was trained on, or people embedded by its recogniser"
     theirs, parts = f"the corpus at {corpus}", ("recogniser",)
     synthesizer.identity.check(reader.manifest.identity, "the synthesiser", theirs, way_out, parts)
-    of = read_labels(labels) if isinstance(labels, str) else labels
-    known = [place for place, identity in enumerate(reader.identities) if identity in of]
-    if not known:
-        where = labels if isinstance(labels, str) else "the labels"
-        raise ValueError(f"nobody of {corpus} is in {where}: the identities must be the corpus' names")
-    return reader, of, known
+    return Embedded(corpus, reader.identities, lambda places: (places, reader.embeddings()[places]))
 
 
 def read_labels(path: str) -> Labels:

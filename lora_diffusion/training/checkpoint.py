@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_diffusion.storage import Buffer, Store
 from lora_diffusion.training.distributed import whole
 
-_FREE_TO_CHANGE = ("checkpoint_every", "log_every")  # on resume: they change no loss
+_FREE_TO_CHANGE = ("checkpoint_every", "log_every", "keep")  # on resume: they change no loss
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

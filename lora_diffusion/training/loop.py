@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,8 @@ MOST_BAD_IN_A_ROW = 20
 class LoopConfig:
     """AdamW, linear warm-up, cosine decay to 0. `batch_size` is global: all workers together.
 
-    Validation is of the averaged weights, before the first step and every `validate_every`; the best of them are the result.
+    Validation is of the averaged weights, before the first step and every `validate_every`; the best of them are the result,
+    or with `keep=newest` those of the last one: where a few validation rows decide by chance.
     `patience`: so many validations without a better one end the training; 0: never.
     """
 
@@ -57,6 +58,7 @@ class LoopConfig:
     ema_decay: float = 0.999  # of the averaged weights, which are what is kept
     validate_every: int = 100  # steps between validations
     patience: int = 0
+    keep: Literal["best", "newest"] = "best"  # averaged weights; newest: patience has no say
     log_every: int = 20  # steps between reports
     checkpoint_every: int = 200  # steps between checkpoints
     seed: int = 0  # of batches and noise
@@ -264,7 +266,8 @@ class Loop:
                 values = {f"validation_{name}": value for name, value in totals.means(self.group).items()}
                 values |= self.stage.summarise(values)
             names = self.stage.selection_metrics
-            score = [values[f"validation_{name}"] for name in names] if len(slots) else [-float(self.state.step)]
+            newest = self.config.keep == "newest" or not len(slots)
+            score = [-float(self.state.step)] if newest else [values[f"validation_{name}"] for name in names]
             if self.state.judge(score, self.config.patience):
                 self.state.save_best(write=self.group.rank == 0)
         return values

@@ -97,6 +97,17 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(tmp_path
     assert (again.state.step, nothing) == (loop.state.step, [])
 
 
+def test_told_so_it_keeps_the_newest_and_never_loses_patience(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=200, validate_every=20, patience=3, keep="newest")
+    loop, reports = train(tmp_path, config)
+    assert loop.state.best_step == loop.state.step == 200
+    validations = {report["step"]: report["validation_loss"] for report in reports if "validation_loss" in report}
+    assert validations[200] > min(validations.values()), "otherwise this test shows nothing"
+    loop.stage.load_state_dict(loop.best_weights())
+    batch, size = loop._load(np.arange(36, 41))
+    assert loop._forward(batch, size, 7_000_003)[0].mean().item() == pytest.approx(validations[200], rel=1e-5)
+
+
 def test_a_stage_may_be_judged_by_something_else_than_its_loss(tmp_path: Path) -> None:
     class Judged(Regression):
         selection_metrics = ("rough", "against")
