@@ -195,6 +195,13 @@ def test_a_column_that_another_program_rewrote_is_named(
         _ = reader.plan, reader.table(), reader.failures()
 
 
+def test_a_column_that_is_gone_is_named(folder: Path) -> None:
+    path = folder / "shards/00001.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["embedding"]), path)
+    with pytest.raises(CorpusError, match=r"shards/00001.parquet cannot be read: it has no column embedding"):
+        CorpusReader(folder).embeddings()
+
+
 def test_the_card_names_the_data_files(folder: Path) -> None:
     import datasets
 

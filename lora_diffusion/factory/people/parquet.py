@@ -131,11 +131,12 @@ class ParquetPeople:
         columns = parquet.metadata.row_group(group)
         if not _is_list(parquet.schema_arrow.field("image").type):
             return int(columns.num_rows)
-        # What a damaged footer says of a column ends the process if it is asked for from Python, and is an error if read.
+        # What a damaged footer says of a column ends the process if it is asked for from Python, and is an error if read: the images
+        # are read first, and no other column is asked.
         again: Any = self._open(number, buffer_size=2**20)  # reads a page, not the column
         self._try(number, lambda: next(again.iter_batches(1, [group], ["image"]), None))
-        leaves = (columns.column(i) for i in range(columns.num_columns))
-        return next((int(leaf.num_values) for leaf in leaves if leaf.path_in_schema.split(".")[0] == "image"), 0)
+        paths = [parquet.schema.column(leaf).path.split(".")[0] for leaf in range(columns.num_columns)]
+        return int(columns.column(paths.index("image")).num_values)
 
     def _open(self, number: int, **options: Any) -> _File:
         name = self.names[number]
@@ -155,6 +156,8 @@ class ParquetPeople:
         except (FileNotFoundError, StoreError):
             raise
         except Exception as error:  # damaged bytes meet Arrow with many kinds of error
+            if str(error).startswith(f"{self.store.uri}/"):
+                raise  # it is named already
             raise self._unreadable(self.names[number], error) from error
 
     def _unreadable(self, name: str, error: Exception) -> Exception:
