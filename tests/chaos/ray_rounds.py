@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,12 @@ def evaluation(chaos: Chaos) -> None:
     assert code == 0, log.read_text()[-3000:]
     for name, when in there.items():
         assert (output / "scores" / name).stat().st_mtime_ns == when, f"{name} was drawn again"
-    tally.different += results(output) != calm
+    found = results(output)
+    if differ := [
+        f"{key}: {calm.get(key)!r:.500} | {found[key]!r:.500}" for key in found if found[key] != calm.get(key)
+    ]:
+        print("another evaluation than undisturbed:", *differ, sep="\n", file=sys.stderr, flush=True)
+    tally.different += found != calm
     shutil.rmtree(output)
 
 
