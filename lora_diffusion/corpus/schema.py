@@ -104,9 +104,11 @@ FAILURE_SCHEMA = pa.schema(
 def _kind(dtype: pa.DataType) -> str:
     if pa.types.is_fixed_size_list(dtype):
         return f"rows of {_kind(dtype.value_type)}"
-    if pa.types.is_list(dtype):
+    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):  # large ones: as polars and pandas write them
         return f"lists of {_kind(dtype.value_type)}"
-    kinds = {"whole numbers": pa.types.is_integer, "numbers": pa.types.is_floating, "text": pa.types.is_string}
+    if pa.types.is_string(dtype) or pa.types.is_large_string(dtype):
+        return "text"
+    kinds = {"whole numbers": pa.types.is_integer, "numbers": pa.types.is_floating}
     return next((kind for kind, fits in kinds.items() if fits(dtype)), str(dtype))
 
 

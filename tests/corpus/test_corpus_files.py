@@ -195,6 +195,19 @@ def test_a_column_that_another_program_rewrote_is_named(
         _ = reader.plan, reader.table(), reader.failures()
 
 
+def test_a_shard_with_large_types_is_read_as_before(folder: Path) -> None:
+    """As polars writes text and lists."""
+    before, path = CorpusReader(folder).shard_vectors(1), folder / "shards/00001.parquet"
+    table = pq.read_table(path)
+    hashes = table.column_names.index("photo_sha256")
+    table = table.set_column(hashes, "photo_sha256", table["photo_sha256"].cast(pa.large_list(pa.large_string())))
+    table = table.set_column(1, "identity", table["identity"].cast(pa.large_string()))
+    pq.write_table(table, path)
+    reader = CorpusReader(folder)
+    np.testing.assert_array_equal(reader.shard_vectors(1), before)
+    assert reader.verify()[1] == {}
+
+
 def test_a_column_that_is_gone_is_named(folder: Path) -> None:
     path = folder / "shards/00001.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["embedding"]), path)
