@@ -54,7 +54,7 @@ def main() -> None:
     assert maker.start_1N is not None
     starts = {
         "cold": maker.start_1N.expand(len(people), -1),
-        "synthesised": torch.from_numpy(synthesizer.from_embedding(judge.faces_KC, seed=0)),
+        "synthesised": torch.from_numpy(synthesizer.from_embedding(judge.faces(), seed=0)),
     }
 
     rows: list[dict[str, Any]] = []

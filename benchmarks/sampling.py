@@ -3,12 +3,14 @@
     python benchmarks/sampling.py --synthesizer runs/tiny/training/synthesizer --draw 2,1,2.5,8 --draw 1,0,3.5,25
 
 `--draw guidance,temperature,deviation,steps`; without any, what the folder recommends. On people of the corpus' split who are in no
-corpus, not on held-out ones: those must not choose anything. One photo each. Writes benchmarks/results/sampling.json.
+corpus, not on held-out ones: those must not choose anything. One photo each, or so many as `--inputs` says, judged by the same other
+photos: `--inputs 1 2 4`. Writes benchmarks/results/sampling.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--synthesizer", nargs="+", default=["tiny"])
     parser.add_argument("--draw", type=setting, action="append", metavar="G,T,D,S")
+    parser.add_argument("--inputs", type=int, nargs="+", default=[1], metavar="PHOTOS")
     parser.add_argument("--people", type=int, default=32)
     parser.add_argument("--first", type=int, default=23_000)
     parser.add_argument("--photos", type=int, default=8)
@@ -45,14 +48,14 @@ def main() -> None:
     config = load_config(CorpusConfig, ROOT / "configs/tiny.yaml")
     maker, by = LoRAMaker(config), embedders(args.threads)
     people = [photos_of(args.first + i, args.photos, by["recogniser"]) for i in range(args.people)]
-    judge = Judge(maker, config, people, by)
+    judge = Judge(maker, config, people, by, max(args.inputs))
     rows = []
     for folder in args.synthesizer:
         synthesizer = Synthesizer.from_pretrained(folder)
         synthesizer.check_base(maker.base)
-        for how in args.draw or [{}]:
-            vectors_KN = synthesizer.from_embedding(judge.faces_KC, **how)
-            rows.append({"synthesizer": folder, **how, **judge(vectors_KN)})
+        for count, how in itertools.product(args.inputs, args.draw or [{}]):
+            vectors_KN = synthesizer.from_embedding(judge.faces(count), **how)
+            rows.append({"synthesizer": folder, "inputs": count, **how, **judge(vectors_KN)})
             print(rows[-1], flush=True)
     print(write_result("sampling", {"people": args.people, "first": args.first, "photos": args.photos, "rows": rows}))
 

@@ -1,7 +1,7 @@
 """Where things lie: a folder of this machine or `s3://bucket/prefix`, behind the few operations that a corpus needs.
 
 A write is whole or not at all, in both: locally a temporary name, fsync and rename; on S3 one PUT (or one completed
-multipart upload). S3's address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+multipart upload). What a killed local writer left half-written goes with the next process' first write into the folder. S3's address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, or a profile or instance role). Throttling answers (503 SlowDown, 500, 429) and
 broken connections are tried again, with growing pauses, before they become an error.
 """
@@ -25,6 +25,7 @@ from lora_diffusion.extras import needs
 from lora_diffusion.places import leads_out, place
 
 _HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # what `_write_local` writes under, and nobody else
+_swept: set[Path] = set()  # folders that this process has written into
 _UPLOAD_BYTES = 2**26  # of one part of a large upload; S3 takes 10,000 parts
 Buffer = bytes | memoryview
 Item = TypeVar("Item")
@@ -223,13 +224,9 @@ class Store:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def sweep(self, folder: str) -> None:
-        """Remove what killed local writers left half-written in `folder`; writers that run hold a lock on their file."""
-        for path in Path(self.path(folder)).glob(".*.tmp") if self.local else ():
-            with suppress(OSError):
-                if _HALF_WRITTEN.fullmatch(path.name) and path.is_file():
-                    with path.open("rb") as file:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        path.unlink()
+        """Remove what killed local writers left half-written in `folder`, whether or not anything is written there again."""
+        if self.local:
+            _sweep(Path(self.path(folder)))
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         try:
@@ -288,13 +285,26 @@ def open_store(uri: str | os.PathLike[str], attempts: int = _ATTEMPTS, read_seco
     return Store(address, s3, root, local=False)
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left half-written; those that run hold a lock on their file."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if _HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+
+
 def _write_local(path: Path, parts: Iterable[Buffer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:
+        _sweep(path.parent)
+        _swept.add(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("wb") as file:
             with suppress(OSError):  # some network disks have no locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for `sweep`; gone with the process
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for `_sweep`; gone with the process
             for part in parts:
                 file.write(part)
             file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -73,6 +74,25 @@ def test_a_killed_local_writer_leaves_the_old_content_or_the_new(tmp_path: Path)
     assert set(store.files()) == {"x"}
     store.sweep("")
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_process_first_write(tmp_path: Path) -> None:
+    """In every folder, of every job: a driver killed while it wrote a score left half of it for ever."""
+    program = """
+import os, signal, sys
+from lora_diffusion.storage import open_store
+
+def parts():
+    yield b"half"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+open_store(sys.argv[1]).write_parts("scores/x", parts())
+"""
+    dead = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert dead.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path / "scores")) == 1
+    open_store(tmp_path).write("scores/y", b"whole")
+    assert os.listdir(tmp_path / "scores") == ["y"]
 
 
 def test_sweep_removes_what_killed_writers_left_and_nothing_of_others(tmp_path: Path) -> None:

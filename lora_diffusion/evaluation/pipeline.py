@@ -110,7 +110,7 @@ class Evaluation:
             raise ValueError(f"{self.store.uri}/{name} cannot be read: {error}. {way_out}") from error
 
     def score(self, methods: Sequence[Method]) -> dict[str, Scores]:
-        """Scores by `Method.id`; what is in the store is read, the rest is drawn in large batches and written there."""
+        """Scores by `Method.id`; what is in the store is read, the rest is drawn and written there."""
         keys = {method.id: self._key(method) for method in methods}
         if len(keys) != len(methods):
             raise ValueError(f"two methods of one name: {sorted(method.id for method in methods)}")
@@ -192,14 +192,13 @@ def describe(reader: CorpusReader) -> dict[str, Any]:
 
 
 def batches(methods: Sequence[Method], size: int) -> list[list[Request]]:
-    """Requests of all methods, about `size` LoRAs together, whatever method they are of."""
+    """Requests, about `size` LoRAs of one method together.
+
+    Never of two: rounding hangs on who is drawn together, and a method's scores must not hang on which others still lack theirs.
+    """
     found: list[list[Request]] = []
-    held = size
     for method in methods:
-        for k, person in enumerate(method.people_K):
-            if held >= size:
-                found.append([])
-                held = 0
-            found[-1].append(Request(method.id, int(person), method.vectors_KSN[k]))
-            held += method.vectors_KSN.shape[1]
+        people = max(1, size // method.vectors_KSN.shape[1])
+        requests = [Request(method.id, int(person), method.vectors_KSN[k]) for k, person in enumerate(method.people_K)]
+        found += [requests[first : first + people] for first in range(0, len(requests), people)]
     return found

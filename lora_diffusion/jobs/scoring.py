@@ -1,6 +1,6 @@
 """Ray Data's view of the evaluation: actors that hold the models embed held-out people and draw and score LoRAs.
 
-Shared by evaluate.py and ablate.py. One block is one batch of LoRAs, of whatever methods.
+Shared by evaluate.py and ablate.py. One block is one batch of LoRAs of one method.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from lora_diffusion.storage import open_store
 _here_only: ContextVar[bool] = ContextVar("here_only", default=False)
 CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"
 DEFAULT_CACHE = "~/.cache/lora-diffusion"
+_HALF_FETCHED = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{12}\.tmp")
 
 
 class NotHereError(ValueError):
@@ -67,25 +70,54 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
             return target / file
         if here_only_now():
             raise NotHereError(f"{uri} is not on this machine yet: {len(paths)} files would be fetched")
-        partial = cache / f".{key}.{secrets.token_hex(6)}.tmp"
-        partial.mkdir(parents=True)
 
         def fetch(name: str) -> None:
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             store.filesystem.get_file(paths[name], str(path))
 
-        try:
+        with _partial_folder(cache, key) as partial:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(fetch, paths))
             _move(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return target / file
     except NotHereError:
         raise
     except Exception as error:
         raise ValueError(f"cannot fetch {uri}: {error}") from error
+
+
+@contextmanager
+def _partial_folder(cache: Path, key: str) -> Iterator[Path]:
+    """A folder of this fetch alone, gone at the end; and with it those of fetches that were killed: they hold no lock any more."""
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = cache / f".{key}.{secrets.token_hex(6)}.tmp"
+    mine = None
+    try:
+        with suppress(OSError), _locked(cache):  # between a folder's making and its lock nobody sweeps
+            for left in cache.glob(".*.tmp"):
+                if _HALF_FETCHED.fullmatch(left.name):
+                    with suppress(OSError), _locked(left, fcntl.LOCK_NB):
+                        shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            mine = os.open(partial, os.O_RDONLY)
+            fcntl.flock(mine, fcntl.LOCK_EX)
+        partial.mkdir(exist_ok=True)  # some network disks have no locks
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if mine is not None:
+            os.close(mine)
+
+
+@contextmanager
+def _locked(folder: Path, how: int = 0) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _move(partial: Path, target: Path) -> None:

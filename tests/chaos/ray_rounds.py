@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -91,4 +92,7 @@ def results(output: Path) -> dict[str, Any]:
     """What an evaluation says, but for when, where and how long."""
     found = json.loads((output / "results.json").read_text())
     kept = {key: value for key, value in found.items() if key not in ("date", "commit", "machine", "config")}
-    return {**kept, "scores": sorted(path.name for path in output.glob("scores/*"))}
+    return {
+        **kept,
+        "scores": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.glob("scores/*")},
+    }

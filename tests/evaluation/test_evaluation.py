@@ -92,9 +92,15 @@ def test_the_key_of_scores_changes_with_vectors_pictures_and_people_only() -> No
     assert len({key, *others}) == 6
 
 
-def test_requests_of_all_methods_fill_the_batches() -> None:
-    found = batches([Method.of("a", np.zeros((5, 2))), Method.of("b", np.ones((4, 2)))], size=4)
-    assert [len(batch) for batch in found] == [4, 4, 1]
+def test_who_is_drawn_together_does_not_hang_on_what_else_is_drawn() -> None:
+    """Else the scores of a killed evaluation would not be the undisturbed one's, to the last bit."""
+    methods = [Method.of("a", np.zeros((5, 2))), Method.of("b", np.ones((4, 2)))]
+    found = batches(methods, size=4)
+    assert [len(batch) for batch in found] == [4, 1, 4]
+    alone = [batch for method in methods for batch in batches([method], size=4)]
+    assert [[(r.method, r.person) for r in batch] for batch in found] == [
+        [(r.method, r.person) for r in batch] for batch in alone
+    ]
     assert [(r.method, r.person) for batch in found for r in batch] == [
         *(("a", k) for k in range(5)),
         *(("b", k) for k in range(4)),

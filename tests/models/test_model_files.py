@@ -1,5 +1,8 @@
 """Models in a bucket, against a real S3 server."""
 
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from tiny_pipeline import tiny_pipeline
 from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder
 from lora_diffusion.models import files as model_files
-from lora_diffusion.models.files import fetch_folder
+from lora_diffusion.models.files import _partial_folder, fetch_folder
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.storage import open_store
 
@@ -79,6 +82,32 @@ def test_a_fetch_that_breaks_leaves_nothing_behind(bucket: str, cache: Path, mon
     monkeypatch.undo()
     monkeypatch.setenv(model_files.CACHE_VARIABLE, str(cache))
     assert contents(fetch_folder(store.uri)) == {"a": b"a", "b": b"b"}
+
+
+def test_what_a_killed_fetch_left_goes_with_the_next_fetch_and_nothing_of_others(bucket: str, cache: Path) -> None:
+    """A killed fetch of Stable Diffusion leaves gigabytes."""
+    store = open_store(f"s3://{bucket}/model")
+    store.write("a", b"a")
+    program = """
+import os, signal, sys
+import s3fs
+from lora_diffusion.models.files import fetch_folder
+
+s3fs.S3FileSystem.get_file = lambda self, source, target: os.kill(os.getpid(), signal.SIGKILL)
+fetch_folder(sys.argv[1])
+"""
+    dead = subprocess.run([sys.executable, "-c", program, store.uri], check=False)
+    assert dead.returncode == -signal.SIGKILL
+    (left,) = cache.iterdir()
+    others = [cache / ".notes.tmp", cache / ".0123456789abcdef.0123456789AB.tmp"]
+    for other in others:
+        other.mkdir()
+    with _partial_folder(cache, "0" * 16) as running:
+        assert not left.exists()
+        (running / "half").write_bytes(b"half")
+        whole = fetch_folder(store.uri)
+        assert (running / "half").exists()
+    assert set(cache.iterdir()) == {whole, *others}
 
 
 def test_a_base_model_loads_from_a_bucket_and_is_the_one_that_was_put_there(bucket: str, tmp_path: Path) -> None:

@@ -72,7 +72,6 @@ def begin(config: TrainConfig) -> CorpusSnapshot | None:
     if snapshot is not None and config.keep_neighbours:
         read_key(open_store(config.corpus))  # damaged, it would end the run in the last minute
     store = open_store(config.output)
-    store.sweep("checkpoints")
     if snapshot is not None and not store.exists(DATA):
         store.write_json(DATA, checksum.seal_json(snapshot.to_dict()))
     return snapshot
