@@ -74,6 +74,7 @@ def lora(
 ) -> schemas.LoRA:
     """A LoRA of the library, as JSON. root: what stands before the paths of this server."""
     url = f"{root}/v1/loras/{made.decoded.lora_id}"
+    kept = made.record.expires_in if made.record else None
     return schemas.LoRA(
         id=made.decoded.lora_id,
         seed=made.sampled.seed if made.sampled else None,
@@ -81,7 +82,7 @@ def lora(
         similarity=similarity,
         nearest=nearest(made),
         left_out=left_out(made.sampled.left_out) if made.sampled else [],
-        expires_in=config.library.ttl_seconds,
+        expires_in=config.library.ttl_seconds if kept is None else round(kept, 3),
         deletion_token=made.token or None,
         url=url,
         files={name: f"{url}?format={name}" for name in FILE_NAMES},

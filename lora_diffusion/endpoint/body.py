@@ -21,7 +21,7 @@ from lora_diffusion.endpoint.schemas import Upload, from_base64
 from lora_diffusion.serving.config import LimitsConfig
 
 # In a form these names hold JSON text.
-JSON_FIELDS = frozenset({"embedding", "latent", "edits", "a", "b", "positions"})
+JSON_FIELDS = frozenset({"embedding", "reference", "latent", "edits", "a", "b", "positions"})
 PHOTO_FIELDS = ("photo", "photos", "photo[]", "photos[]")
 MAX_VALUES, MAX_NAMES = 100_000, 256  # of a body, and of an object in it: far more than any request has
 MAX_DIGITS, MAX_TYPE = (

@@ -150,7 +150,7 @@ def build(arguments: dict[str, Any]) -> Application:
     """The application. `config`: a YAML file; any other argument overrides a key of it, as in `limits.max_images: 4`.
 
     `serve run` hands no arguments to a config file, so the environment variable LORA_DIFFUSION_SERVE may hold more of
-    them, as words: "synthesizer=runs/tiny/synthesizer library.ttl_seconds=600".
+    them, as words: "synthesizer=runs/tiny/training/synthesizer library.ttl_seconds=600".
     """
     words = shlex.split(os.environ.get(ENVIRONMENT, ""))
     given = {**arguments, **{key: value for key, _, value in (word.partition("=") for word in words)}}

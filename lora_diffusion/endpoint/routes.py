@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar, get_type_hints
@@ -11,6 +12,7 @@ import numpy as np
 from fastapi import FastAPI, Path, Request, Response
 
 from lora_diffusion.endpoint import answers, schemas
+from lora_diffusion.endpoint.access import DELETION_TOKEN
 from lora_diffusion.endpoint.checks import check_limits, check_recogniser, unit_embedding
 from lora_diffusion.endpoint.docs import LORA_FILES, PICTURES, WITH_PHOTOS, operation
 from lora_diffusion.endpoint.problems import PHOTO_REASONS, ApiError
@@ -119,10 +121,13 @@ class Routes:
                 "invalid_request",
                 "format answers with one file: ask for one sample, or leave format out and fetch each file by its url.",
             )
+        if asked.score and (asked.latent or asked.lora_file):
+            raise ApiError("invalid_request", "score compares with photos or an embedding: give one of them.")
         made = await self._make(asked, request, asked.num_samples, asked.format)
         scores: list[float | None] = [None] * len(made)
         if asked.score:
-            scores = await together(self._score(m, deadline(request)) for m in made)
+            async with self._answered(made, request):
+                scores = await together(self._score(m, deadline(request)) for m in made)
         if asked.format:
             return answers.file(made[0], asked.format, scores[0])
         return schemas.LorasResponse(
@@ -186,8 +191,7 @@ class Routes:
         """What is known of a LoRA, or with `format` its file."""
         place = owner(request).place(lora_id)
         if format is None:
-            await self.studio.library.get(place)
-            return answers.lora(Made(Decoded(lora_id)), self.config, root_of(request))
+            return answers.lora(await self._found(lora_id, request), self.config, root_of(request))
         return answers.file(
             Made(Decoded(lora_id, await self.studio.decoder.file(place, format, deadline(request)))), format
         )
@@ -284,18 +288,43 @@ class Routes:
             raise ApiError(
                 "not_acceptable", "An image/* answer holds one picture: accept application/json for several."
             )
-        lora_id = asked.lora if isinstance(asked, schemas.ImagesRequest) else None
-        made = Made(Decoded(lora_id)) if lora_id else (await self._make(asked, request, 1, format))[0]
-        reference_C = made.sampled.embedding_C if made.sampled else None
-        if isinstance(asked, schemas.ImagesRequest) and asked.reference is not None:
-            reference_C = await self._embedding(asked.reference, "reference")
+        lora_id, reference_C = None, None
+        if isinstance(asked, schemas.ImagesRequest):
+            lora_id = asked.lora
+            reference_C = None if asked.reference is None else await self._embedding(asked.reference, "reference")
+        if lora_id:
+            made = await self._found(lora_id, request)
+        else:
+            (made,) = await self._make(asked, request, 1, format)
+        if reference_C is None and made.sampled is not None:
+            reference_C = made.sampled.embedding_C
         task = replace(
             self._task(asked, owner(request).place(made.decoded.lora_id), asked.lora_scale),
             image_format=answers.image_format(request, asked),
             record=made.record,
             reference_C=reference_C,
         )
-        return await answers.Pictures(self.studio, made, task, deadline(request), root_of(request), format).answer(how)
+        pictures = answers.Pictures(self.studio, made, task, deadline(request), root_of(request), format)
+        async with self._answered([] if lora_id else [made], request):
+            return await pictures.answer(how)
+
+    async def _found(self, lora_id: str, request: Request) -> Made:
+        """A LoRA that is in the library already."""
+        return Made(Decoded(lora_id), record=await self.studio.library.get(owner(request).place(lora_id)))
+
+    @asynccontextmanager
+    async def _answered(self, made: Sequence[Made], request: Request) -> AsyncIterator[None]:
+        """Without an answer nobody is told the tokens that were drawn to delete these LoRAs: they are forgotten at once."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                if DELETION_TOKEN not in request.headers:
+                    await together(self._forget(one, request) for one in made if one.token)
+            raise
+
+    async def _forget(self, made: Made, request: Request) -> None:
+        await self.studio.library.delete(owner(request).place(made.decoded.lora_id), made.token)
 
     def _task(self, asked: schemas.DrawOptions, lora_id: str, lora_scale: float) -> DrawTask:
         first = new_seed() if asked.image_seed is None else asked.image_seed
@@ -312,8 +341,7 @@ class Routes:
 
     async def _score(self, made: Made, until: float) -> float:
         """Similarity of one picture, drawn with the server's prompt for scores."""
-        if made.sampled is None or made.sampled.embedding_C is None:
-            raise ApiError("invalid_request", "score compares with photos or an embedding: give one of them.")
+        assert made.sampled is not None
         asked = schemas.DrawOptions.model_validate({"prompt": self.config.sampling.score_prompt, "image_seed": 0})
         task = self._task(asked, made.decoded.lora_id, 1.0)
         task = replace(task, record=made.record, reference_C=made.sampled.embedding_C)

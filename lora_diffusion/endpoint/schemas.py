@@ -1,7 +1,7 @@
 """What goes over the wire: requests and answers of the HTTP API. docs/reference/http-api.md tells the same in words.
 
 A request is JSON, or multipart/form-data with the same names: there photos are the file parts called `photo` (as many as
-you like), a LoRA file is the part `lora_file`, and values that are not plain (embedding, latent, edits, a, b, positions)
+you like), a LoRA file is the part `lora_file`, and values that are not plain (embedding, reference, latent, edits, a, b, positions)
 are written as JSON. Unknown keys are errors. Limits of a server (images, steps, prompt length) are in GET /v1/model.
 """
 

@@ -156,7 +156,8 @@ class Studio:
                 if error.reason != "stale_latent" or attempt == ATTEMPTS:
                     raise
                 # After a reload the denoiser may be ahead of the decoder by a moment.
-                if task.code.model_id != (await self.denoiser.describe())["synthesizer"]["id"]:
+                ours = (await self.denoiser.describe())["synthesizer"]
+                if (task.code.model_id, len(task.code.values_Z)) != (ours["id"], ours["latent_size"]):
                     raise
                 await asyncio.sleep(PAUSE_SECONDS * attempt)
         raise AssertionError("unreachable")

@@ -38,7 +38,7 @@ class Kept:
         """Raises ServingError "unknown_lora"."""
         if self.record is None or self.expires <= now:
             raise unknown(self.gone or EXPIRED)
-        return self.record
+        return replace(self.record, expires_in=self.expires - now)
 
     def without(self, token: str) -> Kept | None:
         """Once its maker with this token has deleted it; None where nobody else has made it. Raises ServingError "not_yours"."""

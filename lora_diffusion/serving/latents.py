@@ -165,16 +165,16 @@ class VectorStage:
             groups[task.code.model_id, task.deviation_scale].append(i)
         answers: list[Floats | Exception] = [ServingError("diverged", "")] * len(tasks)
         for (model_id, deviation_scale), members in groups.items():
-            try:
-                model = self.models[model_id]
-                codes_BZ = np.stack([_of_size(tasks[i].code, model.code_size) for i in members])
-                vectors_BN = model.decode(codes_BZ, deviation_scale)
-            except ServingError as error:
-                for i in members:
+            fitting: dict[int, Floats] = {}
+            for i in members:
+                try:
+                    fitting[i] = _of_size(tasks[i].code, self.models[model_id].code_size)
+                except ServingError as error:
                     answers[i] = error
-                continue
-            for i, vector_N in zip(members, vectors_BN, strict=True):
-                answers[i] = vector_N if np.isfinite(vector_N).all() else _diverged()
+            if fitting:
+                vectors_BN = self.models[model_id].decode(np.stack(list(fitting.values())), deviation_scale)
+                for i, vector_N in zip(fitting, vectors_BN, strict=True):
+                    answers[i] = vector_N if np.isfinite(vector_N).all() else _diverged()
         return answers
 
 

@@ -1,8 +1,8 @@
-"""LoRAs kept for a while, each under the hash of its content.
+"""LoRAs kept for a while, each under the hash of what is kept of it.
 
-What is kept is the code of 2 KB, from which the Decoder makes the same vector again in a few milliseconds; of an upload, the
-vector. The same vector has the same id, whoever asks; an id cannot be guessed from another. Where several people made the same
-one, it stays until the last of them has deleted it. All go when their time is up, and a deletion is immediate.
+That is the code of 2 KB, from which the Decoder makes the same vector again in a few milliseconds; of an upload, the vector.
+The same code has the same id, whoever asks; an id cannot be guessed from another. Who uploads somebody's file gets an id of the
+file, and not the code behind it. Where several people made the same one, it stays until the last of them has deleted it. All go when their time is up, and a deletion is immediate.
 
 Here in memory: least recently used ones make room, nothing is written to disk, and a restart loses all. `library_redis` and
 `library_objects` keep them outside of the process.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,16 +23,21 @@ import numpy as np
 
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.kept import DELETED, EVICTED, EXPIRED, Kept, ago, put_on, unknown
-from lora_diffusion.serving.messages import Floats, LoRARecord
+from lora_diffusion.serving.messages import LoRARecord
 from lora_diffusion.serving.stages import LibraryStage
 
 REMEMBERED = 10_000  # ids of LoRAs that were here
 
 
-def content_id(vector_N: Floats, layout_id: str) -> str:
-    """32 hex digits of SHA-256 over the layout and the vector's bytes."""
-    digest = hashlib.sha256(f"{layout_id}:{len(vector_N)}:".encode())
-    digest.update(np.ascontiguousarray(vector_N, "<f4").tobytes())
+def content_id(record: LoRARecord, layout_id: str) -> str:
+    """32 hex digits of SHA-256: over a code with its synthesiser and scale, or else over the vector. layout_id: of either."""
+    if record.code is not None:
+        values, of = record.code.values_Z, f"code:{record.code.model_id}:{record.deviation_scale}"
+    else:
+        assert record.vector_N is not None
+        values, of = record.vector_N, f"vector:{len(record.vector_N)}"
+    digest = hashlib.sha256(f"{layout_id}:{of}:".encode())
+    digest.update(np.ascontiguousarray(values, "<f4").tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -58,7 +63,10 @@ class LoRALibrary:
         self._ttl_seconds = ttl_seconds
         self._clock = clock
         self._started = clock()
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._kept: OrderedDict[str, Kept] = OrderedDict()  # the one that was asked for last at the end
+        self._ends: deque[tuple[float, str]] = (
+            deque()
+        )  # of all puts; every LoRA has the same time, so the first end first
         self._gone: OrderedDict[str, str] = OrderedDict()  # id -> why
         self._bytes = 0
 
@@ -68,6 +76,7 @@ class LoRALibrary:
         before, now = self._kept.get(lora_id), self._clock()
         self._delete(lora_id)
         entry = self._kept[lora_id] = put_on(before, record, token, now + self._ttl_seconds, now)
+        self._ends.append((entry.expires, lora_id))
         self._gone.pop(lora_id, None)
         self._bytes += entry.nbytes
         while self._bytes > self._max_bytes and len(self._kept) > 1:
@@ -106,10 +115,12 @@ class LoRALibrary:
                 self._gone.popitem(last=False)
 
     def sweep(self) -> None:
-        """Forget what has expired."""
+        """Forget what has expired. Takes no longer for what has not."""
         now = self._clock()
-        for lora_id in [key for key, entry in self._kept.items() if entry.expires <= now]:
-            self._delete(lora_id, EXPIRED)
+        while self._ends and self._ends[0][0] <= now:
+            end, lora_id = self._ends.popleft()
+            if (entry := self._kept.get(lora_id)) and entry.expires == end:  # else it was put again, or is gone
+                self._delete(lora_id, EXPIRED)
 
     def stats(self) -> dict[str, Any]:
         return {"loras": len(self._kept), "bytes": self._bytes, "max_bytes": self._max_bytes}

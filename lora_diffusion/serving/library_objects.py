@@ -1,7 +1,8 @@
 """LoRAs in a folder or a bucket: one file of `kept` for each, which every gateway and decoder changes only as it has just read it.
 
 A bucket must know conditional writes (If-Match, If-None-Match), as Amazon S3 does; a folder is locked, so its disk must know locks.
-What has expired or was deleted leaves a note that says so, for as long again. One of the replicas sweeps every now and then.
+What has expired or was deleted leaves a note that says so, for as long again. One of the replicas sweeps every now and then;
+what has no name of ours is left alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,8 @@ Change = Callable[[Kept | None], Kept | None]
 THREADS = 16  # requests to the store at a time, of each replica
 TRIES = 50  # of a change that others are faster with
 SWEEP_SECONDS = 600.0  # between two sweeps, at most
+OURS = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{30}(\.[0-9a-f]{32})?")  # `_name` of `Owner.place`
+HALF_WRITTEN = re.compile(r"[0-9a-f]{2}/\.[0-9a-f]{12}\.tmp")  # what a killed writer left in a folder
 NOBODYS = '"00000000000000000000000000000000"'  # an ETag that no object has
 
 
@@ -36,6 +40,7 @@ class ObjectLibrary:
 
     def __init__(self, config: LibraryConfig) -> None:
         store = open_store(config.store, attempts=2, read_seconds=config.store_seconds)
+        self.uri = store.uri
         self._files = _Folder(Path(store.root)) if store.local else _Bucket(store)
         self._seconds, self._ttl_seconds = config.store_seconds, config.ttl_seconds
         self._pool = ThreadPoolExecutor(
@@ -156,10 +161,13 @@ class _Folder:
             pass
 
     def older_than(self, seconds: float) -> Iterator[str]:
-        for path in self._root.glob("??/*"):  # and what killed writers left, which is no record
+        for path in self._root.glob("??/*"):
+            name = path.relative_to(self._root).as_posix()
             with suppress(FileNotFoundError):
-                if path.name != ".lock" and path.stat().st_mtime <= time.time() - seconds:
-                    yield path.relative_to(self._root).as_posix()
+                if (
+                    OURS.fullmatch(name) or HALF_WRITTEN.fullmatch(name)
+                ) and path.stat().st_mtime <= time.time() - seconds:
+                    yield name
 
 
 class _Bucket:
@@ -231,8 +239,11 @@ class _Bucket:
         while True:
             page = self._store.filesystem.call_s3("list_objects_v2", **request)
             for item in page.get("Contents", []):
-                if item["LastModified"].timestamp() <= time.time() - seconds + 1:  # whole seconds
-                    yield item["Key"].removeprefix(self._prefix)
+                name = item["Key"].removeprefix(self._prefix)
+                if (
+                    OURS.fullmatch(name) and item["LastModified"].timestamp() <= time.time() - seconds + 1
+                ):  # whole seconds
+                    yield name
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]

@@ -94,14 +94,15 @@ class RedisLibrary:
         """Raises ServingError "unknown_lora", "store_unavailable"."""
         key, was = _keys(lora_id)
 
-        async def work() -> tuple[bytes | None, list[bytes | None]]:
+        async def work() -> tuple[bytes | None, list[bytes | None], int]:
             async with self._redis.pipeline(transaction=False) as pipe:  # a full Redis would refuse a transaction
                 pipe.get(was)
                 pipe.hmget(key, ["code", "vector"])
-                end, fields = await pipe.execute()
-                return end, fields
+                pipe.pttl(key)
+                end, fields, left_ms = await pipe.execute()
+                return end, fields, left_ms
 
-        end, fields = await self._ask(work)
+        end, fields, left_ms = await self._ask(work)
         record = LoRARecord()
         for data in filter(None, fields):
             try:
@@ -110,7 +111,7 @@ class RedisLibrary:
                 log.error(json.dumps({"event": "store", "error": str(error)}))
                 raise unknown("cannot be read in the store") from None
         if record.nbytes:
-            return record
+            return replace(record, expires_in=max(0, left_ms) / 1000)
         if end is None:
             raise unknown("", await self._restarted())
         raise unknown(DELETED if end == b"deleted" else EXPIRED if float(end) <= time.time() + 1 else EVICTED)

@@ -109,11 +109,15 @@ class DecodeTask:
 
 @dataclass(frozen=True)
 class LoRARecord:
-    """What a LoRA is made from: its code, and how it is decoded. Of an upload: the vector itself, float32. Or both."""
+    """What a LoRA is made from: its code, and how it is decoded. Of an upload: the vector itself, float32. Or both.
+
+    expires_in: seconds until the library that it comes from forgets it.
+    """
 
     code: Code | None = None
     deviation_scale: float | None = None
     vector_N: Floats | None = None
+    expires_in: float | None = None
 
     @property
     def nbytes(self) -> int:

@@ -126,7 +126,7 @@ class Decoder:
     async def decode(self, task: DecodeTask, deadline: float) -> tuple[Decoded, Timing]:
         vector_N, timing = await self._batcher(task, deadline)
         record = LoRARecord(task.code, task.deviation_scale)
-        lora_id = content_id(vector_N, self._stage.layout.layout_id)
+        lora_id = content_id(record, self._stage.layout.layout_id)
         putting = self._put(task.owner, lora_id, record)
         seconds, file = await asyncio.gather(putting, self._file(vector_N, record, task.format))
         return Decoded(lora_id, file, seconds), timing
@@ -142,9 +142,11 @@ class Decoder:
                 f"The LoRA has {vector_N.nbytes / 1e6:,.1f} MB as float32; this server keeps at most "
                 f"{self._max_upload_bytes / 1e6:,.1f} MB (library.max_upload_bytes).",
             )
-        lora_id, record = content_id(vector_N, self._stage.layout.layout_id), LoRARecord(vector_N=vector_N)
+        record = LoRARecord(vector_N=vector_N)
+        file = await self._file(vector_N, record, format)
+        lora_id = content_id(record, self._stage.layout.layout_id)
         await self._put(owner, lora_id, record)
-        return Decoded(lora_id, await self._file(vector_N, record, format))
+        return Decoded(lora_id, file)
 
     async def _put(self, owner: Owner, lora_id: str, record: LoRARecord) -> float:
         """Seconds that it took."""

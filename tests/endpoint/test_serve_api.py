@@ -148,7 +148,13 @@ def test_file_of_every_format_comes_back_as_the_same_lora(api: Client, tmp_path:
     else:
         uploaded = api("POST", "/v1/loras", files={"lora_file": ("../../etc/x", file.content)})
         assert uploaded.status_code == 201, uploaded.text
-        assert uploaded.json()["loras"][0]["id"] == lora_id
+        ours, theirs = (lora_arrays(api, one) for one in (lora_id, uploaded.json()["loras"][0]["id"]))
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def lora_arrays(api: Client, lora_id: str) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load(api("GET", f"/v1/loras/{lora_id}?format=vector").content)
 
 
 def test_diffusers_file_loads_as_the_vector_that_was_served(api: Client, tmp_path: Path) -> None:

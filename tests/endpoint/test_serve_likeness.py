@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,8 @@ def test_pictures_of_a_lora_are_scored_against_any_reference(api: Client, lora: 
     scored = api.json("/v1/images", reference=embedding, **settings).json()["lora"]["similarity"]
     assert -1 <= scored <= 1
     assert api.json("/v1/images", **settings).json()["lora"]["similarity"] is None
+    form = {"reference": ("x", json.dumps(embedding))}
+    assert api("POST", "/v1/images", files=form, data=settings).json()["lora"]["similarity"] == scored
     opposite = api.json("/v1/images", reference=[-value for value in embedding], **settings).json()["lora"]
     assert opposite["similarity"] == pytest.approx(-scored, abs=1e-5)
     short = problem(api.json("/v1/images", reference=[1.0], **settings), 422, "invalid_request")

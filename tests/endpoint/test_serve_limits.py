@@ -94,10 +94,11 @@ class Slow:
         raise deadline_exceeded("before its pictures were drawn")
 
 
-def test_events_that_have_begun_tell_that_time_is_up(studio: Studio) -> None:
+def test_events_that_have_begun_tell_that_time_is_up(api: Client, studio: Studio) -> None:
+    lora = api.form("/v1/loras", seed=1, latent_inference_steps=3).json()["loras"][0]["id"]
     headers = {"Accept": "text/event-stream", "X-Request-Timeout-Seconds": "0.5"}
     client = variant(studio, stages={"renderer": Slow()})
-    answer = client.json("/v1/images", headers=headers, prompt=PROMPT, lora="0" * 32)
+    answer = client.json("/v1/images", headers=headers, prompt=PROMPT, lora=lora)
     assert answer.status_code == 200
     assert '"reason": "deadline_exceeded"' in answer.text.rpartition("event: problem")[2]
 

@@ -8,6 +8,7 @@ import pytest
 from serve_client import Client
 
 from lora_diffusion.endpoint import schemas
+from lora_diffusion.endpoint.body import JSON_FIELDS
 from lora_diffusion.endpoint.examples import EXAMPLES
 from lora_diffusion.endpoint.problems import PROBLEMS, ApiError
 from lora_diffusion.faces.photos import PhotoReason
@@ -64,3 +65,15 @@ def test_every_reason_has_a_status_and_words() -> None:
         assert problem["status"] == PROBLEMS[reason][0]
         assert problem["detail"]
     assert {ApiError(reason).status for reason in get_args(PhotoReason)} == {422, 413}
+
+
+def test_a_form_holds_every_value_that_is_not_plain_as_json() -> None:
+    """`reference` was forgotten: a form with it was always refused."""
+    nested = set()
+    for name in EXAMPLES:
+        if name.endswith("Request"):
+            for field, told in getattr(schemas, name).model_json_schema()["properties"].items():
+                kinds = [told, *told.get("anyOf", [])]
+                if any(kind.get("type") in ("array", "object") or "$ref" in kind for kind in kinds):
+                    nested.add(field)
+    assert nested - {"photos"} == JSON_FIELDS

@@ -9,6 +9,7 @@ import pytest
 from serve_client import ADA, Client, problem, variant
 
 from lora_diffusion.endpoint.studio import Studio
+from lora_diffusion.serving.errors import ServingError
 
 MADE = {"seed": 4711, "latent_inference_steps": 3}
 A, B = {"X-API-Key": "a"}, {"X-API-Key": "b"}
@@ -37,19 +38,51 @@ def upload(client: Client, data: bytes, headers: dict[str, str] | None = None) -
 def test_an_upload_of_anothers_file_takes_neither_the_latent_nor_the_lora(api: Client) -> None:
     made = make(api)
     theirs = upload(api, api("GET", made["files"]["vector"]).content)
-    assert theirs["id"] == made["id"]
-    assert theirs["deletion_token"] != made["deletion_token"]
-    edit = {"lora": made["id"], "edits": {"smile": 1}}
-    assert api.json("/v1/edits", **edit).status_code == 201
+    assert theirs["id"] != made["id"]
+    edit = {"edits": {"smile": 1}}
+    problem(api.json("/v1/edits", lora=theirs["id"], **edit), 409, "stale_latent")  # the file does not hold the latent
+    assert api.json("/v1/edits", lora=made["id"], **edit).status_code == 201
     assert delete(api, theirs).status_code == 204
-    assert api.json("/v1/edits", **edit).status_code == 201
-    problem(delete(api, theirs), 403, "not_yours")
+    assert api.json("/v1/edits", lora=made["id"], **edit).status_code == 201
+    problem(delete(api, {**made, "deletion_token": theirs["deletion_token"]}), 403, "not_yours")
     assert delete(api, made).status_code == 204
     problem(api("GET", made["url"]), 404, "unknown_lora")
 
 
 def delete(client: Client, lora: dict[str, Any]) -> httpx.Response:
     return client("DELETE", lora["url"], headers={"X-Deletion-Token": lora["deletion_token"]})
+
+
+def test_people_whose_vectors_are_equal_keep_their_latents(api: Client) -> None:
+    """At scale 0 everybody's LoRA is the corpus' mean: one id for all would give each the latent of whoever came last."""
+    mine, theirs = (make(api, deviation_scale=0, seed=seed) for seed in (4716, 4717))
+    vectors = [api("GET", lora["files"]["vector"]).content for lora in (mine, theirs)]
+    assert vectors[0] == vectors[1]
+    assert mine["id"] != theirs["id"]
+    latents = [api("GET", lora["files"]["latent"]).content for lora in (mine, theirs)]
+    assert latents[0] != latents[1]
+
+
+@pytest.mark.parametrize("fails", ["score", "latent", "pictures"])
+def test_a_request_that_fails_leaves_no_lora_that_nobody_can_delete(api: Client, studio: Studio, fails: str) -> None:
+    kept = lambda: api.loop.run_until_complete(studio.library.stats())["loras"]  # noqa: E731
+    of, file = latent(api), api("GET", make(api, seed=4715)["files"]["kohya"]).content
+    before = kept()
+    if fails == "score":
+        problem(api.json("/v1/loras", latent=of, score=True, deviation_scale=0.123), 422, "invalid_request")
+    elif fails == "latent":
+        form = {"files": {"lora_file": ("x", file)}, "data": {"format": "latent"}}
+        problem(api("POST", "/v1/loras", **form), 409, "stale_latent")
+    else:
+
+        class Broken:
+            async def draw(self, *_: Any) -> Any:
+                raise ServingError("overloaded", "busy")
+                yield
+
+        broken = variant(studio, stages={"renderer": Broken()})
+        problem(broken.form("/v1/personalize", prompt="a", seed=4714), 503, "overloaded")
+    assert kept() == before
 
 
 def test_who_sends_a_token_deletes_with_it_what_was_made_twice(api: Client) -> None:
@@ -104,8 +137,8 @@ def test_with_keys_a_lora_is_its_keys_alone(keyed: Client) -> None:
     problem(keyed.json("/v1/interpolations", B, a=of_a, b=of_a, num=2), 404, "unknown_lora")
     file = keyed("GET", f"{url}?format=vector", headers=A)
     assert file.status_code == 200
-    upload(keyed, file.content, B)
-    problem(keyed.json("/v1/edits", B, edits={"smile": 1}, **of_a), 409, "stale_latent")  # the latent is A's
+    uploaded = upload(keyed, file.content, B)
+    problem(keyed.json("/v1/edits", B, edits={"smile": 1}, lora=uploaded["id"]), 409, "stale_latent")  # the latent is A's
     assert keyed.json("/v1/edits", A, edits={"smile": 1}, **of_a).status_code == 201
     assert keyed.json("/v1/images", A, prompt="a", num_inference_steps=2, **of_a).status_code == 200
     assert keyed.form("/v1/personalize", ADA, A, prompt="a", num_inference_steps=2, **MADE).status_code == 200

@@ -20,6 +20,7 @@ from lora_diffusion.serving.errors import ServingError
 from lora_diffusion.serving.kept import Kept, from_bytes, to_bytes
 from lora_diffusion.serving.library import ShardedLibrary, open_library
 from lora_diffusion.serving.messages import Code, LoRARecord
+from lora_diffusion.storage import open_store
 
 TTL = 3.0  # seconds; for as long again it is known what has expired. Long enough for a busy machine
 CODE = Code(np.linspace(-1, 1, 16, dtype=np.float32), "0" * 16, nearest=0.5)
@@ -94,7 +95,9 @@ def test_what_was_put_is_got_until_it_is_deleted(library: Callable[..., Any]) ->
         for record in (MADE, UPLOADED):
             place = f"{lora_id}.{record.nbytes}"  # as an API key's
             await held.put(place, record)
-            assert same(await held.get(place), record)
+            kept = await held.get(place)
+            assert same(kept, record)
+            assert 50 < kept.expires_in <= 60
             assert await held.delete(place)
             assert await refusal(held.get(place)) == ("unknown_lora", "This LoRA was deleted. Make it again.")
             assert not await held.delete(place)
@@ -222,6 +225,32 @@ def test_what_has_expired_leaves_the_store_although_nobody_asks(library: Callabl
         while files.read(name) and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         assert files.read(name) is None  # not even the note
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("config", ["folder", pytest.param("s3", marks=pytest.mark.s3)], indirect=True)
+def test_what_others_keep_in_the_same_place_stays(library: Callable[..., Any]) -> None:
+    """A corpus in the bucket that library.store names was deleted as if it had expired."""
+    lora_id = new_id()
+    other = f"{new_id()}.0123"
+    theirs = ["corpus/shards/00000.parquet", "v1/notes.txt", "corpus.json", f"{other[:2]}/{other}", f"00/{'1' * 32}"]
+
+    async def scene() -> None:
+        held = library(ttl_seconds=1.0)
+        await held.put(lora_id, MADE)
+        await held.put(f"{lora_id}.{'f' * 32}", MADE)  # an API key's
+        store = open_store(held.uri)
+        for name in theirs:
+            store.write(name, b"not a record of ours")
+        left = {name: False for name in theirs}
+        for _ in range(2):  # the first leaves a note
+            await asyncio.sleep(2.5)
+            held.sweep()
+            left = {name: store.exists(name) for name in theirs}
+        assert left == dict.fromkeys(theirs, True)
+        assert held._files.read(f"{lora_id[:2]}/{lora_id}") is None
+        assert held._files.read(f"{lora_id[:2]}/{lora_id}.{'f' * 32}") is None
 
     asyncio.run(scene())
 
