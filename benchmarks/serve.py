@@ -1,7 +1,7 @@
 """The endpoint under load: start, latency and its overhead, ten times too much, a killed replica.
 
     python benchmarks/serve.py                                    # all, about six minutes on two quiet cores
-    python benchmarks/serve.py --only start latency --seconds 20 --set synthesizer=runs/tiny/synthesizer
+    python benchmarks/serve.py --only start latency --seconds 20 --set synthesizer=runs/tiny/training/synthesizer
     python benchmarks/serve.py --set proxy=ray                    # behind Ray's own proxy instead of HAProxy, as `serve run` is
     python benchmarks/serve.py --set graph=stages                 # a process for each stage
 

@@ -20,6 +20,8 @@ from lora_diffusion.evaluation.ablation import AblationConfig
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.factory.config import CorpusConfig
 from lora_diffusion.factory.weights2weights import ImportConfig
+from lora_diffusion.jobs.export import Config as ExportConfig
+from lora_diffusion.jobs.publish import Config as PublishConfig
 from lora_diffusion.jobs.serve import Config as CommandConfig
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.synthesis.training.train_config import TrainConfig
@@ -30,9 +32,13 @@ JOBS = {
     "jobs/train.py": TrainConfig,
     "jobs/evaluate.py": EvaluationConfig,
     "jobs/ablate.py": AblationConfig,
+    "jobs/publish.py": PublishConfig,
     "jobs/import_weights2weights.py": ImportConfig,
+    "lora-diffusion export": ExportConfig,
     "serve/app.py": ServeConfig,
 }
+# parts of jobs/ablate.py that have a table of their own
+INSIDE = {"evaluation.": EvaluationConfig, "training.": TrainConfig}
 HEAD = """# Configuration
 
 Every key of every job. A key is set in a YAML file or on the command line as `key.sub=value`; an unknown key is an error
@@ -62,34 +68,34 @@ def meanings(cls: type[Any]) -> dict[str, str]:
         if start and (keys := start[1].replace("`", "").split(", ")) and set(keys) <= names:
             entry = keys
             found.update(dict.fromkeys(keys, start[2]))
-        elif line.startswith(" ") and entry:
+        elif line.strip() and entry:
             found.update({key: f"{found[key]} {line.strip()}" for key in entry})
         else:
             entry = []
-    return found
+    typed = {"None": "null", "True": "true", "False": "false"}  # what one types in YAML
+    return {key: re.sub(r"\b(None|True|False)\b", lambda m: typed[m[1]], text) for key, text in found.items()}
 
 
-def rows(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of a dataclass and of those inside it."""
+def rows(cls: type[Any], prefix: str = "", whole: Any = None) -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of a dataclass and of those inside it; `whole`: the instance that the defaults are of."""
     hints, means = typing.get_type_hints(cls), meanings(cls)
     for field in dataclasses.fields(cls):
         key, hint = prefix + field.name, hints[field.name]
+        value = getattr(whole, field.name) if whole is not None else field.default
+        if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from rows(hint, f"{key}.")
-            continue
-        if field.default is not dataclasses.MISSING:
-            default = repr_of(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = repr_of(field.default_factory())
+            yield from rows(hint, f"{key}.", value)
         else:
-            default = "required"
-        yield key, type_of(hint), default, means.get(field.name, "")
+            default = "required" if value is dataclasses.MISSING else repr_of(value)
+            yield key, type_of(hint), default, means.get(field.name, "")
 
 
 def type_of(hint: Any) -> str:
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
     text = re.sub(r"\b(typing|collections\.abc|types)\.|\b\w+(?:\.\w+)+\.(?=[A-Z])", "", text)
     text = re.sub(r"Literal\[(.*?)\]", lambda m: " or ".join(m[1].replace("'", "").split(", ")), text)
+    text = re.sub(r"Optional\[(.*)\]", r"\1 | null", text)
     return text.replace("NoneType", "None").replace("None", "null")
 
 
@@ -113,8 +119,16 @@ def table(found: Iterable[tuple[str, str, str, str]]) -> Iterator[str]:
 def page() -> str:
     parts = [HEAD]
     for job, cls in JOBS.items():
-        parts.append(f"\n## {job}\n\n{inspect.cleandoc(cls.__doc__ or '').splitlines()[0]}\n")
-        parts += table(rows(cls))
+        parts.append(f"\n## {job}\n")
+        found = list(rows(cls))
+        if cls is AblationConfig:
+            parts.append(
+                "`evaluation.*` has the keys of jobs/evaluate.py, `training.*` those of jobs/train.py. "
+                "Of these two, the table has the defaults that differ.\n"
+            )
+            same = {(prefix + key, *rest) for prefix, part in INSIDE.items() for key, *rest in rows(part)}
+            found = [row for row in found if row not in same]
+        parts += table(found)
     parts.append("\n## lora-diffusion serve\n\nTakes the keys of serve/app.py, and where it listens.\n")
     own = {field.name for field in dataclasses.fields(CommandConfig)} - {
         f.name for f in dataclasses.fields(ServeConfig)

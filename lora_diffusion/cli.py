@@ -1,12 +1,8 @@
 """The command `lora-diffusion`; nothing imports it. The commands of jobs are those of lora_diffusion/jobs/run.py.
 
-lora-diffusion corpus|train|evaluate|ablate|publish|serve --help
 lora-diffusion personalize ada.jpg --prompt 'a photo of sks person, forest background' --out ada
 lora-diffusion personalize ada.jpg ada2.jpg --out ada --num-images 0      # the LoRA only
 lora-diffusion personalize ada.jpg --prompt '...' --out ada --server http://127.0.0.1:8000
-lora-diffusion convert bought.safetensors ada.safetensors --format diffusers --base dreamshaper
-lora-diffusion verify s3://bucket/corpus --repair
-lora-diffusion forget ada --corpus s3://bucket/corpus --synthesizer s3://bucket/training/synthesizer
 """
 
 from __future__ import annotations

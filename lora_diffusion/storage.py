@@ -14,10 +14,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -293,6 +294,52 @@ def _sweep(folder: Path) -> None:
                 with path.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
+
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, of this process and user alone, to be filled and renamed to `target`; gone at the end if it was not.
+
+    With it go those of killed processes: they hold no lock any more.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".*.tmp"):
+        if _HALF_WRITTEN.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            with suppress(OSError), locked(left, fcntl.LOCK_NB):
+                shutil.rmtree(left, ignore_errors=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    unlocked, mine = partial.with_suffix(""), None  # under this name nobody sweeps it
+    unlocked.mkdir(0o700)
+    try:
+        with suppress(OSError):  # some network disks have no locks
+            mine = lock(unlocked)
+        unlocked.rename(partial)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if mine is not None:
+            os.close(mine)
+
+
+@contextmanager
+def locked(folder: Path, flags: int = 0) -> Iterator[None]:
+    """Inside, `folder` is this process'. Raises OSError if it cannot be."""
+    descriptor = lock(folder, flags)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock(folder: Path, flags: int = 0) -> int:
+    """A descriptor that holds the folder's lock until it is closed, at the latest by the end of the process."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _write_local(path: Path, parts: Iterable[Buffer]) -> None:

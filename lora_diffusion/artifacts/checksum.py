@@ -38,6 +38,12 @@ def check(file: bytes) -> bool:
     return True
 
 
+def notes(file: bytes) -> dict[str, Any]:
+    """What the header of a safetensors file says beside its tensors. Raises ValueError if it is none."""
+    metadata: dict[str, Any] = _split(file)[0].get("__metadata__", {})
+    return metadata
+
+
 def _split(file: bytes) -> tuple[dict[str, Any], memoryview]:
     size = int.from_bytes(file[:8], "little")
     try:

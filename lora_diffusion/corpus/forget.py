@@ -51,13 +51,16 @@ def forget(store: Store, identity: str) -> bool:
 
 
 def follow_tombstones(store: Store) -> None:
-    """Bring the shards in line with the plan's tombstones; nothing to do unless `forget` was killed."""
+    """Bring the shards in line with the plan's tombstones; nothing to do unless `forget` or a writer was killed."""
     reader = CorpusReader(store)
     shards = [shard for shard in reader.plan.shards if any(map(is_tombstone, shard.identities))]
     if shards:
+        committed = set(reader.shards)
         _, problems = reader.verify(shards)
         for shard in shards:
-            if shard.index in problems:
+            if shard.index not in committed:  # what a killed writer left of it names people
+                _delete(store, shard)
+            elif shard.index in problems:
                 _follow(reader, shard)
 
 
@@ -94,9 +97,9 @@ def _follow(reader: CorpusReader, shard: ShardPlan) -> None:
         failures += [one for one in found if one.identity in shard.identities and one.identity not in stones]
         write_shard(store, shard, table, failures, metadata)
     except (ValueError, FileNotFoundError):
-        for name in (
-            f"shards/{shard.name}.parquet",
-            f"failures/{shard.name}.parquet",
-            f"statistics/{shard.name}.safetensors",
-        ):
-            store.delete(name)
+        _delete(store, shard)
+
+
+def _delete(store: Store, shard: ShardPlan) -> None:
+    for folder, kind in (("shards", "parquet"), ("failures", "parquet"), ("statistics", "safetensors")):
+        store.delete(f"{folder}/{shard.name}.{kind}")

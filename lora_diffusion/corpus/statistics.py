@@ -9,7 +9,7 @@ Axes: P people, N length of a LoRA vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,10 @@ class Statistics:
         """Standard deviation of the population, (N,): divided by count, not count - 1. Zeros for no people."""
         return np.sqrt(self.M2 / max(1, self.count))
 
-    def to_bytes(self) -> bytes:
-        """A safetensors file: `mean`, `M2`, `std` (for readers that do not compute), all float64, and `count`."""
+    def to_bytes(self, about: Mapping[str, str] | None = None) -> bytes:
+        """A safetensors file: `mean`, `M2`, `std` (for readers that do not compute), all float64, and `count`; `about` in its header."""
         tensors = {"count": np.array([self.count], np.int64), "mean": self.mean, "M2": self.M2, "std": self.std}
-        return checksum.seal(save(tensors))
+        return checksum.seal(save(tensors, dict(about) if about else None))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Statistics:

@@ -14,7 +14,7 @@ class EvaluationConfig:
     """The whole of `jobs/evaluate.py`.
 
     corpus: what was learned from. held_out: a corpus of other people, fine-tuned by the same recipe: the ceiling.
-    synthesizers: name -> folder of each trained synthesiser, such as latent: runs/tiny/synthesizer.
+    synthesizers: name -> folder of each trained synthesiser, such as latent: runs/tiny/training/synthesizer.
     people: photos of the held-out people; empty: where `held_out` was made from.
     base: the base model; empty: that of the corpus.
     second_recogniser: one that conditioned nothing; null: none.

@@ -212,6 +212,8 @@ def score_key(method: Method, config: EvaluationConfig, held_out: str, base_fing
         "layout": layout_id,
         "pictures": config.pictures_people,
     }
+    if config.prompt_scorer is not None:
+        settings["prompt_scorer"] = config.prompt_scorer
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(method.people_K.tobytes())
     digest.update(np.asarray(method.vectors_KSN, np.float32).tobytes())

@@ -29,9 +29,11 @@ from lora_diffusion.storage import Store, open_store
 
 
 class Listed(dict[str, PersonRef]):
-    """People by identity, sorted. `found`: what the whole source holds, and what of it was skipped and why."""
+    """People by identity, sorted. `found`: what the whole source holds, and what of it was skipped and why; beyond: whom a limit
+    leaves out."""
 
     found: Found | None = None
+    beyond: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def begin(config: CorpusConfig, wanted: Manifest, people: Listed) -> CorpusRun:
     make_key(store, CorpusReader(store).plan.identities)
     follow_tombstones(store)
     reader = CorpusReader(store)
+    _check_limit(reader, people)
     plan = extend_plan(store, reader.plan, list(people))
     done, damaged = reader.verify(plan.shards)
     if without := [index for index, problem in damaged.items() if problem == NO_STATISTICS]:
@@ -125,10 +128,23 @@ def preview(config: CorpusConfig, wanted: Manifest | None, people: Listed) -> Co
     if store.exists("corpus.json"):
         reader = CorpusReader(store)
         wanted = open_corpus(store, wanted or reader.manifest)  # it is there, so this only compares
+        _check_limit(reader, people)
         plan, (done, damaged) = reader.plan, reader.verify()
     part = plan.new_part(not_forgotten(store, plan.identities, list(people)))
     plan = dataclasses.replace(plan, parts=(*plan.parts, part)) if part else plan
     return CorpusRun(config, store, wanted, plan, people, done, damaged)
+
+
+def _check_limit(reader: CorpusReader, people: Listed) -> None:
+    """Raises ValueError if an earlier run planned people whom `limit` leaves out now, and did not come to them."""
+    if people.beyond.intersection(reader.plan.identities):
+        done = {info.index for info in reader.verify()[0]}
+        left = [name for shard in reader.plan.shards if shard.index not in done for name in shard.identities]
+        if count := len(people.beyond.intersection(left)):
+            raise ValueError(
+                f"limit leaves out {count:,} people whom an earlier run planned at {reader.store.uri} and did not come to. Give the command "
+                "without it; for a corpus of fewer people choose another output"
+            )
 
 
 def number_of_synthetic(people: str) -> int:
@@ -154,6 +170,7 @@ def list_people(config: CorpusConfig) -> Listed:
         reasons = "".join(f"\n{person.problem[1]}" for person in people[:3] if person.problem)
         raise ValueError(f"nobody in {config.people} has a photo that can be used: {source.found}{reasons}")
     listed = Listed({person.identity: person for person in people[: config.limit]})
+    listed.beyond = frozenset(person.identity for person in people[len(listed) :])
     listed.found = source.found
     return listed
 

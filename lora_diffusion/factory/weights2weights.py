@@ -8,16 +8,17 @@ Axes: M rows of their file, P rows of a shard, N vector length, K principal comp
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 import torch
 
@@ -42,9 +43,10 @@ BLOCK = 8192  # columns of V at a time
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """The whole of `jobs/import_weights2weights.py`. Files lie on a disk that all workers see: they are mapped, not loaded.
+    """The whole of `jobs/import_weights2weights.py`.
 
     weights: .pt or .npy, one matrix (people, 99,648); or, with `pca`, their coefficients (people, components).
+        As all files here, on a disk that all workers see.
     identities: a name for each row: CSV or Parquet (column `identity`, or the first one), or a text file with a name a line.
         None: row-0000000 and so on.
     embeddings: .pt or .npy (people, 512), in the order of the rows. None: of `photos`.
@@ -142,15 +144,28 @@ def read_names(place: str) -> list[str]:
     try:
         if path.suffix == ".txt":
             return path.read_text(encoding="utf-8").splitlines()
-        read = pa.parquet.read_table if path.suffix == ".parquet" else pa.csv.read_csv
-        table = read(path)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        if path.suffix != ".parquet":
+            return _names_of_csv(path)
+        table = pa.parquet.read_table(path)
+    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"identities: {path} is no CSV, Parquet or text file ({_first(error)}). Their identity_df.pt is a pickle: "
             "pandas.read_pickle(...).to_csv(...) where you trust it"
         ) from error
     index = table.column_names.index("identity") if "identity" in table.column_names else 0
     return [str(value) for value in table.column(index).to_pylist()]
+
+
+def _names_of_csv(path: Path) -> list[str]:
+    """As they are written: 0012 is no number."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file) if row]
+    if not rows:
+        raise csv.Error("it is empty")
+    index = rows[0].index("identity") if "identity" in rows[0] else 0
+    if short := [number for number, row in enumerate(rows, 1) if len(row) <= index]:
+        raise csv.Error(f"row {short[0]} has no column {index + 1}")
+    return [row[index] for row in rows[1:]]
 
 
 class Source:
@@ -171,6 +186,7 @@ class Source:
         names = read_names(config.identities) if config.identities else [f"row-{i:07d}" for i in range(self.count)]
         if len(names) != self.count:
             raise ValueError(f"{config.identities} has {len(names)} names for {self.count} rows of {config.weights}")
+        self.beyond = frozenset(names[len(names[: config.limit]) :])
         names = names[: config.limit]
         self.row_of = {name: row for row, name in enumerate(names)}
         if len(self.row_of) < len(names):
@@ -189,6 +205,11 @@ class Source:
 
     def people(self) -> Listed:
         """By name; with `photos`, where each one's lie. Raises ValueError if no name is among them."""
+        listed = self._listed()
+        listed.beyond = self.beyond
+        return listed
+
+    def _listed(self) -> Listed:
         if self.config.photos is None:
             return Listed({name: PersonRef(name) for name in sorted(self.row_of)})
         there = list_people(self.config.corpus)

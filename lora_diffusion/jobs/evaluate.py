@@ -1,7 +1,7 @@
 """How good a synthesiser is, on people it never saw, against every control and baseline (Ray Data).
 
     ray job submit jobs/evaluate.py                              # configs/evaluate.yaml
-    lora-diffusion evaluate synthesizers.denoiser=runs/tiny/synthesizer limit=16
+    lora-diffusion evaluate synthesizers.denoiser=runs/tiny/training/synthesizer limit=16
     lora-diffusion evaluate my.yaml output=s3://bucket/evaluation --dry-run
 
 Writes results.json, report.html and contact sheets to `output`. Pictures are drawn once: the same command goes on where a

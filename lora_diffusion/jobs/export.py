@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.csv
 import torch
 
-from lora_diffusion.corpus import CorpusReader, matrix
+from lora_diffusion.corpus import CorpusReader, Statistics, matrix
 from lora_diffusion.corpus.hub import HubDataset
 from lora_diffusion.corpus.lance import write_lance
-from lora_diffusion.factory.weights2weights import layout
+from lora_diffusion.factory import weights2weights
 from lora_diffusion.lora.weights2weights import to_weights2weights
 from lora_diffusion.places import Output, Place, local_place
 from lora_diffusion.storage import open_store
@@ -37,8 +37,9 @@ from lora_diffusion.training.meter import in_bytes
 class Config:
     """corpus: for weights2weights of rank 1 on `to_q` and `to_v` of Stable Diffusion 1.5. output: a folder; of hf and lance also s3://.
 
+    format: weights2weights' own files, a dataset folder for the Hugging Face Hub (hf), or a Lance table.
     dtype, rescale: of weights2weights. rescale: of a corpus whose alpha is not 27, fold the difference into B.
-    require_consent: of hf and lance. Only people of whom the corpus has consent.
+    require_consent: only people of whom the corpus has consent.
     """
 
     corpus: Place
@@ -53,9 +54,9 @@ def dry_run(config: Config) -> str:
     if config.format != "weights2weights":
         dataset = HubDataset(CorpusReader(config.corpus), config.require_consent)
         return f"{dataset.people:,} people of {config.corpus}, about {in_bytes(dataset.people * dataset.row_bytes)} -> {config.output}"
-    reader, _ = checked(config)
-    size = len(reader) * reader.layout.size * np.dtype(config.dtype).itemsize
-    return f"{len(reader):,} rows of {config.corpus}, {in_bytes(size)} -> {config.output}"
+    dataset, _ = checked(config)
+    size = dataset.people * dataset.reader.layout.size * np.dtype(config.dtype).itemsize
+    return f"{dataset.people:,} rows of {config.corpus}, {in_bytes(size)} -> {config.output}"
 
 
 def run(config: Config, ray_address: str) -> None:
@@ -69,17 +70,22 @@ def run(config: Config, ray_address: str) -> None:
             f"{dataset.people:,} people, {in_bytes(dataset.people * dataset.row_bytes)} without compression: {store.uri}"
         )
         return
-    reader, folder = checked(config)
+    dataset, folder = checked(config)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype, count, raw = getattr(torch, config.dtype), len(reader), folder / ".all_weights.tmp"
-    statistics = reader.statistics()
+    layout = dataset.reader.layout
+    dtype, count, raw = getattr(torch, config.dtype), dataset.people, folder / ".all_weights.tmp"
+    statistics = Statistics.empty(layout.size)  # of whom is written, as the corpus has them
     names: list[str] = []
     embeddings = []
     try:
-        rows_MN = torch.from_file(str(raw), shared=True, size=count * reader.layout.size, dtype=dtype).view(count, -1)
-        for table in reader.tables(["identity", "embedding", "vector"]):
-            for row, vector_N in enumerate(matrix(table["vector"]), len(names)):
-                rows_MN[row] = to_weights2weights(vector_N, reader.layout, rescale=config.rescale).to(dtype)
+        rows_MN = torch.from_file(str(raw), shared=True, size=count * layout.size, dtype=dtype).view(count, -1)
+        for table in dataset.tables():
+            if not len(table):
+                continue
+            vectors_PN = matrix(table["vector"])
+            statistics = statistics.merge(Statistics.of(vectors_PN))
+            for row, vector_N in enumerate(vectors_PN, len(names)):
+                rows_MN[row] = to_weights2weights(vector_N, layout, rescale=config.rescale).to(dtype)
             names += table["identity"].to_pylist()
             embeddings.append(matrix(table["embedding"]))
         save(rows_MN, folder / "all_weights.pt")
@@ -87,24 +93,22 @@ def run(config: Config, ray_address: str) -> None:
         raw.unlink(missing_ok=True)
     for name in ("mean", "std"):
         values_N = torch.from_numpy(getattr(statistics, name)).float()
-        save(to_weights2weights(values_N, reader.layout, rescale=config.rescale), folder / f"{name}.pt")
+        save(to_weights2weights(values_N, layout, rescale=config.rescale), folder / f"{name}.pt")
     np.save(folder / "embeddings.npy", np.concatenate(embeddings))
     pa.csv.write_csv(pa.table({"identity": names}), folder / "identity_df.csv")
-    print(f"{count:,} rows of {reader.layout.size:,} {config.dtype}: {folder}/all_weights.pt")
+    print(f"{count:,} rows of {layout.size:,} {config.dtype}: {folder}/all_weights.pt")
 
 
-def checked(config: Config) -> tuple[CorpusReader, Path]:
+def checked(config: Config) -> tuple[HubDataset, Path]:
     """Raises ValueError for LoRAs that their code has no place for."""
-    reader, theirs = CorpusReader(config.corpus), layout()
+    reader, theirs = CorpusReader(config.corpus), weights2weights.layout()
     if (reader.layout.entries, reader.layout.rank) != (theirs.entries, theirs.rank):
         raise ValueError(
             f"the corpus at {reader.store.uri} has N = {reader.layout.size:,}, rank {reader.layout.rank}; weights2weights' code takes "
             f"{theirs.size:,} numbers: rank 1 on to_q and to_v of Stable Diffusion 1.5 (configs/sd15.yaml)"
         )
-    if not len(reader):
-        raise ValueError(f"nobody in the corpus at {reader.store.uri} has a LoRA")
     to_weights2weights(torch.zeros(theirs.size), reader.layout, rescale=config.rescale)
-    return reader, local_place(config.output, "output")
+    return HubDataset(reader, config.require_consent), local_place(config.output, "output")
 
 
 def save(tensor: torch.Tensor, path: Path) -> None:

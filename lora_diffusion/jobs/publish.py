@@ -26,9 +26,11 @@ from lora_diffusion.synthesis.publish import Embedded, Labels, checked, publish
 
 @dataclass(frozen=True)
 class Config:
-    """synthesizer: what jobs/train.py wrote. output: a copy for others. draw: settings of `LatentSampling`.
+    """synthesizer: what jobs/train.py wrote. output: a copy for others. draw: keys of `latent_sampling` of jobs/train.py.
 
-    corpus, people: where those with labels are, one of the two. neighbours: keep the corpus' embeddings, which are biometric data.
+    corpus, people: where those with labels are, one of the two. labels: Parquet, or `synthetic`; null: no attribute directions.
+    neighbours: keep the corpus' embeddings, which are biometric data.
+    components: keep only so many learned components, those that the corpus' people need most; null: all.
     """
 
     synthesizer: PlaceOrName
@@ -39,9 +41,7 @@ class Config:
     labels: PlaceOrName | None = None
     neighbours: bool = True
     dtype: Literal["float16", "float32", "int8"] = "float16"  # int8: float16, and learned components in bytes
-    components: int | None = (
-        None  # keep only so many learned components, those that the corpus' people need most; null: all
-    )
+    components: int | None = None
 
 
 def dry_run(config: Config) -> str:

@@ -2,7 +2,7 @@
 
     lora-diffusion serve                                     # configs/serve_tiny.yaml, http://127.0.0.1:8000
     lora-diffusion serve port=8080 access.requests_per_minute=60
-    lora-diffusion serve configs/serve_sd15.yaml base=/models/sd15 synthesizer=runs/sd15/synthesizer
+    lora-diffusion serve configs/serve_sd15.yaml base=/models/sd15 synthesizer=runs/sd15/published
     serve run serve/app.py                                   # the same, from a clone of the repository
 
 On a cluster deploy/serve.yaml starts it: docs/guides/serve.md.

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
 from lora_diffusion.places import check_name, local_place
-from lora_diffusion.storage import open_store
+from lora_diffusion.storage import open_store, partial_folder
 
 _here_only: ContextVar[bool] = ContextVar("here_only", default=False)
 CACHE_VARIABLE = "LORA_DIFFUSION_CACHE"
 DEFAULT_CACHE = "~/.cache/lora-diffusion"
-_HALF_FETCHED = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{12}\.tmp")
 
 
 class NotHereError(ValueError):
@@ -76,7 +71,7 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
             path.parent.mkdir(parents=True, exist_ok=True)
             store.filesystem.get_file(paths[name], str(path))
 
-        with _partial_folder(cache, key) as partial:
+        with partial_folder(target) as partial:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(fetch, paths))
             _move(partial, target)
@@ -85,39 +80,6 @@ def fetch_folder(uri: str, wanted: Callable[[str], bool] = lambda name: True, th
         raise
     except Exception as error:
         raise ValueError(f"cannot fetch {uri}: {error}") from error
-
-
-@contextmanager
-def _partial_folder(cache: Path, key: str) -> Iterator[Path]:
-    """A folder of this fetch alone, gone at the end; and with it those of fetches that were killed: they hold no lock any more."""
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f".{key}.{secrets.token_hex(6)}.tmp"
-    mine = None
-    try:
-        with suppress(OSError), _locked(cache):  # between a folder's making and its lock nobody sweeps
-            for left in cache.glob(".*.tmp"):
-                if _HALF_FETCHED.fullmatch(left.name):
-                    with suppress(OSError), _locked(left, fcntl.LOCK_NB):
-                        shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir()
-            mine = os.open(partial, os.O_RDONLY)
-            fcntl.flock(mine, fcntl.LOCK_EX)
-        partial.mkdir(exist_ok=True)  # some network disks have no locks
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if mine is not None:
-            os.close(mine)
-
-
-@contextmanager
-def _locked(folder: Path, how: int = 0) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _move(partial: Path, target: Path) -> None:

@@ -108,7 +108,7 @@ def from_bytes(data: bytes) -> Kept:
         if not checksum.check(data):
             raise ValueError("it has no checksum")
         arrays = load(data)
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        about = checksum.notes(data)
         if (about["format"], about["format_version"]) != (FORMAT, VERSION):
             raise ValueError(f"it is {about['format']} {about['format_version']}, not {FORMAT} {VERSION}")
         code = None

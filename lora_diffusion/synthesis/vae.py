@@ -38,7 +38,7 @@ class VAEConfig:
 
     hidden: widths of the encoder's layers, falling; the decoder's are the same, mirrored. Empty: linear only.
     linear_skip: adds a linear map beside the layers, both ways; the layers then start at zero and learn the rest.
-    kl_weight: β above. kl_warmup: share of the training over which it rises from 0.
+    kl_weight: β, the weight of the KL term. kl_warmup: share of the training over which it rises from 0.
     input_noise: standard deviation of noise on the normalised input, in training; the target stays clean.
     """
 
@@ -48,7 +48,7 @@ class VAEConfig:
     dropout: float = 0.1  # in the hidden layers
     input_noise: float = 0.1
     kl_weight: float = 0.5
-    kl_warmup: float = 0.2  # steps over which the KL term rises
+    kl_warmup: float = 0.2
 
     def __post_init__(self) -> None:
         if self.latent_size < 1 or any(width < 1 for width in self.hidden):

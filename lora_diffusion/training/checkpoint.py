@@ -19,7 +19,8 @@ from torch import Tensor
 from lora_diffusion.storage import Buffer, Store
 from lora_diffusion.training.distributed import whole
 
-_FREE_TO_CHANGE = ("checkpoint_every", "log_every", "keep")  # on resume: they change no loss
+_FREE_TO_CHANGE = ("checkpoint_every", "log_every")  # on resume: they change no loss
+_UNKNOWN_BEFORE = {"keep": "best"}  # what checkpoints of earlier releases do not say
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -153,7 +154,7 @@ def differences(there: dict[str, Any], now: dict[str, Any], where: str = "") -> 
     """What of two settings is not the same, one line each: `vae.kl_weight: 0.5 there, 0.1 now`."""
     lines = []
     for key in sorted({*there, *now} - set(_FREE_TO_CHANGE)):
-        a, b = there.get(key), now.get(key)
+        a, b = there.get(key, _UNKNOWN_BEFORE.get(key)), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{where}{key}.")
         elif a != b:

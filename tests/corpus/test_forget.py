@@ -16,6 +16,7 @@ from small_corpus import MANIFEST, NAMES, RECIPE, build, make
 from lora_diffusion import cli
 from lora_diffusion.corpus import CorpusReader, ShardWriter, Statistics, finish_corpus, matrix
 from lora_diffusion.corpus.forget import forget
+from lora_diffusion.corpus.hub import HubDataset
 from lora_diffusion.corpus.tombstone import is_tombstone, keyed_hash, make_key, tombstone
 from lora_diffusion.factory import planning
 from lora_diffusion.factory.config import CorpusConfig
@@ -25,6 +26,7 @@ from lora_diffusion.storage import Store, open_store
 from lora_diffusion.synthesis.folder import Neighbours
 from lora_diffusion.synthesis.forget import forget_neighbour
 from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.training.snapshot import take_snapshot
 from lora_diffusion.verify import examine, repair
 
 
@@ -154,6 +156,46 @@ def test_killed_between_any_two_changes_the_same_command_ends_it_and_so_does_the
             assert forget(open_store(folder), "bo")
             assert contents(folder) == calm
     assert deaths >= 20, "forgetting takes more changes than were tried to die at"
+
+
+def test_nobody_trains_on_or_exports_a_person_whom_a_killed_forget_has_left(tmp_path: Path) -> None:
+    corpus_with_pictures(open_store(tmp_path))
+    with pytest.raises(Killed):
+        forget(DyingStore(tmp_path, 5, False), "bo")
+    reader = CorpusReader(tmp_path)
+    assert "bo" in reader.identities
+    assert "bo" not in reader.plan.identities, "it died too early to show anything"
+    with pytest.raises(ValueError, match="a person of it was forgotten: give the command lora-diffusion forget again"):
+        take_snapshot(str(tmp_path))
+    assert "bo" not in [name for table in HubDataset(reader).tables() for name in table["identity"].to_pylist()]
+    assert forget(open_store(tmp_path), "bo")
+    assert take_snapshot(str(tmp_path)).num_rows == len(CorpusReader(tmp_path))
+
+
+def test_a_person_leaves_what_a_killed_writer_left_of_a_shard(tmp_path: Path) -> None:
+    """Failures and statistics are written before the shard: they named a person who was forgotten, for ever."""
+    store = open_store(tmp_path)
+    corpus_with_pictures(store)
+    shard = next(shard for shard in CorpusReader(store).plan.shards if "bo" in shard.identities)
+    store.delete(f"shards/{shard.name}.parquet")
+    assert "'bo'" in all_text(store)
+    assert not forget(store, "bo")
+    assert "'bo'" not in all_text(store)
+    assert not store.exists(f"statistics/{shard.name}.safetensors")
+
+
+def test_a_smaller_limit_gives_up_nobody_whom_an_earlier_run_planned(tmp_path: Path) -> None:
+    """They became failures, and the corpus complete without them."""
+    people, config = sorted(NAMES), CorpusConfig("nowhere", str(tmp_path), **RECIPE["groups"])
+    listed = planning.Listed({name: PersonRef(name) for name in people})
+    planning.begin(config, MANIFEST, listed)
+    few = planning.Listed({name: PersonRef(name) for name in people[:2]})
+    few.beyond = frozenset(people[2:])
+    for start in (planning.begin, planning.preview):
+        with pytest.raises(ValueError, match=f"limit leaves out {len(people) - 2} people whom an earlier run planned"):
+            start(config, MANIFEST, few)
+    assert run_job(tmp_path) > 0
+    planning.begin(config, MANIFEST, few)  # all are there
 
 
 def test_no_later_run_makes_them_again_and_without_the_key_none_begins(tmp_path: Path) -> None:

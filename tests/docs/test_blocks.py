@@ -195,7 +195,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_python_blocks_run(name: str, desk: Path) -> None:
     names: dict[str, Any] = {}
     (desk / "lora_diffusion").unlink()  # a block may write there
-    (desk / "lora_diffusion/endpoint/static/people").mkdir(parents=True)
+    people = "lora_diffusion/endpoint/static/people"
+    shutil.copytree(ROOT / people, desk / people)
     (desk / "lora_diffusion/assets").symlink_to(ROOT / "lora_diffusion/assets")
     for block in blocks(name, "python"):
         exec(compile(block, name, "exec"), names)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import lora_diffusion
+from lora_diffusion.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -78,6 +79,35 @@ def script(name: str) -> Any:
 def test_configuration_reference_is_current() -> None:
     written = (ROOT / "docs" / "reference" / "configuration.md").read_text()
     assert written == script("configuration").page(), "write it anew: python docs/configuration.py"
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    parts = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {prefix + k: v} for k, v in values.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def test_the_reference_has_the_defaults_of_a_whole_configuration() -> None:
+    reference = script("configuration")
+    required = {"CorpusConfig": ("a", "b"), "ImportConfig": ("a", "b", None, "e.npy"), "Config": ("a", "b")}
+    for job, cls in reference.JOBS.items():
+        section = reference.page().partition(f"\n## {job}\n")[2].partition("\n## ")[0]
+        told = dict(re.findall(r"^\| `([\w.]+)` \| `(?:.*?)` \| `(.*?)` \|", section, re.M))
+        defaults = flat(to_dict(cls(*required.get(cls.__name__, ()))))
+        wrong = {
+            key: (value, reference.repr_of(defaults[key]))
+            for key, value in told.items()
+            if value != "required" and key != "embeddings" and value != reference.repr_of(defaults[key])
+        }
+        assert wrong == {}, job
+        assert len(told) > 5
+        if job == "jobs/ablate.py":
+            told |= {
+                key: row[1]
+                for prefix, part in reference.INSIDE.items()
+                for key, *row in reference.rows(part, prefix)
+                if row[1] == reference.repr_of(defaults[key])
+            }
+        assert set(told) == set(defaults), job
 
 
 def test_command_line_reference_is_current() -> None:

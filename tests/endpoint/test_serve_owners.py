@@ -138,7 +138,9 @@ def test_with_keys_a_lora_is_its_keys_alone(keyed: Client) -> None:
     file = keyed("GET", f"{url}?format=vector", headers=A)
     assert file.status_code == 200
     uploaded = upload(keyed, file.content, B)
-    problem(keyed.json("/v1/edits", B, edits={"smile": 1}, lora=uploaded["id"]), 409, "stale_latent")  # the latent is A's
+    problem(
+        keyed.json("/v1/edits", B, edits={"smile": 1}, lora=uploaded["id"]), 409, "stale_latent"
+    )  # the latent is A's
     assert keyed.json("/v1/edits", A, edits={"smile": 1}, **of_a).status_code == 201
     assert keyed.json("/v1/images", A, prompt="a", num_inference_steps=2, **of_a).status_code == 200
     assert keyed.form("/v1/personalize", ADA, A, prompt="a", num_inference_steps=2, **MADE).status_code == 200

@@ -88,8 +88,9 @@ def test_the_key_of_scores_changes_with_vectors_pictures_and_people_only() -> No
         score_key(method, config, "held", "other model", "layout"),
         score_key(method, config, "held", "base", "other layout"),
         score_key(method, EvaluationConfig(second_recogniser=None), "held", "base", "layout"),
+        score_key(method, EvaluationConfig(prompt_scorer="a:B"), "held", "base", "layout"),
     ]
-    assert len({key, *others}) == 6
+    assert len({key, *others}) == 7
 
 
 def test_who_is_drawn_together_does_not_hang_on_what_else_is_drawn() -> None:

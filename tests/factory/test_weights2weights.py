@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, finish_corpus
 from lora_diffusion.corpus.forget import forget
 from lora_diffusion.factory import planning
-from lora_diffusion.factory.weights2weights import ImportConfig, ShardImporter, Source, layout, read_rows
+from lora_diffusion.factory.weights2weights import ImportConfig, ShardImporter, Source, layout, read_names, read_rows
 from lora_diffusion.jobs.run import main
 from lora_diffusion.storage import open_store
 from lora_diffusion.verify import examine, repair
@@ -110,6 +112,27 @@ def test_an_export_is_their_file_again(files: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_names_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """0012 was read as the number 12: of other photos, or of nobody."""
+    names = ["0012", "12", "1e5", "", "a,b", 'c "d"']
+    for place, table in (
+        ("export.csv", pa.table({"identity": names})),
+        ("two.csv", pa.table({"n": names, "identity": names})),
+    ):
+        pa.csv.write_csv(table, tmp_path / place)
+        assert read_names(str(tmp_path / place)) == names
+    (tmp_path / "bad.csv").write_text("n,identity\n1,ada\n2\n")
+    with pytest.raises(ValueError, match="row 3 has no column 2"):
+        read_names(str(tmp_path / "bad.csv"))
+
+
+def test_an_export_holds_those_alone_whose_consent_the_corpus_has(files: Path, tmp_path: Path, capsys: Any) -> None:
+    build(files, tmp_path / "corpus", identities=f"{files}/names.csv")
+    assert main("export", [str(tmp_path / "corpus"), f"output={tmp_path}/back", "require_consent=true"]) == 1
+    assert "has consent in the corpus: there is nothing to write" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_damaged_shard_is_made_anew_without_who_was_forgotten_or_is_in_no_row_any_more(
     files: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +150,13 @@ def test_a_damaged_shard_is_made_anew_without_who_was_forgotten_or_is_in_no_row_
     assert all((before[name] == vector).all() for name, vector in after.items())
 
     (tmp_path / "shards/00000.parquet").unlink()
-    fewer = build(files, tmp_path, identities=f"{files}/names.csv", limit=6)  # the last name is celeba/3
+    with pytest.raises(
+        ValueError, match="limit leaves out 1 people whom an earlier run planned"
+    ):  # the last name is celeba/3
+        build(files, tmp_path, identities=f"{files}/names.csv", limit=6)
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text((files / "names.csv").read_text().replace("celeba/3", "celeba/new"))
+    fewer = build(files, tmp_path, identities=str(renamed))
     reasons = {failure.identity: failure.reason for failure in fewer.failures()}
     assert reasons["celeba/3"] == "photos_gone"
     assert "forgotten" in reasons.values()

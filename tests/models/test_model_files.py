@@ -15,9 +15,9 @@ from tiny_pipeline import tiny_pipeline
 from lora_diffusion.faces.choice import FaceError
 from lora_diffusion.faces.embedder import BUNDLED, EmbedderConfig, FaceEmbedder
 from lora_diffusion.models import files as model_files
-from lora_diffusion.models.files import _partial_folder, fetch_folder
+from lora_diffusion.models.files import fetch_folder
 from lora_diffusion.models.stable_diffusion import BaseModel
-from lora_diffusion.storage import open_store
+from lora_diffusion.storage import open_store, partial_folder
 
 pytestmark = pytest.mark.s3
 
@@ -102,7 +102,7 @@ fetch_folder(sys.argv[1])
     others = [cache / ".notes.tmp", cache / ".0123456789abcdef.0123456789AB.tmp"]
     for other in others:
         other.mkdir()
-    with _partial_folder(cache, "0" * 16) as running:
+    with partial_folder(cache / ("0" * 16)) as running:
         assert not left.exists()
         (running / "half").write_bytes(b"half")
         whole = fetch_folder(store.uri)

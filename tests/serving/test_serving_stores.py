@@ -243,7 +243,7 @@ def test_what_others_keep_in_the_same_place_stays(library: Callable[..., Any]) -
         store = open_store(held.uri)
         for name in theirs:
             store.write(name, b"not a record of ours")
-        left = {name: False for name in theirs}
+        left = dict.fromkeys(theirs, False)
         for _ in range(2):  # the first leaves a note
             await asyncio.sleep(2.5)
             held.sweep()

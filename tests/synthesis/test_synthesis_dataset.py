@@ -130,6 +130,25 @@ def test_an_unfinished_cache_is_filled_anew(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in cache.folder.iterdir()} == before
 
 
+def test_two_processes_that_fill_the_same_cache_both_read_the_rows(tmp_path: Path) -> None:
+    """The second emptied the folder that the first was filling: it trained on zeros."""
+    store = open_store(tmp_path / "corpus")
+    write_corpus(store, 16)
+    one, other = (RowCache(take_snapshot(store.uri), str(tmp_path / "cache")) for _ in range(2))
+    tables = [table for index in one.snapshot.shards for table in read_rows(one.snapshot, index)]
+    one.begin()
+    one.put(tables[0])
+    other.begin()
+    for cache in (one, other):
+        for table in tables:
+            cache.put(table)
+        cache.finish()
+        rows = cache.open(DataConfig())
+        slots = np.arange(16)
+        assert np.array_equal(rows.vectors(slots).numpy(), CorpusReader(store).vectors().astype(np.float32))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [one.folder.name]
+
+
 def test_what_is_wrong_with_a_corpus_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no corpus at"):
         take_snapshot(str(tmp_path / "nowhere"))

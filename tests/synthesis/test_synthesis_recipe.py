@@ -17,7 +17,7 @@ import torch
 from low_rank_corpus import LAYOUT, write_corpus
 
 from lora_diffusion.config import from_dict
-from lora_diffusion.corpus import CorpusReader
+from lora_diffusion.corpus import CorpusReader, Statistics
 from lora_diffusion.corpus.tombstone import keyed_hash, make_key
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis.denoiser import DenoiserConfig
@@ -174,6 +174,37 @@ def test_each_photo_is_a_condition_of_its_own(corpus: str, tmp_path: Path) -> No
     for place, expected_B in ((0.0, torch.zeros_like(counts_B)), (0.999, counts_B - 1)):
         stage(stage.inputs(slots), {**draws, "photo": torch.full((len(slots),), place)}, 0)
         assert torch.equal(seen[-1], photos_BFC[torch.arange(len(slots)), expected_B])
+
+
+def test_a_denoiser_may_keep_the_newest_weights(corpus: str, tmp_path: Path) -> None:
+    """It ended in a ValueError after the last step, whenever it was tried."""
+    config = config_of(corpus, tmp_path / "run", code_space="pca", denoiser_training={**LOOP, "keep": "newest"})
+    train(config)
+    figures = Synthesizer.from_pretrained(tmp_path / "run" / "synthesizer").provenance.figures
+    (last,) = [
+        line for line in read_metrics(open_store(tmp_path / "run")) if line["step"] == 12 and "validation_rank" in line
+    ]
+    assert figures["denoiser_best_step"] == 12
+    assert figures["denoiser_validation_loss"] == last["validation_loss"]
+
+
+def test_statistics_of_other_rows_are_refused(calm: tuple[TrainConfig, list[str]], tmp_path: Path) -> None:
+    """After a kill, or a stage that was deleted as our message says: they were used for rows that they had not seen."""
+    config, _ = calm
+    shutil.copytree(config.output, tmp_path / "run")
+    for path in [*(tmp_path / "run").glob("checkpoints/*"), *(tmp_path / "run").glob("*.safetensors")]:
+        if path.name != "statistics.safetensors":
+            path.unlink()
+    changed = replace(config, output=str(tmp_path / "run"), data=replace(config.data, validation_fraction=0.3))
+    with pytest.raises(
+        ValueError, match=r"statistics.safetensors was made of other rows: validation_fraction: 0.1 there"
+    ):
+        train(changed)
+    statistics = tmp_path / "run" / "statistics.safetensors"
+    statistics.write_bytes(Statistics.from_bytes(statistics.read_bytes()).to_bytes())  # as earlier releases wrote them
+    with pytest.raises(ValueError, match=r"was made of other rows: \d+ instead of \d+"):
+        train(changed)
+    train(replace(changed, data=config.data))
 
 
 def test_stages_one_by_one_equal_all_at_once(calm: tuple[TrainConfig, list[str]], tmp_path: Path) -> None:

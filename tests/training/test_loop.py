@@ -143,6 +143,8 @@ def test_other_settings_are_refused_on_resume(tmp_path: Path) -> None:
     same = {"layout_id": "abc", "vae": {"latent_size": 8}}
     train(tmp_path, identity=same)
     Loop("regression", Regression(), replace(CONFIG, log_every=7), open_store(tmp_path), identity=same)
+    with pytest.raises(ValueError, match=r"loop.keep: 'best' there, 'newest' now"):  # one is no better than the other
+        Loop("regression", Regression(), replace(CONFIG, keep="newest"), open_store(tmp_path), identity=same)
     with pytest.raises(ValueError, match=r"loop.batch_size: 7 there, 8 now"):
         Loop("regression", Regression(), replace(CONFIG, batch_size=8), open_store(tmp_path), identity=same)
     with pytest.raises(ValueError, match=r"vae.latent_size: 8 there, 9 now"):

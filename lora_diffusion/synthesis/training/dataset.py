@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from lora_diffusion.corpus.plan import CorpusError, shard_name
 from lora_diffusion.corpus.reader import opened
 from lora_diffusion.corpus.schema import EMBEDDING_SIZE, check_columns, matrices, matrix
 from lora_diffusion.places import Place
-from lora_diffusion.storage import Store, open_store
+from lora_diffusion.storage import Store, open_store, partial_folder
 from lora_diffusion.synthesis.training.private import cache_root, private_files, private_folder
 from lora_diffusion.synthesis.training.snapshot import MADE_ANEW, CorpusSnapshot, check_snapshot, take_snapshot
 from lora_diffusion.training.distributed import Group
@@ -121,13 +123,15 @@ def _reasons(table: pa.Table) -> np.ndarray:
 class RowCache:
     """The rows of a snapshot on this machine's disk: vectors as one flat file, the rest beside it.
 
-    One process fills it (`put` in any order, also from threads, then `finish`); it is worth nothing before `finish`. Any number may read.
+    A process fills it in a folder of its own (`put` in any order, also from threads), and `finish` moves that into place: of several who
+    fill the same, one is read by all.
     """
 
     def __init__(self, snapshot: CorpusSnapshot, root: str | Path) -> None:
         self.snapshot = snapshot
         self.folder = Path(root) / f"{snapshot.key}-{CACHE_VERSION}"
         self._filled: np.ndarray | None = None
+        self._making = ExitStack()
 
     @property
     def complete(self) -> bool:
@@ -139,17 +143,19 @@ class RowCache:
         return self.snapshot.num_rows * (self.snapshot.vector_size * per_value + (1 + MANY_PHOTOS) * EMBEDDING_SIZE * 4)
 
     def begin(self) -> None:
-        """Empty the cache and make room. Raises ValueError if the disk has too little."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        private_folder(self.folder)
-        free = shutil.disk_usage(self.folder).free
+        """Make room in a new folder. Raises ValueError if the disk has too little."""
+        self._making.close()
+        if os.path.lexists(self.folder) and private_folder(self.folder) and not self.complete:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a release that filled it in its place
+        self._partial = self._making.enter_context(partial_folder(self.folder))
+        free = shutil.disk_usage(self._partial).free
         if free < self.num_bytes * 1.02:
             raise ValueError(
                 f"the corpus needs {in_bytes(self.num_bytes)} on the disk of {self.folder}, which has {in_bytes(free)} "
                 "free: set data.cache to a folder on a larger disk, or data.max_people"
             )
         rows = self.snapshot.num_rows
-        self._vectors = self._map("vectors", "w+")
+        self._vectors = self._map(self._partial, "w+")
         self._embeddings = np.zeros((rows, EMBEDDING_SIZE), np.float32)
         self._similarity = np.full(rows, np.nan, np.float32)
         self._reason, self._filled = np.zeros(rows, np.int8), np.zeros(rows, bool)
@@ -178,11 +184,17 @@ class RowCache:
             )
         self._vectors.flush()
         for name in ("embeddings", "similarity", "reason"):
-            np.save(self.folder / f"{name}.npy", getattr(self, f"_{name}"))
-        np.save(self.folder / "photos.npy", np.concatenate(self._photos))
-        np.save(self.folder / "photo_counts.npy", np.array([len(photos_FC) for photos_FC in self._photos]))
-        (self.folder / "identities.json").write_text(json.dumps(self._identities))
-        (self.folder / "complete.json").write_text(json.dumps(self.snapshot.to_dict()))
+            np.save(self._partial / f"{name}.npy", getattr(self, f"_{name}"))
+        np.save(self._partial / "photos.npy", np.concatenate(self._photos))
+        np.save(self._partial / "photo_counts.npy", np.array([len(photos_FC) for photos_FC in self._photos]))
+        (self._partial / "identities.json").write_text(json.dumps(self._identities))
+        (self._partial / "complete.json").write_text(json.dumps(self.snapshot.to_dict()))
+        try:
+            self._partial.rename(self.folder)
+        except OSError:
+            if not self.complete:  # else another process was faster, with the same rows
+                raise
+        self._making.close()
 
     def open(self, config: DataConfig) -> CorpusRows:
         if not self.complete:
@@ -193,11 +205,11 @@ class RowCache:
             for name in ("embeddings", "photos", "photo_counts", "similarity", "reason")
         }
         identities = json.loads((self.folder / "identities.json").read_text())
-        return CorpusRows(self._map("vectors", "r"), identities=identities, config=config, **arrays)
+        return CorpusRows(self._map(self.folder, "r"), identities=identities, config=config, **arrays)
 
-    def _map(self, name: str, mode: Any) -> np.memmap[Any, Any]:
+    def _map(self, folder: Path, mode: Any) -> np.memmap[Any, Any]:
         shape = (self.snapshot.num_rows, self.snapshot.vector_size)
-        return np.memmap(self.folder / f"{name}.bin", np.dtype(self.snapshot.vector_dtype), mode, shape=shape)
+        return np.memmap(folder / "vectors.bin", np.dtype(self.snapshot.vector_dtype), mode, shape=shape)
 
 
 def open_rows(snapshot: CorpusSnapshot, config: DataConfig, group: Group | None = None) -> CorpusRows:

@@ -19,8 +19,9 @@ SCENES = (
 
 @dataclass(frozen=True)
 class LossWeights:
-    """identity: 1 - cosine of a drawn picture's embedding to the mean of the person's other photos. The rest are anchors:
+    """identity: 1 - cosine of a drawn picture's embedding to the mean of the person's other photos.
 
+    The others are anchors:
     denoising: the base model's loss on the person's other photos (hair, glasses, beard; too much of it makes weak LoRAs).
     high_noise: squared difference to the base model's prediction in an early step, where composition, pose and light are decided.
     start: the same to the prediction with the LoRA of the synthesiser that training began with.

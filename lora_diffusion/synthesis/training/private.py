@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_diffusion.places import local_place
+from lora_diffusion.storage import lock, locked
 from lora_diffusion.training.distributed import Group
 
 
@@ -35,17 +36,17 @@ def cache_root(folder: str, group: Group | None = None) -> Iterator[Path]:
         yield path
         group.barrier()
         return
-    with _locked(private_folder(root)):
+    with locked(private_folder(root)):
         for old in root.iterdir():
             _remove_unused(old)
         path.mkdir(0o700)
-        lock = _lock(path)
+        held = lock(path)
     try:
         yield path
         group.barrier()
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+        os.close(held)
 
 
 def private_folder(path: Path) -> Path:
@@ -72,30 +73,6 @@ def private_files() -> Iterator[None]:
         os.umask(before)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = _lock(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock(folder: Path, flags: int = fcntl.LOCK_EX) -> int:
-    """A descriptor that holds the folder's lock until it is closed, at the latest by the end of the process."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, flags)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _remove_unused(folder: Path) -> None:
-    try:
-        lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # its maker lives
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+    with suppress(OSError), locked(folder, fcntl.LOCK_NB):  # else its maker lives
+        shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lora_diffusion.artifacts import checksum
 from lora_diffusion.config import to_dict, to_yaml
 from lora_diffusion.corpus import Statistics
 from lora_diffusion.corpus.tombstone import keyed_hash, read_key
@@ -90,10 +92,18 @@ class SynthesizerTraining(TrainingRun):
             self._keep_config()
             run = passes(self.group, self.rows.train, lambda slots: self.rows.vectors(slots).numpy())
             statistics = run(Statistics.of)
-            self._write(name, statistics.to_bytes())
-        statistics = Statistics.from_bytes(self.store.read(name))
+            self._write(name, statistics.to_bytes({"data": json.dumps(self._identity())}))
+        data = self.store.read(name)
+        statistics = Statistics.from_bytes(data)
         if len(statistics.mean) != self.snapshot.vector_size:
             raise ValueError(f"{self.store.uri}/{name} is of another layout: choose another output")
+        rows = json.loads(checksum.notes(data).get("data", "null"))  # of an earlier release: only how many are known
+        lines = differences(rows, self._identity()) if rows else []
+        if lines or statistics.count != len(self.rows.train):
+            what = "; ".join(lines) or f"{statistics.count:,} instead of {len(self.rows.train):,}"
+            raise ValueError(
+                f"{self.store.uri}/{name} was made of other rows: {what}. Delete it, or choose another output"
+            )
         return statistics
 
     def _pca(self, make: bool) -> PCA | None:
@@ -269,9 +279,7 @@ class SynthesizerTraining(TrainingRun):
         loop: Loop,
     ) -> None:
         config, rows, snapshot = self.config, self.rows, self.snapshot
-        self.figures |= {
-            f"denoiser_validation_{k}": v for k, v in zip(loop.stage.selection_metrics, loop.state.best, strict=True)
-        }
+        self.figures |= {f"denoiser_{name}": value for name, value in self._validated(loop).items()}
         self.figures["denoiser_best_step"] = loop.state.best_step
         corpus = {"recipe_id": snapshot.recipe_id, "start": snapshot.start}
         counts = {"rows": len(rows.train), "validation_rows": len(rows.validation)}
@@ -294,6 +302,15 @@ class SynthesizerTraining(TrainingRun):
         synthesizer.save_pretrained(f"{self.store.uri}/{folder}")
         self.store.write_json("results.json", self.figures)
         self.say(f"synthesiser: {self.store.uri}/{folder}")
+
+    def _validated(self, loop: Loop) -> dict[str, float]:
+        """What the weights that are kept were chosen by, or with keep=newest would have been."""
+        names = [f"validation_{name}" for name in loop.stage.selection_metrics]
+        if loop.config.keep == "best":
+            return dict(zip(names, loop.state.best, strict=True))
+        lines = self.log.lines if self.log else []
+        then = [line for line in lines if (line["stage"], line["step"]) == ("denoiser", loop.state.best_step)]
+        return {name: line[name] for line in then for name in names if name in line}
 
     def _neighbours(self, codes: Callable[[Slots], Tensor]) -> Neighbours:
         rows, key = self.rows, read_key(open_store(self.snapshot.uri))

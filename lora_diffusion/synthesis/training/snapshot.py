@@ -20,6 +20,7 @@ from lora_diffusion.corpus import CorpusReader
 from lora_diffusion.corpus.plan import CorpusError, shard_name
 from lora_diffusion.corpus.reader import opened
 from lora_diffusion.corpus.schema import parquet_metadata
+from lora_diffusion.corpus.tombstone import is_tombstone
 from lora_diffusion.lora.layout import LoRALayout
 from lora_diffusion.storage import open_store
 
@@ -113,6 +114,13 @@ def take_snapshot(uri: str) -> CorpusSnapshot:
         raise ValueError(
             f"the corpus at {uri} says that it is complete with {expected} shards, but {len(reader.shards)} are there "
             f"(missing: {', '.join(map(shard_name, lost))}). Run its jobs/build_corpus.py command again: it makes them anew"
+        )
+    stones = [shard for shard in reader.plan.shards if any(map(is_tombstone, shard.identities))]
+    if stones and (problems := reader.verify(stones)[1]):
+        index, problem = next(iter(problems.items()))
+        raise ValueError(
+            f"shard {index} of {uri} {problem}, and a person of it was forgotten: give the command lora-diffusion forget again, or that of "
+            "its corpus job, which ends what was begun"
         )
     with ThreadPoolExecutor(16) as pool:
         rows = list(pool.map(lambda index: _footer(reader, index), reader.shards))

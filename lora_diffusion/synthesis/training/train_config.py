@@ -26,7 +26,7 @@ class PCAConfig:
     """`exact_rows`: up to so many rows all components are exact; beyond, `iterations` passes approach the first ones.
 
     of: the components of the vectors, or of what a ridge regression from the embedding predicts of them: what the face
-        decides, without the optimiser's noise (exact rows only). `penalty`: of that regression.
+        decides, without the optimiser's noise (exact rows only).
     """
 
     num_components: int = 512  # Z of code_space pca
@@ -59,9 +59,9 @@ class WorkersConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of `jobs/train.py`. `stage`: one of pca, vae, denoiser, pictures, or all of them in order; pictures only where
-    `pictures.people` says whose.
+    """All of `jobs/train.py`.
 
+    stage: one of pca, vae, denoiser, pictures, or all of them in order; pictures only where `pictures.people` says whose.
     code_space: what the denoiser works in; `vector` and `pca` need no VAE.
     layout_id: refuse a corpus of another one; None: whatever the corpus has.
     recogniser: where those who use the synthesiser find the corpus' recogniser (as `EmbedderConfig.model`); another one is
@@ -74,7 +74,7 @@ class TrainConfig:
 
     corpus: Place = "runs/tiny/corpus"  # folder or s3:// of the corpus
     output: Output = "runs/tiny/training"  # folder or s3:// of the run
-    stage: Literal["all", "pca", "vae", "denoiser", "pictures"] = "all"  # one stage, or all in order
+    stage: Literal["all", "pca", "vae", "denoiser", "pictures"] = "all"
     code_space: Literal["latent", "pca", "vector"] = "latent"
     layout_id: str | None = None
     recogniser: PlaceOrName | None = None

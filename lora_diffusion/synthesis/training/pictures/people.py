@@ -34,10 +34,14 @@ GROUP = 16  # people between two words about progress
 class PhotoCache:
     """A folder that only its owner can read. One process of a machine makes it (`fill`), all of them read (`open`)."""
 
-    def __init__(self, config: PicturesConfig, recogniser: str, base: BaseModel, root: str | Path) -> None:
+    def __init__(
+        self, config: PicturesConfig, recogniser: str, base: BaseModel, root: str | Path, output: str = ""
+    ) -> None:
+        """output: of the run that it is for, which removes it at its end."""
         self.config, self.recogniser, self.base = config, recogniser, base
         what: dict[str, Any] = {"people": config.people, "max": config.max_people, "photos": to_dict(config.photos)}
         what |= {"recognisers": [recogniser, config.second_recogniser], "base": base.fingerprint}
+        what["output"] = output
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(root) / f"pictures-{key}"
 

@@ -39,7 +39,7 @@ class PictureTraining(TrainingRun):
         recogniser = start.identity.recogniser_name
         start.check_recogniser(FaceEmbedder(EmbedderConfig(recogniser)))  # of this machine
         with cache_root(config.data.cache, self.group) as root:
-            cache = PhotoCache(c, recogniser, base, root)
+            cache = PhotoCache(c, recogniser, base, root, self.store.uri)
             try:
                 self._fill(cache)
                 self._teach(start, base, cache, recogniser)
