@@ -4,7 +4,8 @@
 
 `--draw guidance,temperature,deviation,steps`; without any, what the folder recommends. On people of the corpus' split who are in no
 corpus, not on held-out ones: those must not choose anything. One photo each, or so many as `--inputs` says, judged by the same other
-photos: `--inputs 1 2 4`. Writes benchmarks/results/sampling.json.
+photos: `--inputs 1 2 4`. What is settled may be measured on held-out people: `--first 80000 --people 64 --inputs 1 2 4 --name photos`.
+Writes benchmarks/results/sampling.json.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=32)
     parser.add_argument("--first", type=int, default=23_000)
     parser.add_argument("--photos", type=int, default=8)
+    parser.add_argument("--name", default="sampling", help="of the JSON below benchmarks/results")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -57,7 +59,7 @@ def main() -> None:
             vectors_KN = synthesizer.from_embedding(judge.faces(count), **how)
             rows.append({"synthesizer": folder, "inputs": count, **how, **judge(vectors_KN)})
             print(rows[-1], flush=True)
-    print(write_result("sampling", {"people": args.people, "first": args.first, "photos": args.photos, "rows": rows}))
+    print(write_result(args.name, {"people": args.people, "first": args.first, "photos": args.photos, "rows": rows}))
 
 
 if __name__ == "__main__":

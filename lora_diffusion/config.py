@@ -167,9 +167,23 @@ class _Text(str):
     """The right side of an override, not yet parsed: only the field's type says whether `1e-4` or `on` is a word."""
 
 
+class _NothingTwice(yaml.SafeLoader):
+    """Of two keys of one name YAML takes the last, with its whole section: what the first set would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, getattr(key, "value", None)), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" and name in seen:
+                raise yaml.YAMLError(f"key {key.value!r} stands in line {seen[name]} and again in line {line}")
+            if isinstance(key, yaml.ScalarNode):
+                seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _NothingTwice)
     except OSError:
         raise
     except Exception as error:  # beside its own errors, it has others for tags such as !!bool x, and for deep nesting

@@ -174,6 +174,16 @@ class Store:
         except Exception as error:
             raise self._error("look for", name, error) from error
 
+    def stamp(self, name: str) -> str:
+        """Another one when the file is another: its size, and its ETag or when it was changed; "" if there is none. Raises StoreError."""
+        try:
+            info = self.filesystem.info(self.path(name), **({} if self.local else {"refresh": True}))
+        except FileNotFoundError:
+            return ""
+        except Exception as error:
+            raise self._error("look at", name, error) from error
+        return f"{info['size']} {info.get('ETag') or info.get('mtime')}"
+
     def files(self, folder: str = "") -> dict[str, int]:
         """Name (without folder) -> bytes of the files directly in `folder`, no pipes or devices; none if it does not exist."""
         return self.files_and_folders(folder)[0]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from lora_diffusion.config import from_dict, load_config, to_dict, to_yaml
+from lora_diffusion.factory.config import CorpusConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,3 +99,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         load_config(Job, tmp_path / "broken.yaml")
     with pytest.raises(ValueError, match="config is missing name"):
         load_config(Job)
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    """The last one counted, with its whole section."""
+    (tmp_path / "x.yaml").write_text("limit: 5\nfinetune:\n  steps: 500\nfinetune:\n  learning_rate: 0.1\n")
+    with pytest.raises(ValueError, match=r"key 'finetune' stands in line 2 and again in line 4"):
+        load_config(CorpusConfig, tmp_path / "x.yaml")
+    (tmp_path / "y.yaml").write_text("common: &b {steps: 3}\nfinetune:\n  <<: *b\n  steps: 4\n")
+    with pytest.raises(ValueError, match="unknown config key 'common'"):  # a merge key is none that stands twice
+        load_config(CorpusConfig, tmp_path / "y.yaml")

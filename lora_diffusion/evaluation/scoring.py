@@ -25,7 +25,7 @@ from lora_diffusion.config import to_dict
 from lora_diffusion.evaluation.config import EvaluationConfig
 from lora_diffusion.evaluation.held_out import Floats, Pixels, Setup, recognisers
 from lora_diffusion.evaluation.methods import Method
-from lora_diffusion.evaluation.similarity import RenderConfig
+from lora_diffusion.evaluation.similarity import RenderConfig, nearest_own
 from lora_diffusion.faces.embedder import embed_pictures
 from lora_diffusion.faces.unit import unit
 from lora_diffusion.lora.bank import LoRABank
@@ -50,7 +50,7 @@ class PersonScores:
     """cosines_RTK: of each of the T = S P pictures with the gallery of every held-out person; 0 where no face was found.
 
     hits_TH: 1 if the scene shows what the prompt asked for, 0 if not, -1 if it did not ask. `diversity_R`: 1 - mean cosine
-    between pictures of the same prompt and noise by different LoRAs of this person; NaN for S = 1.
+    between pictures of the same prompt and noise by different LoRAs of this person, where both show a face; NaN if none do.
     """
 
     method: str
@@ -110,7 +110,13 @@ class Scorer:
                     np.stack([e[mine] @ g.T for (e, _), g in zip(embedded, self.galleries_RKC, strict=True)]),
                     np.stack([found[mine] for _, found in embedded]),
                     hits[mine],
-                    np.array([_diversity(e[mine].reshape(samples, each, -1)) for e, _ in embedded], np.float32),
+                    np.array(
+                        [
+                            _diversity(e[mine].reshape(samples, each, -1), f[mine].reshape(samples, each))
+                            for e, f in embedded
+                        ],
+                        np.float32,
+                    ),
                     pictures[mine][:each] if request.person < self.keep else pictures[:0],
                 )
             )
@@ -128,15 +134,12 @@ def pictures_of(config: RenderConfig, people: Sequence[int] | NDArray[Any]) -> t
     return prompts * len(people), [seed + int(person) * len(seeds) for person in people for seed in seeds]
 
 
-def _diversity(embeddings_SPC: Floats) -> float:
-    """1 - mean cosine of all pairs of samples, at the same prompt and noise."""
-    count = len(embeddings_SPC)
-    if count < 2:
-        return float("nan")
+def _diversity(embeddings_SPC: Floats, found_SP: NDArray[np.bool_]) -> float:
+    """1 - mean cosine of all pairs of samples, at the same prompt and noise, where both show a face; NaN if there are none."""
     vectors = unit(embeddings_SPC)
     cosines_PSS = np.einsum("spc,tpc->pst", vectors, vectors)
-    pairs = cosines_PSS[:, ~np.eye(count, dtype=bool)]
-    return float(1 - pairs.mean())
+    both_PSS = np.einsum("sp,tp->pst", found_SP, found_SP) & ~np.eye(len(vectors), dtype=bool)
+    return float(1 - cosines_PSS[both_PSS].mean()) if both_PSS.any() else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +193,8 @@ class Scores:
         return np.asarray((mean_KJ.sum(1) - own_K) / max(1, mean_KJ.shape[1] - 1), np.float32)
 
     def rank1_K(self, recogniser: int = 0) -> Floats:
-        """(K,) 1 where the mean of the renders lies nearest to the person's own gallery among all held-out people's."""
-        mean_KJ = self.cosines_KRTJ[:, recogniser].mean(1)
-        return np.asarray(mean_KJ.argmax(1) == self.people_K, np.float32)
+        """(K,) 1 where the mean of the renders lies nearer to the person's own gallery than to anybody else's; 0 without a face."""
+        return nearest_own(self.cosines_KRTJ[:, recogniser].mean(1), self.people_K)
 
     def prompt_accuracy_KH(self) -> Floats:
         """(K, H) share of pictures that obey, NaN where no prompt asks."""

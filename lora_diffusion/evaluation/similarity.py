@@ -125,9 +125,16 @@ def similarity_report(
         other=bootstrap(others),
         photos=bootstrap(ceiling),
         share_of_photos=interval.mean / float(ceiling.mean()),
-        rank1=float(((mean_KE @ gallery_KE.T).argmax(1) == np.arange(len(own))).mean()),
+        rank1=float(nearest_own(mean_KE @ gallery_KE.T, np.arange(len(own))).mean()),
         faces_found=float(found_KP.mean()),
     )
+
+
+def nearest_own(cosines_KJ: Floats, people_K: NDArray[np.int64]) -> Floats:
+    """(K,) 1 where the cosine with the person's own gallery, column `people_K`, is above all others; all are 0 without a face."""
+    own_K = cosines_KJ[np.arange(len(people_K)), people_K]
+    others_KJ = np.where(np.arange(cosines_KJ.shape[1]) == people_K[:, None], -np.inf, cosines_KJ)
+    return np.asarray(own_K > others_KJ.max(1), np.float32)
 
 
 def _photos_among_themselves(photos_QE: Floats) -> float:

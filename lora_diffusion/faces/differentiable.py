@@ -201,11 +201,7 @@ class Teacher(nn.Module):
         return boxes, points, np.array([face is not None for face in found])
 
     def forward(
-        self,
-        pictures_BCHW: Tensor,
-        points_B52: NDArray[np.float32],
-        jitter_B4: Tensor | None = None,
-        noise: float = 0.0,
+        self, pictures_BCHW: Tensor, points_B52: NDArray[np.float32], jitter_B4: Tensor | None = None
     ) -> Tensor:
         """`jitter_B4`: turn (radian), log of the scale, shift right and down (px of the crop), for each crop."""
         crops = aligned(pictures_BCHW, points_B52, jitter_B4)

@@ -133,12 +133,12 @@ class PersonEmbedder:
             return EmbeddedPerson(position, person.identity, failures=tuple(failures))
         used, pictures, boxes, faces = zip(*kept, strict=True)
         vectors_PE = np.stack([face.vector for face in faces])
-        captions = [photo.caption for photo in used]
+        captions = [photo.caption or self.config.finetune.instance_prompt for photo in used]
         return EmbeddedPerson(
             position,
             person.identity,
             pictures=pictures,
-            captions=tuple(captions) if all(captions) else None,
+            captions=tuple(captions) if any(photo.caption for photo in used) else None,
             face_boxes=np.stack(boxes),
             embedding=mean_embedding(vectors_PE),
             photo_embeddings=vectors_PE,

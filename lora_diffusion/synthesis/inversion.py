@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -75,6 +76,7 @@ def invert(
     if start_KZ.shape != (K, space.size):
         raise ValueError(f"the start has shape {tuple(start_KZ.shape)}; expected ({K}, {space.size})")
     codes_KZ = start_KZ.detach().to(device, torch.float32).clone().requires_grad_()
+    there = next(chain(space.parameters(), space.buffers())).device
     optimizer = torch.optim.Adam([codes_KZ], lr=config.learning_rate)
     schedule = NoiseSchedule.from_scheduler(base.scheduler, device)
     timesteps_of = TimestepSampler(0, len(schedule), "stratified")
@@ -92,7 +94,7 @@ def invert(
         text = torch.cat([part[(place_n % len(part)).to(device)] for part in prompts])
         timesteps_Kn, noise = (t.to(device) for t in streams.draw(shape, [config.batch_size], timesteps_of))
         noisy, target = schedule.add_noise(x0, noise, timesteps_Kn)
-        with bank.active(space.decode(codes_KZ), config.batch_size):
+        with bank.active(space.decode(codes_KZ.to(there)).to(device), config.batch_size):
             x = noisy.flatten(0, 1).to(base.dtype)
             prediction = base.unet(x, timesteps_Kn.flatten(), **base.conditioning(text, x), return_dict=False)[0]
             loss_K = (prediction.float().view_as(target) - target).square().mean((1, 2, 3, 4))

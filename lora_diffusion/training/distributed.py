@@ -96,9 +96,9 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
 
 
 def like_parameter(source: Tensor, parameter: Tensor) -> Tensor:
-    """`source`, a full tensor, split as `parameter` is and where it lies; an optimiser's step count stays as it is."""
+    """`source`, a full tensor, split as `parameter` is and where it lies, as a fused optimiser wants its step count, too."""
     if source.shape != parameter.shape:
-        return source
+        return source.to(parameter.device)
     copy = torch.empty_like(parameter)
     copy_whole(copy, source)
     return copy

@@ -10,7 +10,8 @@ from lora_diffusion.evaluation import EvaluationConfig, Method
 from lora_diffusion.evaluation.methods import label, with_scales
 from lora_diffusion.evaluation.pipeline import batches
 from lora_diffusion.evaluation.results import compare, cross_fitted, order, share_of_gain, tabulate
-from lora_diffusion.evaluation.scoring import Scores, pictures_of, score_key
+from lora_diffusion.evaluation.scoring import Scores, _diversity, pictures_of, score_key
+from lora_diffusion.evaluation.similarity import nearest_own
 from lora_diffusion.evaluation.wire import pack, unpack
 
 SYNTH = "synthesised:latent"
@@ -68,6 +69,23 @@ def test_every_method_draws_a_person_with_the_same_noise_and_another_person_with
     assert prompts == [*config.prompts] * 3
     assert seeds[:each] == seeds[2 * each :]
     assert not set(seeds[:each]) & set(seeds[each : 2 * each])
+
+
+def test_a_lora_that_draws_no_face_is_nobody_and_not_various() -> None:
+    """Cosines are 0 then: the first person was right by chance, and samples seemed as different as can be."""
+    assert nearest_own(np.zeros((3, 3), np.float32), np.arange(3)).tolist() == [0, 0, 0]
+    assert nearest_own(np.array([[0.2, 0.1], [0.3, 0.3], [-0.3, -0.2]], np.float32), np.array([0, 0, 1])).tolist() == [
+        1,
+        0,
+        1,
+    ]
+    same = np.tile(np.eye(1, 8, dtype=np.float32), (4, 2, 1))
+    found = np.ones((4, 2), bool)
+    assert _diversity(same, found) == pytest.approx(0)
+    same[1, 0], found[1, 0] = 0, False
+    assert _diversity(same, found) == pytest.approx(0)
+    assert np.isnan(_diversity(same * 0, found & False))
+    assert np.isnan(_diversity(same[:1], found[:1]))
 
 
 def test_scores_come_back_from_the_store_as_they_were() -> None:

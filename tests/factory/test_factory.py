@@ -174,6 +174,19 @@ def test_a_person_with_too_few_good_photos_is_a_failure_that_says_why(config: Co
     assert [f.reason for f in embed(2, namesakes).failures] == ["duplicate_identity"]
 
 
+def test_a_photo_without_a_caption_takes_none_from_the_others(world: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people" / "ada"
+    people.mkdir(parents=True)
+    for index, photo in enumerate(sorted((world / "people" / "person-020000").glob("*.jpg"))[:2]):
+        (people / f"{index}.jpg").write_bytes(photo.read_bytes())
+    config = make_config(world, people=str(people.parent), output=str(tmp_path / "corpus"))
+    assert PersonEmbedder(config, 16)(0, PersonRef("ada")).captions is None
+    (people / "1.txt").write_text("a photo of sks person on a beach")
+    told = PersonEmbedder(config, 16)(0, PersonRef("ada")).captions
+    prompt = config.finetune.instance_prompt
+    assert told == (prompt, "a photo of sks person on a beach")
+
+
 def test_without_consent_nobody_is_read_if_it_is_required(world: Path, tmp_path: Path) -> None:
     people = tmp_path / "people"
     for name in ("person-020000", "person-020001"):

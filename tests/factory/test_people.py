@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lora_diffusion.factory.people import RawPhoto, open_people
-from lora_diffusion.storage import open_store
+from lora_diffusion.storage import StoreError, open_store
 
 NAMES = ["ana", "Zoë 😀", "bo.b"]
 
@@ -173,6 +174,75 @@ def test_a_pipe_among_the_photos_is_waited_for_by_nobody(tmp_path: Path) -> None
     good, pipe = source.photos(ada, 9)
     assert (good.name, good.data is None, pipe.name, pipe.data) == ("0.png", False, "1.png", None)
     assert "pipe" in str(pipe.error)
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_file_that_comes_later_gives_nobody_anothers_photos(tmp_path: Path, kind: str) -> None:
+    """Workers list anew: a file's place in the list is another one then."""
+
+    def write(file: str, name: str, number: int) -> None:
+        if kind == "tar":
+            write_tar(tmp_path / f"{file}.tar", {f"{name}/0.jpg": jpeg(number)})
+        else:
+            table = pa.table({"identity": [name], "image": [jpeg(number)]})
+            pq.write_table(table, tmp_path / f"{file}.parquet")
+
+    write("b", "ben", 1)
+    write("c", "cid", 2)
+    listed = open_people(str(tmp_path)).list_people()
+    write("a", "ada", 3)
+    worker = open_people(str(tmp_path))
+    for person, number in zip(sorted(listed, key=lambda person: person.identity), (1, 2), strict=True):
+        assert [photo.data for photo in worker.photos(person, 5)] == [jpeg(number)]
+    write("b", "dan", 4)
+    ben, cid = sorted(listed, key=lambda person: person.identity)
+    worker = open_people(str(tmp_path))
+    for ask in (worker.consent, lambda person: worker.photos(person, 5)):
+        with pytest.raises(StoreError, match="was changed since its people were listed: give the same command again"):
+            ask(ben)
+    assert [photo.data for photo in worker.photos(cid, 5)] == [jpeg(2)]
+
+
+def test_members_of_one_name_in_two_tars_keep_their_own_words(tmp_path: Path) -> None:
+    for tar, number, consent, words in (("x", 1, "no", "on a beach"), ("y", 2, "yes", "in a forest")):
+        members = {"jpg": jpeg(number), "json": f'{{"consent": "{consent}"}}'.encode(), "txt": words.encode()}
+        write_tar(tmp_path / f"{tar}.tar", {f"ada.0.{suffix}": data for suffix, data in members.items()})
+    source = open_people(str(tmp_path))
+    (ada,) = source.list_people()
+    assert [(p.data, p.caption) for p in source.photos(ada, 5)] == [(jpeg(1), "on a beach"), (jpeg(2), "in a forest")]
+    assert source.consent(ada) is None
+
+
+def test_a_photo_in_a_tar_that_nothing_speaks_of_is_no_consent(tmp_path: Path) -> None:
+    members = {f"ada.{i}.jpg": jpeg(i) for i in range(3)} | {"ada.0.json": b'{"consent": "form 7"}'}
+    for count in (1, 3):
+        write_tar(tmp_path / "x.tar", {name: data for name, data in members.items() if int(name[4]) < count})
+        source = open_people(str(tmp_path))
+        assert source.consent(source.list_people()[0]) == ("form 7" if count == 1 else None)
+
+
+@pytest.mark.parametrize(
+    "table", [{"file_name": ["ada/0.jpg"], "text": ["x"]}, {"file": ["ada/0.jpg"], "caption": [["x"]]}]
+)
+def test_captions_that_cannot_be_read_are_nobodys_fault(tmp_path: Path, table: dict[str, list[Any]]) -> None:
+    """They made everybody a failure that no later run would make good."""
+    (tmp_path / "ada").mkdir()
+    (tmp_path / "ada" / "0.jpg").write_bytes(jpeg(1))
+    source = open_people(str(tmp_path))
+    (ada,) = source.list_people()
+    pq.write_table(pa.table(table), tmp_path / "faces.parquet")
+    with pytest.raises(ValueError, match=r"faces.parquet must be Parquet with columns file and caption, both text"):
+        open_people(str(tmp_path)).list_people()
+    with pytest.raises(StoreError, match="Mend it, and give the same command again"):
+        open_people(str(tmp_path)).photos(ada, 5)
 
 
 def test_consent_is_carried_from_every_kind_of_source(tmp_path: Path) -> None:

@@ -143,6 +143,9 @@ def test_who_has_one_photo_is_taught_by_its_mirror_image_and_who_has_none_is_cou
         ValueError, match=r"5 of 6 people .* have a usable photo .*no_face.*lower pictures.validation_people"
     ):
         PhotoCache(replace(config, validation_people=4), "tiny", cache.base, str(tmp_path / "other")).fill()
+    others = [PhotoCache(replace(config, validation_people=3), "tiny", cache.base, tmp_path / "cache")]
+    others += [PhotoCache(config, "tiny", cache.base, tmp_path / "cache", output) for output in ("one", "two")]
+    assert len({cache.folder, *(other.folder for other in others)}) == 4
 
 
 @pytest.mark.slow
@@ -199,6 +202,27 @@ def test_a_grown_synthesiser_answers_as_before() -> None:
     fresh = start.diffusion.denoiser(space.size, 512, replace(start.denoiser.config, width=16))
     with pytest.raises(ValueError, match="set `denoiser` as it was"):
         widened(start.denoiser, fresh)
+
+
+def test_new_components_that_would_be_noise_are_refused(tmp_path: Path) -> None:
+    """A denoiser that predicts v answers 0 for a new number, which keeps nine tenths of the noise."""
+    start = untrained("pca", config=SMALL)
+    config = from_dict(
+        TrainConfig, {"output": str(tmp_path), "pictures": {"people": "x", "start": "y"}, "denoiser": to_dict(SMALL)}
+    )
+    training = PictureTraining(config, open_store(tmp_path))
+    for sampling, kind, refused in (
+        (0.25, "v_prediction", True),
+        (0.0, "v_prediction", False),
+        (0.25, "sample", False),
+    ):
+        start.latent_sampling = replace(start.latent_sampling, temperature=sampling)
+        start.diffusion.config = replace(start.diffusion.config, prediction_type=kind)
+        if refused:
+            with pytest.raises(ValueError, match=r"pictures.new_components=32 would be full of noise at first"):
+                training._grown(start)
+        else:
+            assert training._grown(start).code_size == start.code_size + 32
 
 
 def test_learned_components_are_inverted_by_least_squares_and_kept_in_eight_bits(tmp_path: Path) -> None:

@@ -255,7 +255,10 @@ def test_published_it_draws_as_told_and_knows_the_attributes(
     names = CorpusReader(corpus).identities
     first = CorpusReader(corpus).embeddings()[:, 0].tolist()
     pq.write_table(pa.table({"identity": names, "first": first, "unknown": [None, *first[:0:-1]]}), labels)
+    publish(source, out, {})
+    assert Path(out, "neighbours.safetensors").exists()
     publish(source, out, {"guidance_scale": "2"}, corpus=corpus, labels=labels, neighbours=False)
+    assert not Path(out, "neighbours.safetensors").exists(), "everybody's embeddings would go out with the folder"
     before, after = Synthesizer.from_pretrained(source), Synthesizer.from_pretrained(out)
     assert after.latent_sampling == replace(before.latent_sampling, guidance_scale=2.0)
     assert after.neighbours is None

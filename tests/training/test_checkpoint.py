@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_diffusion.storage import Store, open_store
 from lora_diffusion.training.checkpoint import SavedTensors, pack, pieces, unpack
+from lora_diffusion.training.distributed import like_parameter
 
 TENSORS = {
     "b.weight": torch.arange(6, dtype=torch.float32).view(2, 3).T,  # not contiguous
@@ -124,3 +125,10 @@ print("read", peak() - before)
     grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     assert grown["written"] < 40_000_000
     assert grown["read"] < 100_000_000
+
+
+def test_a_restored_step_count_lies_where_the_parameter_does() -> None:
+    """A fused optimiser on a GPU takes no other: every resumed training failed at its first step there."""
+    parameter = torch.empty(3, device="meta")
+    assert like_parameter(torch.tensor(7.0), parameter).device == parameter.device
+    assert like_parameter(torch.zeros(3), parameter).device == parameter.device

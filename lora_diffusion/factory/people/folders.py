@@ -34,6 +34,7 @@ class FolderPeople:
         self.store, self.uri, self.found = store, store.uri, Found()
 
     def list_people(self) -> list[PersonRef]:
+        _ = self._captions  # what is wrong with them is wrong for everybody
         folders: dict[str, Sorted] = {}
         links = []
         for folder, entries in walk(self.store):
@@ -77,15 +78,19 @@ class FolderPeople:
             return b""  # reading it says why
 
     def _read_all(self, folder: str, found: Sorted) -> Iterator[RawPhoto]:
+        try:
+            captions = self._captions
+        except ValueError as error:  # it was well when everybody was listed
+            raise StoreError(f"{error}. Mend it, and give the same command again") from error
         for entry in found.photos:
             name = shown(entry.path.removeprefix(f"{folder}/"))
-            caption = self._captions.get(entry.path)
+            caption = captions.get(entry.path)
             try:
                 if entry.problem:
                     raise PhotoError("unreadable", entry.problem[1])
                 check_size(entry.size)
-                if caption is None and entry.path in found.captions:
-                    caption = caption_text(self.store.read(found.captions[entry.path].path))
+                if caption is None and entry in found.captions:
+                    caption = caption_text(self.store.read(found.captions[entry].path))
                 yield RawPhoto(name, self.store.read(entry.path), caption)
             except PhotoError as error:
                 yield RawPhoto(name, None, error=str(error), reason=error.reason)
@@ -105,10 +110,14 @@ class FolderPeople:
         try:
             names = pq.read_schema(pa.BufferReader(data)).names
             column = next(name for name in CAPTION_COLUMNS if name in names)
-            table = pq.read_table(pa.BufferReader(data), columns=["file", column])
+            table = pq.read_table(pa.BufferReader(data), columns=["file", column]).cast(
+                pa.schema([("file", pa.string()), (column, pa.string())])
+            )
             return dict(zip(table["file"].to_pylist(), table[column].to_pylist(), strict=True))
         except Exception as error:  # damaged bytes meet Arrow with many kinds of error
-            raise ValueError(f"{self.uri}/{CAPTIONS} must be Parquet with columns file and caption: {error}") from error
+            raise ValueError(
+                f"{self.uri}/{CAPTIONS} must be Parquet with columns file and caption, both text: {error}"
+            ) from error
 
 
 def caption_text(data: bytes) -> str | None:

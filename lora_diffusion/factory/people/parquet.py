@@ -40,16 +40,16 @@ class ParquetPeople:
         self.store, self.names, self.uri, self.found = store, names, uri, Found()
 
     def list_people(self) -> list[PersonRef]:
-        rows: dict[str, list[tuple[int, int, int]]] = {}
+        rows: dict[str, list[tuple[str, int, int]]] = {}
         broken = []
         whole, photos = False, 0
-        for number, name in enumerate(self.names):
-            parquet = self._open(number)
+        for name in self.names:
+            parquet = self._open(name)
             field = self._image_field(parquet, name)
             whole = whole or _is_list(field.type)
             for group in range(parquet.num_row_groups):
-                photos += self._count(parquet, number, group)
-                for row, identity in enumerate(self._identities(parquet, number, group)):
+                photos += self._count(parquet, name, group)
+                for row, identity in enumerate(self._identities(parquet, name, group)):
                     place = f"{name}, row group {group}, row {row}"
                     text = (identity or b"").decode("utf-8", "backslashreplace")
                     if not identity:
@@ -59,7 +59,7 @@ class ParquetPeople:
                         problem = ("name_not_utf8", f"the identity is not UTF-8: {place}")
                         broken.append(PersonRef(f"{text} ({place})", problem=problem))
                     else:
-                        rows.setdefault(text, []).append((number, group, row))
+                        rows.setdefault(text, []).append((name, group, row))
         people = [PersonRef(identity, json.dumps(places)) for identity, places in rows.items()]
         if whole:
             people = [self._refuse_namesakes(person) for person in people]
@@ -73,7 +73,7 @@ class ParquetPeople:
         places = json.loads(person.where)
         if len(places) == 1:
             return person
-        rows = ", ".join(f"{self.names[number]} row group {group} row {row}" for number, group, row in places[:4])
+        rows = ", ".join(f"{name} row group {group} row {row}" for name, group, row in places[:4])
         message = f"{len(places)} rows carry the identity {person.identity!r} ({rows}): give each person its own name"
         return replace(person, problem=("duplicate_identity", message))
 
@@ -91,15 +91,13 @@ class ParquetPeople:
         return [] if person.problem else distinct(self._read_all(person), limit)
 
     def consent(self, person: PersonRef) -> str | None:
-        rows = [
-            _row_group(self, number, group).slice(row, 1) for number, group, row in json.loads(person.where or "[]")
-        ]
-        return consent_of(table["consent"][0].as_py() if "consent" in table.column_names else None for table in rows)
+        rows = [self._row(person, *place) for place in json.loads(person.where or "[]")]
+        return consent_of(values.get("consent") for values in rows)
 
     def _read_all(self, person: PersonRef) -> Iterator[RawPhoto]:
-        for number, group, row in json.loads(person.where):
-            values = self._try(number, partial(self._row, number, group, row))
-            place = f"{self.names[number]}:{group}:{row}"
+        for name, group, row in json.loads(person.where):
+            values = self._try(name, partial(self._row, person, name, group, row))
+            place = f"{name}:{group}:{row}"
             images, captions = values["image"], values.get("caption")
             if isinstance(images, list):
                 captions = (captions if isinstance(captions, list) else [captions] * len(images))[: len(images)]
@@ -107,23 +105,32 @@ class ParquetPeople:
             else:
                 yield _photo(place, images, captions)
 
-    def _row(self, number: int, group: int, row: int) -> dict[str, Any]:
-        return dict(_row_group(self, number, group).slice(row, 1).to_pylist()[0])
+    def _row(self, person: PersonRef, name: str, group: int, row: int) -> dict[str, Any]:
+        """Raises StoreError if it is not the person's any more: the file was written anew since everybody was listed."""
+        try:
+            table, names = _row_group(self, name, group)
+            if names[row] == person.identity.encode():
+                return dict(table.slice(row, 1).to_pylist()[0])
+        except (FileNotFoundError, IndexError, pa.ArrowIndexError):
+            pass
+        raise StoreError(
+            f"{self.store.uri}/{name} was changed since its people were listed: give the same command again"
+        )
 
-    def _identities(self, parquet: _File, number: int, group: int) -> list[bytes | None]:
-        return self._try(number, lambda: self._read_identities(parquet, number, group))
+    def _identities(self, parquet: _File, name: str, group: int) -> list[bytes | None]:
+        return self._try(name, lambda: self._read_identities(parquet, name, group))
 
-    def _read_identities(self, parquet: _File, number: int, group: int) -> list[bytes | None]:
+    def _read_identities(self, parquet: _File, name: str, group: int) -> list[bytes | None]:
         if "identity" not in parquet.schema_arrow.names:
-            return [_hive_identity(self.names[number])] * len(self._read(parquet, number, group, ["image"]))
-        column = self._read(parquet, number, group, ["identity"])["identity"]
+            return [_hive_identity(name)] * len(self._read(parquet, name, group, ["image"]))
+        column = self._read(parquet, name, group, ["identity"])["identity"]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
             column = column.cast(pa.string())
         return column.cast(pa.binary()).to_pylist()
 
-    def _count(self, parquet: _File, number: int, group: int) -> int:
+    def _count(self, parquet: _File, name: str, group: int) -> int:
         """Photos of a row group, without reading them all."""
         if isinstance(parquet, _ArrowFile):
             images = parquet.table["image"]
@@ -133,23 +140,22 @@ class ParquetPeople:
             return int(columns.num_rows)
         # What a damaged footer says of a column ends the process if it is asked for from Python, and is an error if read: the images
         # are read first, and no other column is asked.
-        again: Any = self._open(number, buffer_size=2**20)  # reads a page, not the column
-        self._try(number, lambda: next(again.iter_batches(1, [group], ["image"]), None))
+        again: Any = self._open(name, buffer_size=2**20)  # reads a page, not the column
+        self._try(name, lambda: next(again.iter_batches(1, [group], ["image"]), None))
         paths = [parquet.schema.column(leaf).path.split(".")[0] for leaf in range(columns.num_columns)]
         return int(columns.column(paths.index("image")).num_values)
 
-    def _open(self, number: int, **options: Any) -> _File:
-        name = self.names[number]
+    def _open(self, name: str, **options: Any) -> _File:
         if name.lower().endswith(".arrow"):
-            return self._try(number, lambda: _ArrowFile(self.store, name))
+            return self._try(name, lambda: _ArrowFile(self.store, name))
         return self._try(
-            number, lambda: pq.ParquetFile(self.store.open(name), page_checksum_verification=True, **options)
+            name, lambda: pq.ParquetFile(self.store.open(name), page_checksum_verification=True, **options)
         )
 
-    def _read(self, parquet: _File, number: int, group: int, columns: list[str]) -> pa.Table:
-        return self._try(number, lambda: parquet.read_row_group(group, columns=columns))
+    def _read(self, parquet: _File, name: str, group: int, columns: list[str]) -> pa.Table:
+        return self._try(name, lambda: parquet.read_row_group(group, columns=columns))
 
-    def _try(self, number: int, read: Callable[[], Any]) -> Any:
+    def _try(self, name: str, read: Callable[[], Any]) -> Any:
         """Raises ValueError with the file's name for whatever a damaged one makes Arrow raise."""
         try:
             return read()
@@ -158,7 +164,7 @@ class ParquetPeople:
         except Exception as error:  # damaged bytes meet Arrow with many kinds of error
             if str(error).startswith(f"{self.store.uri}/"):
                 raise  # it is named already
-            raise self._unreadable(self.names[number], error) from error
+            raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> Exception:
         message = f"{self.store.uri}/{name} cannot be read as {'Arrow' if name.lower().endswith('.arrow') else 'Parquet'}: {error}"
@@ -179,7 +185,7 @@ class ParquetPeople:
     def fits(self) -> bool:
         """Whether the first file can be read and has the columns."""
         try:
-            self._image_field(self._open(0), self.names[0])
+            self._image_field(self._open(self.names[0]), self.names[0])
         except ValueError:
             return False
         return True
@@ -210,10 +216,14 @@ def is_table(name: str) -> bool:
 
 
 @lru_cache(maxsize=2)
-def _row_group(source: ParquetPeople, number: int, group: int) -> pa.Table:
-    parquet = source._open(number)
+def _row_group(source: ParquetPeople, name: str, group: int) -> tuple[pa.Table, list[bytes | None]]:
+    """Its rows, and whose they are."""
+    parquet = source._open(name)
     wanted = [name for name in ("image", "caption", "consent") if name in parquet.schema_arrow.names]
-    return source._read(parquet, number, group, wanted)
+    table = source._read(parquet, name, group, wanted)
+    if "identity" not in parquet.schema_arrow.names:
+        return table, [_hive_identity(name)] * len(table)
+    return table, source._identities(parquet, name, group)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -46,7 +46,7 @@ class Sorted:
     """The files of one folder. `good`: photos that may be used: not empty, no broken link, no duplicate by all signs."""
 
     photos: list[Entry] = field(default_factory=list)
-    captions: dict[str, Entry] = field(default_factory=dict)  # by the photo's path
+    captions: dict[Entry, Entry] = field(default_factory=dict)  # by the photo
     skipped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     good: int = 0
@@ -58,7 +58,7 @@ class Sorted:
 def sort_out(entries: Iterable[Entry], peek: Peek, count: bool = True) -> Sorted:
     """Photos by suffix, or by content where the suffix says nothing. `count`: count what is wrong with photos, too."""
     found = Sorted()
-    texts: dict[str, Entry] = {}
+    texts: dict[tuple[str, str], Entry] = {}  # by the tar and the path without its suffix
     unsure = []
     for entry in entries:
         suffix = _suffix(entry.path)
@@ -76,15 +76,15 @@ def sort_out(entries: Iterable[Entry], peek: Peek, count: bool = True) -> Sorted
         elif not entry.size:
             found.skip("empty file")
         elif suffix in CAPTION_SUFFIXES:
-            texts[entry.path[: -len(suffix)]] = entry
+            texts[entry.place[0], entry.path[: -len(suffix)]] = entry
         else:
             unsure.append(entry)
     _add_photos(found, unsure, peek)
     if texts:
         for photo in found.photos:
-            stem = photo.path[: len(photo.path) - len(_suffix(photo.path))]
+            stem = photo.place[0], photo.path[: len(photo.path) - len(_suffix(photo.path))]
             if stem in texts:
-                found.captions[photo.path] = texts[stem]
+                found.captions[photo] = texts[stem]
         used = set(found.captions.values())
         _add_photos(found, [text for text in texts.values() if text not in used], peek)
     found.photos.sort()

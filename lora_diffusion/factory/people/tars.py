@@ -17,7 +17,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import IO, Any
 
@@ -52,12 +52,12 @@ _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {
 class TarPeople:
     def __init__(self, store: Store, names: list[str], uri: str) -> None:
         self.store, self.names, self.uri, self.found = store, names, uri, Found()
-        self._unpacked: dict[int, IO[bytes] | None] = {}  # None: a plain tar
+        self._unpacked: dict[str, IO[bytes] | None] = {}  # None: a plain tar
 
     def list_people(self) -> list[PersonRef]:
         folders: dict[str, list[Entry]] = {}
-        for number in range(len(self.names)):
-            for entry in self._members(number):
+        for name in self.names:
+            for entry in self._members(name):
                 folder = entry.path.rpartition("/")[0]
                 if entry.path.endswith("/."):
                     folders.setdefault(folder, [])
@@ -65,34 +65,47 @@ class TarPeople:
                     folders.setdefault(folder, []).append(entry)
         outside = folders.pop("", [])
         root = sort_out(outside, self.peek, count=False)
-        sidecars = {_stem(entry.path): entry for entry in outside if entry.path.lower().endswith(".json")}
+        sidecars = _sidecars(outside)
         for photo in root.photos:
             flat = folders.setdefault(os.path.basename(photo.path).partition(".")[0], [])
-            flat += [photo, *filter(None, [root.captions.get(photo.path), sidecars.get(_stem(photo.path))])]
+            flat += [photo, *filter(None, [root.captions.get(photo), sidecars.get(_stem(photo))])]
         sorted_ = {folder: sort_out(dict.fromkeys(entries), self.peek) for folder, entries in folders.items()}
+        stamps = {name: self.store.stamp(name) for name in self.names}
         people, found = people_in(self.uri, sorted_, root, link_people(outside))
-        spread = sum(len({entry.place[0] for folder in inner for entry in folders[folder]}) > 1 for _, inner in people)
+        tars = [{e.place[0] for folder in inner for e in folders[folder] if e.place[0]} for _, inner in people]
+        spread = sum(len(names) > 1 for names in tars)
         note = f"people in more than one tar, whose photos are taken together: {spread:,}"
         self.found = replace(found, notes=(*found.notes, *([note] if spread else [])))
         return [
             person
             if person.problem
-            else replace(
-                person, where=json.dumps([_places(sorted_[f] for f in inner), _consents(folders[f] for f in inner)])
-            )
+            else replace(person, where=_where([(sorted_[f], folders[f]) for f in inner], stamps))
             for person, inner in people
         ]
 
+    def _check(self, tars: dict[str, str]) -> None:
+        """Raises StoreError if a tar is not the one that was listed: at a place in it there may be another person now."""
+        for name, stamp in tars.items():
+            if self.store.stamp(name) != stamp:
+                raise StoreError(
+                    f"{self.store.uri}/{name} was changed since its people were listed: give the same command again"
+                )
+
     def photos(self, person: PersonRef, limit: int) -> list[RawPhoto]:
-        return [] if person.problem else distinct(self._read_all(json.loads(person.where)[0]), limit)
+        if person.problem:
+            return []
+        places, _, tars = json.loads(person.where)
+        self._check(tars)
+        return distinct(self._read_all(places), limit)
 
     def consent(self, person: PersonRef) -> str | None:
-        places = json.loads(person.where or "[[], []]")[1]
-        return consent_of(_consent(name, self._read(*place)) for name, place in places)
+        _, places, tars = json.loads(person.where or "[[], [], {}]")
+        self._check(tars)
+        return consent_of(_consent(name, self._read(*place)) if place else None for name, place in places)
 
     def peek(self, entry: Entry, start: int, count: int) -> bytes:
-        number, offset = entry.place
-        return self._read(number, offset + start, max(0, min(count, entry.size - start)))
+        name, offset = entry.place
+        return self._read(name, offset + start, max(0, min(count, entry.size - start)))
 
     def _read_all(self, places: list[list[Any]]) -> Iterator[RawPhoto]:
         for path, problem, place, text in places:
@@ -105,23 +118,23 @@ class TarPeople:
             except PhotoError as error:
                 yield RawPhoto(path, None, error=str(error), reason=error.reason)
 
-    def _read(self, number: int, offset: int, size: int) -> bytes:
-        unpacked = self._plain(number)
+    def _read(self, name: str, offset: int, size: int) -> bytes:
+        unpacked = self._plain(name)
         if unpacked is None:
-            return self.store.read_part(self.names[number], offset, size)
+            return self.store.read_part(name, offset, size)
         return os.pread(unpacked.fileno(), min(size, os.fstat(unpacked.fileno()).st_size), offset)
 
-    def _members(self, number: int) -> Iterator[Entry]:
+    def _members(self, name: str) -> Iterator[Entry]:
         """Files and links of one tar, a folder as `name/.`; of several members of one name the last, as tar unpacks them."""
-        where = f"{self.store.uri}/{self.names[number]}"
+        where = f"{self.store.uri}/{name}"
         files: dict[str, Entry] = {}
         links: dict[str, str] = {}
         try:
-            with self.store.open(self.names[number]) as file, self._tar(self._plain(number) or file) as tar:
+            with self.store.open(name) as file, self._tar(self._plain(name) or file) as tar:
                 for member in tar:
                     path = _clean(member.name)
                     if member.isfile():
-                        files[path] = Entry(path, member.size, place=(number, member.offset_data))
+                        files[path] = Entry(path, member.size, place=(name, member.offset_data))
                     elif member.isdir():
                         files[f"{path}/."] = Entry(f"{path}/.")
                     elif member.issym() or member.islnk():
@@ -151,11 +164,10 @@ class TarPeople:
         file.seek(0)
         return tarfile.open(fileobj=file, mode="r:")
 
-    def _plain(self, number: int) -> IO[bytes] | None:
+    def _plain(self, name: str) -> IO[bytes] | None:
         """The unpacked tar; None if it is not compressed."""
-        if number in self._unpacked:
-            return self._unpacked[number]
-        name = self.names[number]
+        if name in self._unpacked:
+            return self._unpacked[name]
         head = self.store.read_part(name, 0, 8)
         unpack = next((unpack for magic, unpack in _COMPRESSED.items() if head.startswith(magic)), None)
         unpacked = None
@@ -173,20 +185,38 @@ class TarPeople:
             open_ones = [other for other, file in self._unpacked.items() if file]
             for other in open_ones[: len(open_ones) + 1 - _UNPACKED_AT_ONCE]:
                 self._unpacked.pop(other)
-        self._unpacked[number] = unpacked
+        self._unpacked[name] = unpacked
         return unpacked
 
 
-def _stem(path: str) -> str:
-    return path.rpartition(".")[0]
+def _stem(entry: Entry) -> tuple[str, str]:
+    """What a photo and the members that speak of it have in common: the tar, and the path without its suffix."""
+    return entry.place[0], entry.path.rpartition(".")[0]
 
 
-def _consents(folders: Iterator[list[Entry]]) -> list[tuple[str, list[int]]]:
-    """(name, place) of the members that speak of consent."""
-    found = [entry for entries in folders for entry in dict.fromkeys(entries) if not entry.problem]
-    texts = [entry for entry in found if os.path.basename(entry.path) == CONSENT]
-    wanted = texts or [entry for entry in found if entry.path.lower().endswith(".json")]
-    return [(shown(entry.path), [*entry.place, min(entry.size, CONSENT_BYTES)]) for entry in wanted]
+def _sidecars(entries: Iterable[Entry]) -> dict[tuple[str, str], Entry]:
+    return {_stem(entry): entry for entry in entries if entry.path.lower().endswith(".json") and not entry.problem}
+
+
+def _consents(folders: list[tuple[Sorted, list[Entry]]]) -> list[tuple[str, list[Any] | None]]:
+    """(name, place) of what speaks of consent: `consent.txt` for all, or else of each photo its sidecar, which may be missing."""
+    entries = [entry for _, some in folders for entry in some if not entry.problem]
+    texts = [entry for entry in dict.fromkeys(entries) if os.path.basename(entry.path) == CONSENT]
+    sidecars = _sidecars(entries)
+    photos = [photo for found, _ in folders for photo in found.photos if not photo.problem]
+    wanted: list[tuple[Entry, Entry | None]] = [(text, text) for text in texts]
+    wanted = wanted or [(photo, sidecars.get(_stem(photo))) for photo in photos]
+    return [
+        (shown((entry or photo).path), [*entry.place, min(entry.size, CONSENT_BYTES)] if entry else None)
+        for photo, entry in wanted
+    ]
+
+
+def _where(folders: list[tuple[Sorted, list[Entry]]], stamps: dict[str, str]) -> str:
+    """Photos and what speaks of consent, with their places; and what each of their tars was when it was listed."""
+    names = {photo.place[0] for found, _ in folders for photo in found.photos if not photo.problem}
+    tars = {name: stamps[name] for name in sorted(names)}
+    return json.dumps([_places(found for found, _ in folders), _consents(folders), tars])
 
 
 def _consent(name: str, data: bytes) -> Any:
@@ -203,12 +233,12 @@ def _clean(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def _places(folders: Iterator[Sorted]) -> list[tuple[str, str, list[int], list[int] | None]]:
-    """(path, problem, place, place of the caption) of each photo; a place is the tar's number, offset and size."""
+def _places(folders: Iterator[Sorted]) -> list[tuple[str, str, list[Any], list[Any] | None]]:
+    """(path, problem, place, place of the caption) of each photo; a place is the tar's name, offset and size."""
     found = []
     for folder in folders:
         for photo in folder.photos:
-            text = folder.captions.get(photo.path)
+            text = folder.captions.get(photo)
             problem = photo.problem[1] if photo.problem else ""
             place = [*photo.place, photo.size]
             found.append((shown(photo.path), problem, place, [*text.place, text.size] if text else None))

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     size: int = 0
     tag: str = ""  # of S3: the same for the same bytes, mostly
     problem: tuple[str, str] | None = None  # kind, and a sentence: it cannot be read
-    place: tuple[int, int] = (0, 0)  # in tars: which one, and where its bytes begin
+    place: tuple[str, int] = ("", 0)  # in tars: which one, and where its bytes begin
 
 
 def hidden(name: str) -> bool:

@@ -21,13 +21,12 @@ from lora_diffusion.training.distributed import Group
 def passes(
     group: Group, slots_P: NDArray[np.int64], rows: Callable[[NDArray[np.int64]], NDArray[Any]], chunk: int = 128
 ) -> MapReduce:
-    """Passes over `rows(slots)`, for `fit_pca_distributed`: each worker has consecutive chunks, and what comes out
+    """Passes over `rows(slots)`, for `fit_pca_distributed`: each worker has consecutive rows, or none, and what comes out
     (`Statistics`, `Product`) is added up in the order of the rows."""
-    chunk = min(chunk, -(-len(slots_P) // group.world_size))
-    pieces = np.array_split(np.arange(0, len(slots_P), chunk), group.world_size)[group.rank]
+    mine = np.array_split(slots_P, group.world_size)[group.rank]
 
     def run(function: Callable[[NDArray[Any]], Any]) -> Any:
-        parts = (function(rows(slots_P[start : start + chunk])) for start in pieces)
+        parts = (function(rows(mine[start : start + chunk])) for start in range(0, max(1, len(mine)), chunk))
         return _merged(group, functools.reduce(lambda a, b: a.merge(b), parts))
 
     return run

@@ -59,12 +59,12 @@ class PicturesConfig:
         prompt is that of one of these, which makes up so much of what the picture should resemble. Then turned heads and
         glasses pay where the prompt asks for them.
     pictures_each: pictures of each person in a step.
-    num_inference_steps, guidance_scale: how they are drawn, by DDIM.
+    num_inference_steps: how they are drawn, by DDIM, without guidance.
     gradient_steps: through how many of the last steps the gradient goes. All of them take twice the time of two, and keep the prompts.
     denoising_photos: photos of each person in the denoising loss.
     timestep_range: of the denoising loss.
     head: diameter of what the loss `outside` spares, in sides of the face's box.
-    jitter: how far crops are shaken before the recogniser looks (1: 2 degrees, 3 %, 2 px), and noised.
+    jitter: how far crops are shaken before the recogniser looks (1: 2 degrees, 3 %, 2 px).
     autocast: for the base model, in training; auto: bfloat16 where the device multiplies in it.
     score: how validation draws; its prompts should ask for poses and lights. `min_similarity` has no meaning here.
     prompt_price: what validation's score (lower is better) adds to 1 - similarity, for each unit that the parts of the prompts
@@ -87,7 +87,6 @@ class PicturesConfig:
     pictures_each: int = 2
     num_inference_steps: int = 6
     gradient_steps: int = 2
-    guidance_scale: float = 1.0
     denoising_photos: int = 2
     timestep_range: tuple[int, int] = (100, 900)
     head: float = 2.2

@@ -41,7 +41,7 @@ class PhotoCache:
         self.config, self.recogniser, self.base = config, recogniser, base
         what: dict[str, Any] = {"people": config.people, "max": config.max_people, "photos": to_dict(config.photos)}
         what |= {"recognisers": [recogniser, config.second_recogniser], "base": base.fingerprint}
-        what["output"] = output
+        what |= {"validation_people": config.validation_people, "output": output}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(root) / f"pictures-{key}"
 

@@ -82,6 +82,18 @@ class PictureTraining(TrainingRun):
         if start.diffusion.factor_ZZ is not None and space.size != start.code_size:
             raise ValueError("diffusion.prior=corpus knows no new components: set pictures.new_components=0")
         wide = start.diffusion.denoiser(space.size, start.condition_size, self.config.denoiser)
+        kind = start.diffusion.config.prediction_type
+        if (
+            space.size > start.code_size
+            and kind != "sample"
+            and wide.guess is None
+            and start.latent_sampling.temperature
+        ):
+            raise ValueError(  # its answer for a new number is 0: of what it predicts, not of the number
+                f"pictures.new_components={c.new_components} would be full of noise at first, where the denoiser predicts {kind}: set "
+                "it to 0, or train the start with diffusion.prediction_type=sample, with denoiser.linear_guess=true, or for "
+                "latent_sampling.temperature=0"
+            )
         denoiser = widened(start.denoiser, wide)
         self.say(
             f"pictures: starts from {self.config.before_pictures}; {space.kind} codes of {space.size}, denoiser of "

@@ -35,7 +35,6 @@ from lora_diffusion.synthesis.training.pictures_config import PicturesConfig
 from lora_diffusion.training.loop import Batch, Slots, Stage
 
 JITTER = (0.04, 0.03, 2.0, 2.0)  # turn, log scale, shift right and down (px of the crop): standard deviations
-CROP_SHIFT, CROP_NOISE = 0.05, 0.03  # of brightness, of each pixel
 
 
 class PictureStage(Stage):
@@ -121,8 +120,6 @@ class PictureStage(Stage):
             "prompt": torch.rand(count, G, **where),
             "start": torch.randn(count, G, *shape, **where),
             "jitter": torch.randn(count, G, 4, **where),
-            "light": torch.randn(count, G, **where),
-            "grain": torch.randn(count, G, 3, 112, 112, **where),
             "photo": torch.rand(count, V, **where),
             "noise": torch.randn(count, V, *shape, **where),
             "timestep": torch.rand(count, V, **where),
@@ -145,12 +142,9 @@ class PictureStage(Stage):
         boxes, points, seen = self.teacher.faces(pictures)
         B, G = len(slots_B), c.pictures_each
         jitter = c.jitter * draws["jitter"].flatten(0, 1) * torch.tensor(JITTER, device=pictures.device)
-        grain = CROP_SHIFT * draws["light"].flatten()[:, None, None, None] + CROP_NOISE * draws["grain"].flatten(0, 1)
         found_BG = torch.from_numpy(seen).to(pictures.device).view(B, G)
         points[~seen] = _ANYWHERE * pictures.shape[-1]
-        cosine_BG = (
-            (self.teacher(pictures, points, jitter, c.jitter * grain) * targets_BGE.flatten(0, 1)).sum(1).view(B, G)
-        )
+        cosine_BG = (self.teacher(pictures, points, jitter) * targets_BGE.flatten(0, 1)).sum(1).view(B, G)
         identity_B = ((1 - cosine_BG) * found_BG).sum(1) / found_BG.sum(1).clamp(min=1)
         parts = {"identity": identity_B, "faces": found_BG.float().mean(1), **early}
         parts["code_length"] = codes_BZ.square().mean(1)
