@@ -41,13 +41,14 @@ case ${SHAPE:-sd15} in
     step jobs/world/make_faces.py --people 20000:20008 --views 4 --out "$PHOTOS"
     step jobs/world/make_faces.py --people 80000:80002 --views 4 --out "$HELD_OUT"
     corpus=(people_per_group=4 class_images=2 finetune.steps=2 score.num_inference_steps=2 photos.crop=centre
-      workers.finetune_gpus=0 workers.finetune_max=1 workers.finetune_cpus=0.5 workers.embed_cpus=0.2 workers.embed_max=1)
-    train=(pca.num_components=4 vae.latent_size=4 'vae.hidden=[8]' denoiser.width=16 denoiser.depth=1 workers.use_gpu=false
+      workers.finetune_gpus=0 workers.finetune_max=1 workers.finetune_cpus=0.5 workers.embed_cpus=0.2 workers.embed_max=1 "${corpus[@]}")
+    tiny=(pca.num_components=4 vae.latent_size=4 'vae.hidden=[8]' denoiser.width=16 denoiser.depth=1 workers.use_gpu=false
       workers.max_workers=null workers.cpus=1 data.cache="$out/cache")
     for stage in vae denoiser; do
-      train+=("${stage}_training.steps=4" "${stage}_training.batch_size=4" "${stage}_training.warmup=1" "${stage}_training.validate_every=2")
+      tiny+=("${stage}_training.steps=4" "${stage}_training.batch_size=4" "${stage}_training.warmup=1" "${stage}_training.validate_every=2")
     done
-    evaluate=(second_recogniser=null prompt_scorer=null render.num_inference_steps=2 'scales=[1.0]' diversity_people=0)
+    train=("${tiny[@]}" "${train[@]}")
+    evaluate=(second_recogniser=null prompt_scorer=null render.num_inference_steps=2 'scales=[1.0]' diversity_people=0 "${evaluate[@]}")
     serve=configs/serve_tiny.yaml PHOTO=${PHOTO-$HELD_OUT/person-080000/00.jpg}
     ;;
   *) echo "SHAPE is sd15 or tiny, not $SHAPE" >&2; exit 2 ;;

@@ -36,3 +36,11 @@ def test_without_photos_it_says_what_it_wants() -> None:
     done = subprocess.run([str(SCRIPT)], env=env, capture_output=True, text=True)
     assert done.returncode != 0
     assert "PHOTOS: the photos of the people to learn from" in done.stderr
+
+
+@pytest.mark.parametrize("shape", ["sd15", "tiny"])
+def test_settings_of_a_step_come_after_the_scripts_own(shape: str, tmp_path: Path) -> None:
+    """Of two settings of a name the last one holds. No step is run."""
+    given = {f"{step}_SET": f"{step}=1 a=2" for step in ("CORPUS", "TRAIN", "EVALUATE")}
+    said = run(SHAPE=shape, PYTHON="true", OUT=str(tmp_path), PHOTOS="a", HELD_OUT="b", BASE="c", **given)
+    assert [sum(line.endswith(" " + words) for line in said.splitlines()) for words in given.values()] == [2, 1, 1]

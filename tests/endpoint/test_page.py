@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from lora_diffusion.endpoint.local import local_api
 from lora_diffusion.serving.config import LimitsConfig, SamplingConfig, ServeConfig
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+SOME_TIME = "new Promise((done) => setTimeout(done, 300))"
 PHONE = {"device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 SCREENS = {
     "desktop": {"viewport": {"width": 1280, "height": 800}},
@@ -168,7 +172,7 @@ def test_a_session_survives_a_reload_and_its_links_open_anywhere(browser: Any, a
         with page.expect_response("**/v1/likeness") as landmarks, redrawing(page):
             page.click("#draw")
         landmarks.value.finished()
-        page.evaluate("new Promise((done) => setTimeout(done, 300))")  # for the page to show them
+        page.evaluate(SOME_TIME)  # for the page to show them
         assert page.locator("#prompt").input_value() == "a photo of sks person, smiling, astronaut, wearing a hat"
         assert page.url != first
         likeness = marks(page)
@@ -266,15 +270,88 @@ def test_several_photos_are_one_person_or_a_person_each(browser: Any, address: s
         assert page.locator("#people-list li").count() == 2
 
 
-def test_of_several_faces_one_is_chosen_by_its_picture(browser: Any, address: str, tmp_path: Path) -> None:
-    pair = np.concatenate([np.asarray(Image.open(PEOPLE / name)) for name in ("80512.jpg", "80511.jpg")], axis=1)
-    Image.fromarray(pair).save(tmp_path / "pair.png")
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """A photo of two people."""
+    people = [np.asarray(Image.open(PEOPLE / name)) for name in ("80512.jpg", "80511.jpg")]
+    Image.fromarray(np.concatenate(people, axis=1)).save(tmp_path / "pair.png")
+    return tmp_path / "pair.png"
+
+
+def test_of_several_faces_one_is_chosen_by_its_picture(browser: Any, address: str, pair: Path) -> None:
     with opened(browser, address) as page:
-        page.set_input_files("#file", tmp_path / "pair.png")
+        page.set_input_files("#file", pair)
         page.wait_for_selector("#faces[open]")
         assert page.locator("#found img").count() == 2
         page.locator("#found button").first.click()
         ready(page)
+        page.click("#again")
+        page.set_input_files("#file", [pair] * 3)
+        page.click("#several button:has-text('A person each')")
+        for _ in range(3):  # at once, and one dialog after the other
+            page.wait_for_selector("#faces[open]")
+            page.evaluate(SOME_TIME)
+            page.locator("#found button").first.click()
+        page.wait_for_selector("#people-status:has-text('3 of 3 done')")
+        assert page.locator("#people-list .drawn-picture[src]").count() == 3
+
+
+def test_what_was_waited_for_does_nothing_to_who_is_shown_now(
+    browser: Any, address: str, pair: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (64, 64)).save(nobody := tmp_path / "nobody.png")
+    with opened(browser, address) as page:
+
+        def hold(selector: str, photo: Path | None = None, path: str = "**/v1/embeddings") -> Callable[[], None]:
+            """Choose a photo or click; the answer to that comes when what is returned is called."""
+            held: list[Any] = []
+            page.route(path, lambda route: route.fallback() if held else held.append(route))
+            page.set_input_files(selector, photo) if photo else page.click(selector)
+            while not held:
+                page.wait_for_timeout(20)
+
+            def release() -> None:
+                with page.expect_response(path):
+                    held[0].continue_()
+                page.evaluate(SOME_TIME)
+                assert page.locator("#alert, #faces[open]").filter(visible=True).count() == 0
+
+            return release
+
+        for photo in (PHOTO, pair, nobody):
+            slow = hold("#file", photo)
+            page.click("#draw")
+            page.click("#again")
+            slow()
+            assert page.locator("#start").is_visible()
+            slow = hold("#file", photo)
+            page.click("#again")
+            noah = hold("#samples [data-name=Noah]")
+            slow()
+            page.click("#others [data-name=Ines]")
+            noah()
+            page.wait_for_selector("#blend-status:has-text('Move the slider')")
+            slow = hold("#other-file", photo)
+            rosa = hold("#others [data-name=Rosa]")
+            slow()
+            rosa()
+            page.wait_for_selector("#blend-status:has-text('Move the slider')")
+            assert page.locator("#blend-a, #blend-b").all_inner_texts() == ["Noah", "Rosa"]
+            slow = hold("#other-file", photo)
+            page.click("#again")
+            slow()
+        slow = hold("#samples [data-name=Mila]", path="**/80515.jpg")
+        page.click("#samples [data-name=Noah]")
+        slow()
+        ready(page)
+        page.click("summary:has-text('What is kept')")
+        slow = hold("#forget", path="**/v1/loras/*")
+        page.set_input_files("#file", PHOTO)
+        ready(page)
+        shown = page.url
+        slow()
+        assert page.locator("#name").inner_text() == "Your person"
+        assert page.url == shown
 
 
 def test_who_is_not_known_here_is_told_so_and_another_photo_can_be_taken(browser: Any, address: str) -> None:
@@ -298,6 +375,9 @@ def test_code_to_copy_draws_what_the_page_shows(
     with opened(browser, address) as page:
         page.set_input_files("#file", PHOTO)
         ready(page)
+        page.click("summary:has-text('More settings')")
+        page.fill("#negative", "<blurry; it's dark")
+        page.fill("#prompt", "@smiling; a photo of sks person; forest background")
         with redrawing(page):
             page.locator("#strength").fill("0.5")
         page.click("#code summary")
@@ -308,11 +388,13 @@ def test_code_to_copy_draws_what_the_page_shows(
     monkeypatch.chdir(tmp_path)
     Path("your-person.jpg").write_bytes(PHOTO.read_bytes())
     asked = subprocess.run(["bash", "-ec", code["curl"]], capture_output=True, check=True, text=True)
-    assert '"images"' in asked.stdout
     exec(compile(code["Python"], "python", "exec"), {})
     by_client = {seed: np.asarray(Image.open(f"{seed}.png")).astype(int) for seed in range(1, 5)}
     exec(compile(code["diffusers"], "diffusers", "exec"), {})
-    for seed, expected in by_client.items():
+    by_curl = json.loads(asked.stdout)["images"]
+    for (seed, expected), image in zip(by_client.items(), by_curl, strict=True):
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["data"])))).astype(int)
+        assert np.abs(drawn - expected).mean() < 1, seed
         assert np.abs(np.asarray(Image.open(f"{seed}.png")).astype(int) - expected).mean() < 1, seed
 
 

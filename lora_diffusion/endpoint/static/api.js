@@ -82,6 +82,7 @@ async function send(path, { body, method, accept, signal, onWait }) {
     }
     if (response.ok) return response;
     const problem = await response.json().catch(() => ({ detail: `The server answered ${response.status}. Try again.`, status: response.status }));
+    signal?.throwIfAborted();
     if (response.status === 401) {
       key = await askForKey();
       if (!key) throw new Problem(problem);

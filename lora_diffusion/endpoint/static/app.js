@@ -6,7 +6,7 @@ import { startCamera } from "./camera.js";
 import { startCode } from "./code.js";
 import { showLikeness } from "./likeness.js";
 import { startPeople } from "./people.js";
-import { forgetLoRAs, learnFace, makeLoRA, makeLoRAs, newPerson } from "./person.js";
+import { drawable, forgetLoRAs, learnFace, makeLoRA, makeLoRAs, newPerson } from "./person.js";
 import { prepare } from "./photos.js";
 import { blobOf, make, save, thumbnail, urlOf } from "./pictures.js";
 import * as session from "./session.js";
@@ -23,6 +23,7 @@ let model; // GET /v1/model
 let person; // see newPerson; marks: {key, base, nearest}
 let shown; // what was drawn last: {person, lora, strengths, settings, similarity}
 let drawing = new AbortController();
+let choice = 0; // of photos, counted: only the last one counts
 const bases = new Map(); // settings of a picture -> promise of the URL of the same without the LoRA
 
 // -- photos ------------------------------------------------------------------------------------------------------------
@@ -32,18 +33,24 @@ async function choose(files, name, again) {
   if (!files.length) return;
   if (!photos.length) throw new Problem({ detail: `${files[0].name || "This"} is not a picture. Choose a photo (JPEG, PNG or WebP).` });
   calm();
+  const mine = ++choice;
   const whose = photos.length > 1 ? await answerOf("several") : "one";
+  if (mine !== choice) return;
   if (whose === "many") return (leave(), people.start(photos));
   if (whose === "one") await meet(photos, name, again);
 }
 
 async function meet(photos, name = "Your person", again = undefined) {
-  enter(newPerson(name, [URL.createObjectURL(photos[0])]));
+  const mine = newPerson(name, [URL.createObjectURL(photos[0])]);
+  const wanted = () => person === mine;
+  enter(mine);
   say("Reading the face");
   try {
-    if (!(await learnFace(person, await Promise.all(photos.map(prepare)), model, again))) return startAgain();
+    const learnt = await learnFace(mine, await Promise.all(photos.map(prepare)), model, wanted, again);
+    if (!wanted()) return;
+    if (!learnt) return startAgain();
   } catch (error) {
-    if (!UNUSABLE.includes(error.status)) throw error;
+    if (!wanted()) return;
     startAgain();
     return tell(error);
   }
@@ -77,7 +84,9 @@ function showPhoto() {
 
 /** Away from what is shown, whatever that is. */
 function leave() {
+  choice++;
   drawing.abort();
+  progress(null);
   blend.leave();
   people.hide();
   calm();
@@ -115,7 +124,7 @@ async function open(entry) {
 // -- drawing -----------------------------------------------------------------------------------------------------------
 
 async function draw() {
-  if (!person) return;
+  if (!drawable(person)) return;
   drawing.abort();
   drawing = new AbortController();
   const { signal } = drawing;
@@ -126,13 +135,13 @@ async function draw() {
   progress(0);
   say("Drawing");
   try {
-    await remade(async () => {
-      asked.lora = await loraOf(asked.strengths, signal);
-      asked.similarity = await drawWith(asked.lora, asked.settings, signal);
+    await remade(asked.person, signal, async () => {
+      asked.lora = await loraOf(asked.person, asked.strengths, signal);
+      asked.similarity = await drawWith(asked, signal);
     });
+    signal.throwIfAborted();
     shown = asked;
-    await keep();
-    if (signal.aborted) return;
+    await keep(signal);
     say(count === 1 ? "Your picture is ready" : `Your ${count} pictures are ready`);
     tellLikeness();
     ready(true);
@@ -150,21 +159,22 @@ async function draw() {
 }
 
 /** Draws into the stage; resolves to the mean likeness of the pictures, or null. */
-async function drawWith(lora, settings_, signal) {
+async function drawWith({ person, lora, settings }, signal) {
   let drawn = 0;
   let similarity = null;
-  const count = Number(settings_.count);
+  const count = Number(settings.count);
   await listen("v1/images", {
-    body: { ...toBody(settings_), lora: lora.id, reference: person.reference ?? undefined },
+    body: { ...toBody(settings), lora: lora.id, reference: person.reference ?? undefined },
     signal,
     onWait: (seconds) => say(`The server is busy; asking again in ${Math.ceil(seconds)} s`),
     async onEvent(event, data) {
+      signal.throwIfAborted();
       if (event === "progress") progress(data.done / data.total);
       if (event === "done") similarity = data.lora.similarity;
       if (event !== "image") return;
       const url = await urlOf(blobOf(data));
       if (signal.aborted) return URL.revokeObjectURL(url);
-      const alt = `Drawn: ${settings_.prompt.replace(SUBJECT, person.name)}; seed ${data.seed}`;
+      const alt = `Drawn: ${settings.prompt.replace(SUBJECT, person.name)}; seed ${data.seed}`;
       stage.put(data.index, { url, seed: data.seed, similarity: data.similarity, alt, name: `${fileName(person.name)}-${data.seed}.png` });
       say(`${++drawn} of ${count} ${count === 1 ? "picture" : "pictures"} drawn`);
     },
@@ -173,7 +183,7 @@ async function drawWith(lora, settings_, signal) {
 }
 
 /** The LoRA with these changes of the face. */
-async function loraOf(strengths, signal) {
+async function loraOf(person, strengths, signal) {
   if (!person.base) {
     person.base = await makeLoRA(person, signal);
     $("expires").textContent = `after ${duration(person.base.expires_in)}`;
@@ -183,11 +193,11 @@ async function loraOf(strengths, signal) {
 }
 
 /** A LoRA that the server has forgotten is made again, where the face is known. */
-async function remade(act) {
+async function remade(person, signal, act) {
   try {
     return await act();
   } catch (error) {
-    if (error.reason !== "unknown_lora" || !person.face) throw error;
+    if (signal.aborted || error.reason !== "unknown_lora" || !person.face) throw error;
     person.base = null;
     return act();
   }
@@ -236,15 +246,17 @@ async function forget() {
   drawing.abort();
   blend.leave();
   await forgetLoRAs(session.lorasOf(gone));
-  startAgain();
+  if (person?.id === gone.id) startAgain();
   session.forget(gone);
   showDrawn();
 }
 
-async function keep() {
+async function keep(signal) {
   const { person: whose, lora, strengths, settings: drawn } = shown;
   const { marks, ...known } = whose;
-  session.remember(known, { lora, strengths, settings: drawn, thumb: await thumbnail(stage.first()), told: drawn.prompt.replace(SUBJECT, whose.name) });
+  const thumb = await thumbnail(stage.first());
+  signal.throwIfAborted();
+  session.remember(known, { lora, strengths, settings: drawn, thumb, told: drawn.prompt.replace(SUBJECT, whose.name) });
   showDrawn();
 }
 
@@ -284,7 +296,7 @@ function ready(whether) {
 function waysOut(error) {
   if (!model) return { "Try again": learnModel };
   if (!person && UNUSABLE.includes(error.status)) return { "Take another photo": () => $("file").click() };
-  return person ? { "Draw again": draw } : {};
+  return drawable(person) ? { "Draw again": draw } : {};
 }
 
 // -- the start ---------------------------------------------------------------------------------------------------------
@@ -292,8 +304,9 @@ function waysOut(error) {
 const photoAt = async (address) => (await fetch(address)).blob();
 
 async function takeSample({ dataset }) {
+  const mine = ++choice;
   const [photo, again] = await Promise.all([dataset.photo, dataset.again].map(photoAt));
-  await choose([photo], dataset.name, again);
+  if (mine === choice) await choose([photo], dataset.name, again);
 }
 
 function listenToEverything() {
@@ -330,7 +343,7 @@ async function learnModel() {
   $("knows").hidden = whom !== "rendered";
   $("knows").textContent = `This server knows rendered people only, at ${base.image_size} px. Photographs of real people are refused.`;
   $("about").textContent = `Base model: ${base.name}, ${base.image_size} px.${licence ? ` Licence of the LoRAs: ${licence}.` : ""}`;
-  if (session.linked()) await open(session.linked());
+  if (!person && session.linked()) await open(session.linked());
 }
 
 const redraw = guard(draw);
@@ -340,7 +353,7 @@ const stage = startStage({ baseOf, guard });
 const sliders = startSliders({ onChange: redraw });
 const settings = startSettings({ onDraw: redraw });
 const code = startCode({ now: () => ({ ...shown, person, model }), copyText });
-const blend = startBlend({ first: () => ({ person, settings: settings.read(), lora: (signal) => loraOf(sliders.strengths(), signal) }), model: () => model, take: (next) => (enter(next), draw()), download, guard, tell });
+const blend = startBlend({ first: () => ({ person, settings: settings.read(), lora: (signal) => loraOf(person, sliders.strengths(), signal) }), model: () => model, take: (next) => (enter(next), draw()), download, guard, tell });
 const people = startPeople({ model: () => model, settings: settings.read, open: (next) => (enter(next), draw()), download, guard });
 listenToEverything();
 showDrawn();

@@ -1,7 +1,7 @@
 // From one person to another: the LoRAs on the way, one picture each, drawn together and walked with a slider.
 
 import { listen } from "./api.js";
-import { learnFace, makeLoRA, makeLoRAs, newPerson } from "./person.js";
+import { drawable, learnFace, makeLoRA, makeLoRAs, newPerson } from "./person.js";
 import { prepare } from "./photos.js";
 import { blobOf, make, save, urlOf } from "./pictures.js";
 import { toBody } from "./settings.js";
@@ -21,12 +21,16 @@ export function startBlend({ first, model, take, download, guard, tell }) {
   for (const sample of $("samples").querySelectorAll("button")) {
     const button = sample.cloneNode(true);
     button.setAttribute("aria-pressed", "false");
-    button.addEventListener("click", guard(async () => start(button.dataset.name, await (await fetch(button.dataset.photo)).blob(), button)));
+    button.addEventListener("click", guard(() => start(button.dataset.name, async () => (await fetch(button.dataset.photo)).blob(), button)));
     add(button);
   }
   const input = make("input", { type: "file", id: "other-file", accept: "image/*", className: "hidden-visually" });
   const label = make("label", { htmlFor: "other-file", className: "tile", textContent: "Photo" });
-  input.addEventListener("change", guard(async () => input.files[0] && start("the other", await prepare(input.files[0]))));
+  input.addEventListener("change", guard(() => {
+    const [photo] = input.files;
+    input.value = ""; // the same photo may be chosen again
+    return photo && start("the other", () => prepare(photo));
+  }));
   add(input, label);
   $("position").addEventListener("input", showFrame);
   $("blend-save").addEventListener("click", () => save(frame().url, "blend.png"));
@@ -44,17 +48,22 @@ export function startBlend({ first, model, take, download, guard, tell }) {
     $("others").append(item);
   }
 
-  async function start(name, photo, button) {
+  /** read(): async, the photo. */
+  async function start(name, read, button) {
     leave();
     button?.setAttribute("aria-pressed", "true");
-    other = newPerson(name);
+    const mine = (other = newPerson(name));
+    const wanted = () => other === mine;
     $("blended").hidden = false;
     $("blend-a").textContent = first().person.name;
     $("blend-b").textContent = other.name;
     showFrame();
     try {
-      if (!(await learnFace(other, [photo], model()))) return leave();
+      const learnt = await learnFace(mine, [await read()], model(), wanted);
+      if (!wanted()) return;
+      if (!learnt) return leave();
     } catch (error) {
+      if (!wanted()) return;
       leave();
       return tell(error);
     }
@@ -62,10 +71,11 @@ export function startBlend({ first, model, take, download, guard, tell }) {
   }
 
   async function draw() {
+    const { person, lora, settings } = first();
+    if (!drawable(person)) return; // `again` comes when they are drawn
     blending.abort();
     blending = new AbortController();
     const { signal } = blending;
-    const { person, lora, settings } = first();
     try {
       say("Finding the way from one face to the other");
       const [a, b] = await Promise.all([lora(signal), (other.base ??= await makeLoRA(other, signal))]);
@@ -77,6 +87,7 @@ export function startBlend({ first, model, take, download, guard, tell }) {
       const order = [...loras.keys()].sort((i, j) => Math.abs(i - (STEPS - 1) / 2) - Math.abs(j - (STEPS - 1) / 2));
       const options = { ...toBody({ ...settings, count: 1 }), reference: person.reference ?? undefined };
       await Promise.all(order.map((i) => drawFrame(loras[i], i, options, signal, () => say(`${++drawn} of ${STEPS} steps drawn`))));
+      signal.throwIfAborted();
       say("Move the slider to walk from one to the other.");
     } catch (error) {
       if (signal.aborted) return;

@@ -45,8 +45,10 @@ function options({ settings }) {
 
 function curl(state) {
   const { person, settings, strengths, lora } = state;
-  const fields = options(state).map(([name, value]) => `-F ${name}=${typeof value === "string" ? shell(value) : value}`).join(" ");
-  const prompt = `-F prompt=${shell(settings.prompt)}`;
+  // Of -F, curl would take an @ or < for a file, and cut at a semicolon.
+  const text = (name, value) => `--form-string ${name}=${shell(value)}`;
+  const fields = options(state).map(([name, value]) => (typeof value === "string" ? text(name, value) : `-F ${name}=${value}`)).join(" ");
+  const prompt = text("prompt", settings.prompt);
   if (edited(state) || !person.face) {
     const change = `curl ${server()}/v1/edits -H 'Content-Type: application/json' -d ${shell(JSON.stringify({ lora: person.base?.id, edits: strengths }))}\n\n`;
     return `${edited(state) ? `# the changed LoRA, whose id is ${lora?.id}\n${change}` : ""}# its file

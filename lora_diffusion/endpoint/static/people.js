@@ -39,10 +39,12 @@ export function startPeople({ model, settings, open, download, guard }) {
       for (let next = left.shift(); next && !signal.aborted; next = left.shift()) {
         const [i, file] = next;
         await makeOne(all[i], cards[i], file, signal);
+        if (signal.aborted) return;
         $("people-status").textContent = `${++done} of ${all.length} done`;
       }
     };
     await Promise.all(Array.from({ length: AT_ONCE }, work));
+    if (signal.aborted) return;
     $("people-download").disabled = !all.some(({ base }) => base);
   }
 
@@ -51,7 +53,8 @@ export function startPeople({ model, settings, open, download, guard }) {
     try {
       const photo = await prepare(file);
       item.querySelector(".from").src = await copy(photo);
-      if (!(await learnFace(person, [photo], model()))) return say("No face chosen");
+      if (!(await learnFace(person, [photo], model(), () => !signal.aborted))) return say("No face chosen");
+      signal.throwIfAborted();
       item.querySelector(".from").src = person.photos[0];
       person.base = await makeLoRA(person, signal);
       const body = { ...toBody({ ...settings(), count: 1 }), lora: person.base.id, reference: person.reference };

@@ -9,6 +9,7 @@ import * as session from "./session.js";
 const $ = (id) => document.getElementById(id);
 const DIGITS = 5;
 const LEAST = 0.2; // cosine of photos of one person
+let choices = Promise.resolve(); // there is one dialog: whoever needs it waits for the one before
 
 /** A person without a LoRA yet. photos: small copies, as data URLs. made: ids of all LoRAs that show them. of: ids of those whose blend they are. */
 export function newPerson(name, photos = []) {
@@ -17,16 +18,20 @@ export function newPerson(name, photos = []) {
   return { id: String(id), seed, name, photos, face: null, reference: null, recogniser: null, own: null, base: null, made: [], of: [] };
 }
 
+/** Whether there is a face to make a LoRA of, or a LoRA: not while the photos are being read. */
+export const drawable = (person) => Boolean(person?.face || person?.base);
+
 /**
  * Learn the face in `photos` (blobs) of one person. `again`: another photo of them, only to compare with.
+ * `wanted()`: whether they still are; nobody is asked for a face of others.
  * Raises Problem for a photo without a usable face; null if nobody was chosen of several.
  */
-export async function learnFace(person, photos, model, again) {
+export async function learnFace(person, photos, model, wanted, again) {
   const looked = again ? [...photos, again] : photos;
   const found = await facesOf(looked);
   const faces = [];
   for (const [i, { faces: seen }] of found.entries()) {
-    const face = seen.length > 1 ? await chooseFace(looked[i], seen) : seen[0];
+    const face = seen.length > 1 ? await chooseFace(looked[i], seen, wanted) : seen[0];
     if (!face) return null;
     faces.push(face);
   }
@@ -85,7 +90,13 @@ export async function forgetLoRAs(ids) {
 }
 
 /** One of several faces, chosen by its picture; null if none was. */
-async function chooseFace(photo, faces) {
+function chooseFace(photo, faces, wanted) {
+  const choice = choices.then(() => (wanted() ? showFaces(photo, faces) : null));
+  choices = choice.catch(() => {});
+  return choice;
+}
+
+async function showFaces(photo, faces) {
   const crops = await Promise.all(faces.map((face) => copy(photo, face.box)));
   let chosen = null;
   $("found").replaceChildren(

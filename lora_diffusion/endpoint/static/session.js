@@ -53,9 +53,9 @@ const blendsOf = (person) => Object.values(kept.people).filter(({ of }) => of?.i
 /** What is known of a person whom the server was told to forget goes, too. */
 export function forget(person) {
   const names = new Set([person, ...blendsOf(person)].map(({ id }) => id));
+  if (names.has(linked()?.person)) leave();
   kept.drawn = kept.drawn.filter((entry) => !names.has(entry.person));
   write();
-  leave();
 }
 
 export const leave = () => history.replaceState(null, "", location.pathname + location.search);
