@@ -113,7 +113,7 @@ def main() -> None:
     if args.name == "quality":
         shown = base_renders[:: args.people][:4]
         sheet = np.concatenate(
-            [np.concatenate([*people[k].pixels[:4], *shown, *renders[k][:4]], 1) for k in range(min(8, args.people))]
+            [np.concatenate([*people[k].pixels[:4], *shown, *renders[k][:4]], 1) for k in range(min(6, args.people))]
         )
         picture = Image.fromarray(sheet).resize((2 * sheet.shape[1], 2 * sheet.shape[0]), Image.Resampling.LANCZOS)
         picture.save(ROOT / "docs/images/fine_tuned.jpg", quality=75)
