@@ -109,3 +109,23 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> N
     (tmp_path / "y.yaml").write_text("common: &b {steps: 3}\nfinetune:\n  <<: *b\n  steps: 4\n")
     with pytest.raises(ValueError, match="unknown config key 'common'"):  # a merge key is none that stands twice
         load_config(CorpusConfig, tmp_path / "y.yaml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    job: Job = dataclasses.field(default_factory=lambda: Job("a", Tune(7, 0.5, "sgd")))
+
+
+def test_a_sections_own_defaults_hold_within_its_sections() -> None:
+    assert load_config(Outer, None, ["job.tune.steps=9"]).job == Job("a", Tune(9, 0.5, "sgd"))
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NULL", "~", ""])
+def test_none_is_written_in_many_ways(word: str) -> None:
+    assert load_config(Job, None, ["name=a", f"gate={word}"]).gate is None
+
+
+def test_true_is_no_number() -> None:
+    for word, message in {"tune.steps=true": "a whole number", "tune.learning_rate=true": "a number"}.items():
+        with pytest.raises(ValueError, match=message):
+            load_config(Job, None, ["name=a", word])

@@ -170,7 +170,8 @@ def _reconstruction_table(results: Mapping[str, Any]) -> str:
     for model, facts in results["facts"].get("synthesizers", {}).items():
         there = entries[f"{RECONSTRUCTED}:{model}"]["by"][name]["similarity"]
         variety = next(
-            (e["diversity"][name] for n, e in entries.items() if is_main(n) and n.endswith(f":{model}") and "diversity" in e),
+            (e["diversity"][name] for n, e in entries.items()
+             if is_main(n) and n.endswith(f":{model}") and name in e.get("diversity", {})),
             None,
         )  # fmt: skip
         rows.append(

@@ -33,8 +33,9 @@ def method_figures(scores: Scores, names: Sequence[str]) -> dict[str, Any]:
             "rank1": interval(scores.rank1_K(r)),
             "faces_found": float(scores.found_KRT[:, r].mean()),
         }
-        if np.isfinite(scores.diversity_KR[:, r]).all():
-            entry["diversity"] = interval(scores.diversity_KR[:, r])
+        various_K = scores.diversity_KR[:, r]
+        if np.isfinite(various_K).any():  # of whom two samples show a face
+            entry["diversity"] = interval(various_K[np.isfinite(various_K)])
         figures["by"][name] = entry
     if asked.any():
         figures["prompt_accuracy"] = {
@@ -163,7 +164,7 @@ def tabulate(
             table[method.name]["diversity"] = {
                 "samples": method.vectors_KSN.shape[1],
                 "people": figures["people"],
-                **{r: figures["by"][r]["diversity"] for r in names},
+                **{r: found["diversity"] for r, found in figures["by"].items() if "diversity" in found},
             }
     photos = {r: interval(values) for r, values in zip(names, held.photo_similarity_RK, strict=True) if _finite(values)}
     return {"methods": table, "photos": photos, "reference": reference if reference in table else None}

@@ -88,11 +88,19 @@ def test_a_proxy_that_knows_no_routes_yet_is_asked_again_and_a_lora_that_is_not_
             assert len(gone.times) == 1
 
 
-def test_retry_after_may_be_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    response = httpx.Response(503, headers={"Retry-After": email.utils.formatdate(time.time() + 10, usegmt=True)})
+@pytest.mark.parametrize("usegmt", [True, False])  # RFC 9110's form, and -0000, which names no zone
+def test_retry_after_may_be_a_date(usegmt: bool) -> None:
+    response = httpx.Response(503, headers={"Retry-After": email.utils.formatdate(time.time() + 10, usegmt=usegmt)})
     seconds = Retry().wait(1, response, time.monotonic() + 60)
     assert seconds is not None
     assert 8 <= seconds <= 10
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [(429, True), (502, True), (503, True), (500, False), (504, False), (409, False)]
+)
+def test_what_is_asked_again(status: int, again: bool) -> None:
+    assert (Retry().wait(1, httpx.Response(status), time.monotonic() + 60) is not None) == again
 
 
 def test_waits_grow_and_stay_below_their_bound() -> None:

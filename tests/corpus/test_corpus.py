@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_corpus import LAYOUT, MANIFEST, NAMES, OTHER, RECIPE, build, make
 
@@ -17,6 +19,7 @@ from lora_diffusion.corpus import (
     CorpusConflict,
     CorpusReader,
     Plan,
+    ShardWriter,
     Statistics,
     finish_corpus,
     open_corpus,
@@ -275,3 +278,51 @@ def test_a_shard_that_is_not_what_was_planned_is_never_committed_even_without_as
     assert done.stdout == "all refused\n", done.stderr
     assert [path.name for path in tmp_path.glob("shards/*")] == ["00001.parquet"]
     assert not (tmp_path / "statistics.safetensors").exists()
+
+
+def test_a_shard_made_again_without_failures_leaves_none_of_before(tmp_path: Path) -> None:
+    """Plain readers take all of failures/; and people lie in the order of their positions, however they are given."""
+    store = open_store(tmp_path)
+    shard = build(store, NAMES).plan.shards[1]
+    people, _ = make(shard)
+    cy = replace(people[0], position=shard.start + shard.identities.index("cy"), identity="cy")
+    ShardWriter(store, MANIFEST).commit(shard, [*people, cy], [])
+    assert not store.exists(f"failures/{shard.name}.parquet")
+    assert CorpusReader(store).identities == sorted(NAMES)
+
+
+def test_a_shard_itself_is_the_last_of_its_files_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It commits the others: killed before, nothing is half there; killed after, nobody is fine-tuned again."""
+    written, write = list[str](), Store.write
+
+    def noting(store: Store, name: str, data: bytes) -> None:
+        written.append(name)
+        write(store, name, data)
+
+    monkeypatch.setattr(Store, "write", noting)
+    build(open_store(tmp_path), NAMES)
+    files = [name for name in written if "/00001." in name]
+    assert files == ["failures/00001.parquet", "statistics/00001.safetensors", "shards/00001.parquet"]
+
+
+def test_a_row_that_was_lost_or_doubled_is_noticed(tmp_path: Path) -> None:
+    """Also the failure of a photo, whose person has a LoRA, and a row that another program wrote twice."""
+    build(open_store(tmp_path), NAMES)
+    lost, doubled = tmp_path / "failures/00001.parquet", tmp_path / "shards/00002.parquet"
+    table = pq.read_table(lost)
+    pq.write_table(table.filter(table["photo"].is_null()), lost)
+    table = pq.read_table(doubled)
+    pq.write_table(pa.concat_tables([table, table]), doubled)
+    infos, problems = CorpusReader(tmp_path).verify()
+    assert [info.index for info in infos] == [0]
+    assert "not those that were committed with it" in problems[1]
+    assert "holds 2 people and 0 failed, not the planned ones" in problems[2]
+
+
+def test_a_shard_in_the_place_of_another_is_not_read(tmp_path: Path) -> None:
+    """Its people would be there twice, and others not."""
+    build(open_store(tmp_path), NAMES)
+    shutil.copy(tmp_path / "shards/00000.parquet", tmp_path / "shards/00001.parquet")
+    for read in (CorpusReader.vectors, CorpusReader.__len__):
+        with pytest.raises(ValueError, match=r"shards/00001\.parquet .*shard 0 of another place"):
+            read(CorpusReader(tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -368,3 +370,20 @@ def test_the_command_says_what_it_did_and_who_is_not_there(tmp_path: Path, capsy
         cli.main([*words[:-1], str(tmp_path / "old")])
     with pytest.raises(SystemExit, match=r"nobody at .* is called 'nobody'"):
         cli.main(["forget", "nobody", *words[2:]])
+
+
+def test_what_a_killed_writer_left_half_written_goes_although_nothing_else_is_to_be_done(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    corpus_with_pictures(store)
+    for _ in range(2):  # the second time nothing is written into these folders
+        for folder in ("plan", "shards", "failures", "statistics"):
+            (tmp_path / folder / ".x.0123456789ab.tmp").write_bytes(b"bo")
+        assert forget(store, "bo")
+        assert not [*tmp_path.rglob(".*.tmp")]
+
+
+def test_a_tombstone_is_the_names_keyed_hash_and_stays_what_it_is() -> None:
+    """Who was forgotten by an earlier release is known to every later one, and nobody else is taken for them."""
+    key = bytes(range(32))
+    assert tombstone(key, "Zoë 😀") == f"forgotten:{hmac.new(key, 'Zoë 😀'.encode(), hashlib.sha256).hexdigest()[:32]}"
+    assert len({tombstone(key, name) for name in ("ana", "Ana", "ana ", "aná", "a\udcffna")}) == 5

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serve_client import Client, problem, variant
+from starlette.datastructures import Headers
 
+from lora_diffusion.endpoint import access
 from lora_diffusion.endpoint.access import WRONG_KEYS, is_loopback, read_keys, refuse_open_door
 from lora_diffusion.endpoint.graph import build
+from lora_diffusion.endpoint.metrics import Metrics
+from lora_diffusion.endpoint.problems import ApiError
 from lora_diffusion.endpoint.routing import Route
 from lora_diffusion.endpoint.studio import Studio
 from lora_diffusion.jobs import serve
-from lora_diffusion.serving.config import AccessConfig
+from lora_diffusion.serving.config import AccessConfig, LimitsConfig
 
 KEYS = "LORA_DIFFUSION_API_KEYS"
 LORA = f"/v1/loras/{'0' * 32}"
@@ -212,3 +217,61 @@ def test_room_and_rates_hold_under_every_path_that_a_route_answers(
             assert answer.status_code in (429, 503), (method, path)
         if method != "HEAD":
             assert answer.json()["reason"] in (reason, "not_found"), (method, path)
+
+
+def test_who_has_left_takes_up_no_room() -> None:
+    """Whether or not its body had been read."""
+    room = access.AdmissionControl(LimitsConfig(max_in_flight=1), Metrics())
+    for _ in range(3 * access.UPLOADS_FOR_EACH):
+        with room.admitted() as begin:
+            begin()
+        with room.admitted():
+            pass
+
+
+def test_a_key_that_another_address_uses_is_a_guess_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_DIFFUSION_API_KEYS", "right,spare")
+    door = access.Access(AccessConfig(), Metrics())
+    right = Headers({"x-api-key": "right"})
+    owner = door.check(right, "1.1.1.1")
+    for i in range(WRONG_KEYS):
+        with pytest.raises(ApiError, match="key"):
+            door.check(Headers({"x-api-key": f"guess {i}"}), "2.2.2.2")
+    with pytest.raises(ApiError, match="Too many wrong keys"):
+        door.check(right, "2.2.2.2")
+    assert door.check(right, "1.1.1.1") == door.check(right, "3.3.3.3") == owner, "a key's, wherever it is used"
+
+
+def test_a_bucket_holds_no_more_than_its_burst_and_the_caller_longest_away_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(access.time, "monotonic", lambda: now)
+    monkeypatch.setattr(access, "MAX_CALLERS", 2)
+    bucket = access.Buckets(per_minute=60, burst=2)
+    for caller in (b"a", b"a"):
+        bucket.take(caller)
+    assert bucket.wait(b"a") == 1
+    now = 3600.0  # an hour's worth is not saved
+    for caller in (b"a", b"a", b"b", b"b", b"a"):
+        bucket.take(caller)
+    assert bucket.wait(b"a") == 1
+    bucket.take(b"c")  # b has asked longest ago
+    assert (bucket.wait(b"a"), bucket.wait(b"b")) == (1, 0)
+
+
+def test_who_was_slow_once_is_not_slow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight slow bodies, one after the other, would end every later one of that caller."""
+    monkeypatch.setattr(access, "SLOW_SECONDS", 0.01)
+    bodies = access.SlowBodies()
+
+    async def slow() -> None:
+        async with asyncio.timeout(60) as timeout:
+            with bodies.watched("ada", timeout):
+                await asyncio.sleep(0.05)
+
+    async def scenario() -> None:
+        for _ in range(access.SLOW_BODIES + 2):
+            await slow()
+
+    asyncio.run(scenario())

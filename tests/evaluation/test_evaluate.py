@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from lora_diffusion.evaluation.similarity import bootstrap, similarity_report
 from lora_diffusion.faces.embedder import unit
@@ -55,3 +56,22 @@ def test_the_interval_holds_the_mean_and_shrinks_with_people() -> None:
 
 def test_unit_leaves_no_nan_for_a_zero_vector() -> None:
     assert np.isfinite(unit(np.zeros((1, 4), np.float32))).all()
+
+
+def test_the_bases_interval_is_over_people_and_a_photo_is_no_part_of_its_own_ceiling() -> None:
+    identities_KE = people()
+    alike_QE = [
+        np.stack([0.6 * one + 0.8 * other, one])
+        for one, other in zip(identities_KE, np.roll(identities_KE, 1, 1), strict=True)
+    ]
+    renders_KPE = identities_KE[:, None].repeat(2, 1)
+    report = similarity_report(renders_KPE, np.ones((6, 2), bool), identities_KE[:1].repeat(2, 0), alike_QE)
+    assert report.photos.mean == pytest.approx(0.6)
+    assert report.share_of_photos == pytest.approx(report.own.mean / 0.6)
+    assert report.base.low < report.base.mean < report.base.high, "people whom the same pictures resemble unlike"
+
+
+def test_the_interval_is_that_of_95_percent() -> None:
+    values = np.random.default_rng(0).normal(0.5, 0.1, 400)
+    found = bootstrap(values)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)

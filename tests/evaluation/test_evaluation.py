@@ -159,3 +159,13 @@ def test_methods_are_told_in_a_fixed_order_with_words_of_their_own() -> None:
 def test_settings_that_measure_nothing_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvaluationConfig(**values)  # type: ignore[arg-type]
+
+
+def test_one_recogniser_chooses_the_scale_and_the_others_only_judge() -> None:
+    """They are told by what the first one likes best, though they like the other scale."""
+    by_scale = {1.0: np.array([[1.0] * 6, [0.0] * 6], np.float32), 2.0: np.array([[0.0] * 6, [1.0] * 6], np.float32)}
+    for chooser, best in ((0, 1.0), (1, 2.0)):
+        values_RK, chosen = cross_fitted(by_scale, chooser)
+        assert chosen == [best, best]
+        np.testing.assert_array_equal(values_RK, by_scale[best])
+    np.testing.assert_array_equal(cross_fitted(by_scale)[0], by_scale[1.0])

@@ -246,3 +246,22 @@ def test_a_store_that_falls_silent_under_a_job_is_named(
                 said += capsys.readouterr().out
             proxy.shares["hung"] = 0.0
     assert f"waiting for s3://{bucket}/corpus: no answer for 0.3 s" in said
+
+
+def test_a_process_of_another_user_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not be asked, and its place must not be taken at once."""
+
+    def kill(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    assert claim.is_dead(json.loads(dead()))
+    monkeypatch.setattr(os, "kill", kill)
+    assert not claim.is_dead(json.loads(dead()))
+
+
+def test_a_process_number_of_another_container_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers of one host may have one name; what is no process here may be one there."""
+    there = json.loads(dead())
+    assert claim.is_dead(there)
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+    assert not claim.is_dead(there)

@@ -306,3 +306,13 @@ def test_counts_and_vectors_that_do_not_fit_are_refused(unet: UNet2DConditionMod
         run(unet, random_batch(2))
         with pytest.raises(RuntimeError, match="active already"), bank.active(vectors_KN):
             pass
+
+
+@pytest.mark.parametrize("rows", [3, 9, 12])
+def test_a_batch_of_more_or_fewer_than_were_told_is_refused(
+    unet: UNet2DConditionModel, layout: LoRALayout, rows: int
+) -> None:
+    """Also a multiple, as of guidance whose vectors were not given twice: it would draw people with each other's LoRAs."""
+    bank = LoRABank(unet, layout)
+    with pytest.raises(ValueError, match=f"batch of {rows}"), bank.active(random_vectors(layout, 3), 2):
+        run(unet, random_batch(rows))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_diffusion.lora.finetune import Finetuner, initial_vectors
 from lora_diffusion.lora.layout import LoRALayout
+from lora_diffusion.lora.objective import RandomStreams
 from lora_diffusion.lora.photo_data import PersonPhotos, face_weights
 from lora_diffusion.lora.recipe import FinetuneConfig
 from lora_diffusion.models.stable_diffusion import BaseModel
@@ -389,3 +390,15 @@ def test_senseless_input_is_refused(base: BaseModel, layout: LoRALayout) -> None
         Finetuner(base, layout, dataclasses.replace(QUICK, timestep_range=(0, 1001)))
     with pytest.raises(ValueError, match="float16"):
         Finetuner(BaseModel.from_pipeline(tiny_pipeline().to(torch.float16)), layout, QUICK)
+
+
+def test_min_snr_weighs_each_persons_sample_by_its_own_timestep(base: BaseModel, layout: LoRALayout) -> None:
+    plain = dataclasses.replace(QUICK, steps=1, batch_size=1, common_random_numbers=False)
+    finetuner = Finetuner(base, layout, dataclasses.replace(plain, min_snr_gamma=1.0))
+    streams = RandomStreams([one.identity for one in PEOPLE], plain.seed, False)
+    shape = tuple(base.encode_images(PEOPLE[0].pixels).shape[1:])
+    timesteps_Kn, _ = streams.draw(shape, [1], finetuner.sample_timesteps)
+    weights_K = finetuner.schedule.min_snr_weights(timesteps_Kn, 1.0)[:, 0].numpy()
+    assert weights_K.min() < 0.5 < weights_K.max()
+    ratio_K = finetuner(PEOPLE).loss_K / Finetuner(base, layout, plain)(PEOPLE).loss_K
+    np.testing.assert_allclose(ratio_K, weights_K, rtol=1e-4)

@@ -197,3 +197,16 @@ def test_wrong_vectors_and_matrices_are_refused_with_shapes(unet: UNet2DConditio
 def test_layout_is_frozen(unet: UNet2DConditionModel) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LoRALayout.from_unet(unet).rank = 2  # type: ignore[misc]
+
+
+def test_keys_are_sorted_and_not_names_and_a_kernel_keeps_its_height_and_width() -> None:
+    """`a.lora_A.weight` comes after `a.b.lora_A.weight` and `a-b.lora_A.weight`."""
+    shapes = dict.fromkeys(("a", "a.b", "a-b", "a.x"), (2, 2))
+    layout = LoRALayout.from_shapes(shapes, rank=1, alpha=1, target_modules=["a"])
+    assert [entry.name for entry in layout.entries] == ["a-b", "a.b", "a", "a.x"]
+    tall, wide = (
+        LoRALayout.from_shapes({"c": (4, 8, kernel)}, rank=1, alpha=1, target_modules=["c"])
+        for kernel in ((3, 1), (1, 3))
+    )
+    assert tall.layout_id != wide.layout_id
+    assert all(LoRALayout.from_dict(one.to_dict()) == one for one in (tall, wide))

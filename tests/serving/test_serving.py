@@ -395,3 +395,17 @@ def test_stages_work_in_a_second_event_loop(base: BaseModel, layout: LoRALayout)
         assert asyncio.run(asyncio.wait_for(batcher(1, later()), 10))[0] == 2
         events = asyncio.run(asyncio.wait_for(all_events(renderer, mixed(layout)[:1]), SOON))
         assert any(isinstance(event, Drawn) for event in events)
+
+
+def test_who_leaves_while_it_is_worked_on_takes_no_answer_from_the_others() -> None:
+    async def scenario(batcher: Batcher[int, int], work: Slow) -> None:
+        leaves, stays = (asyncio.create_task(batcher(i, later())) for i in (1, 2))
+        while not work.batches:
+            await asyncio.sleep(0.01)
+        leaves.cancel()
+        work.go.set()
+        assert (await asyncio.wait_for(stays, 10))[0] == 4
+        assert work.batches == [[1, 2]]
+        assert (await asyncio.wait_for(batcher(3, later()), 10))[0] == 6
+
+    with_batcher(scenario)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_diffusion.config import load_config
+from lora_diffusion.serving import kept
 from lora_diffusion.serving import library as module
 from lora_diffusion.serving.config import ServeConfig
 from lora_diffusion.serving.errors import ServingError
@@ -206,3 +207,25 @@ def test_the_code_is_kept_and_makes_the_same_lora_again() -> None:
             await decoder.file(uploaded.lora_id, "latent", later)
 
     asyncio.run(scene())
+
+
+def test_of_more_makers_than_are_remembered_the_last_may_delete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "MAKERS", 2)
+    library = LoRALibrary(max_bytes=1000, ttl_seconds=10)
+    for token in ("ada", "bob", "cyd"):
+        library.put("a", record(1), token)
+    with pytest.raises(ServingError):
+        library.delete("a", "ada")
+    assert library.delete("a", "cyd")
+    assert library.delete("a", "bob")
+    assert library.stats()["loras"] == 0
+
+
+def test_what_has_expired_is_not_found_and_who_made_it_then_has_no_part_in_it() -> None:
+    """Whatever the store: one that sweeps late still holds it."""
+    there = kept.Kept(record(1), expires=10.0, tokens=(kept.hashed("ada"),))
+    assert there.found(9.0).expires_in == 1
+    with pytest.raises(ServingError, match="has expired"):
+        there.found(10.0)
+    for now, makers in ((9.0, ("ada", "bob")), (10.0, ("bob",))):
+        assert kept.put_on(there, record(1), "bob", 20.0, now).tokens == tuple(map(kept.hashed, makers))

@@ -174,3 +174,9 @@ def test_a_corpus_of_copies_has_no_codes() -> None:
         space.standardise([data.vectors_PN[:1].repeat(9, 1)])
     with pytest.raises(ValueError, match="at least two"):
         space.standardise([data.vectors_PN[:1]])
+
+
+def test_a_parameter_varies_where_float32_can_tell() -> None:
+    """A ten-millionth of its mean: more would hold still what the corpus' people differ by."""
+    mean_N, std_N = torch.tensor([1.0, 1.0, 0.0, 0.0, 100.0]), torch.tensor([1e-6, 5e-8, 1e-10, 0.0, 1e-6])
+    assert Normaliser(mean_N, std_N).varying.tolist() == [0, 2]

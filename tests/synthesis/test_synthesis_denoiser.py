@@ -125,3 +125,13 @@ def test_the_face_and_the_time_both_tell(conditioning: str) -> None:
 def test_other_sizes_are_refused(shapes: tuple[tuple[int, int], tuple[int, int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         denoiser("adanorm")(torch.zeros(shapes[0]), torch.zeros(3, dtype=torch.long), torch.zeros(shapes[1]))
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_face_comes_in_at_unit_variance(conditioning: str) -> None:
+    """A network that was trained so answers otherwise, and worse, to any other scale."""
+    network, seen = denoiser(conditioning), list[torch.Tensor]()
+    network.embed_face.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    noisy, timesteps, condition = inputs()
+    network(noisy, timesteps, torch.nn.functional.normalize(condition, dim=1))
+    torch.testing.assert_close(seen[0].square().mean(1), torch.ones(len(noisy)))

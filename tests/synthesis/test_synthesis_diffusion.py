@@ -250,3 +250,33 @@ def test_the_score_falls_with_the_distance_from_the_face_whatever_is_predicted()
         assert float(scores[-1][0]) > 0 > float(scores[-1][-1])
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(scores[2], scores[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_sampling_begins_where_all_is_noise(sampler: str) -> None:
+    """An oracle finds its code from anywhere; a network takes the noise that it is given for what the timestep says."""
+    scheduler = Diffusion(DiffusionConfig(sampler=sampler)).sampler()  # type: ignore[arg-type]
+    for steps, timesteps in ((1, [999]), (4, [999, 749, 499, 249])):
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == timesteps
+
+
+def test_the_schedule_is_the_one_that_was_asked_for() -> None:
+    begin, end = 1e-3, 0.012
+    for kind, betas in (
+        ("linear", torch.linspace(begin, end, 50)),
+        ("scaled_linear", torch.linspace(begin**0.5, end**0.5, 50) ** 2),
+    ):
+        config = DiffusionConfig(num_train_timesteps=50, beta_schedule=kind, beta_start=begin, beta_end=end)  # type: ignore[arg-type]
+        torch.testing.assert_close(Diffusion(config).schedule.signal.square(), (1 - betas).cumprod(0))
+
+
+def test_the_guess_knows_the_variance_of_the_priors_noise() -> None:
+    """Of codes whose numbers hang together: the factor's rows, not its columns."""
+    codes_PZ, mixing = (torch.randn(n, 6, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((500, 6)))
+    codes_PZ = codes_PZ @ mixing
+    process = Diffusion(DiffusionConfig(prior="corpus"), prior_factor(codes_PZ))
+    config = DenoiserConfig(width=16, depth=1, condition_width=16, rank=1, generator_width=4, linear_guess=True)
+    guess = process.denoiser(6, 12, config).guess
+    assert guess is not None
+    torch.testing.assert_close(guess.noise_Z, codes_PZ.var(0, correction=0))
