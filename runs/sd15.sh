@@ -43,7 +43,7 @@ case ${SHAPE:-sd15} in
     corpus=(people_per_group=4 class_images=2 finetune.steps=2 score.num_inference_steps=2 photos.crop=centre
       workers.finetune_gpus=0 workers.finetune_max=1 workers.finetune_cpus=0.5 workers.embed_cpus=0.2 workers.embed_max=1 "${corpus[@]}")
     tiny=(pca.num_components=4 vae.latent_size=4 'vae.hidden=[8]' denoiser.width=16 denoiser.depth=1 workers.use_gpu=false
-      workers.max_workers=null workers.cpus=1 data.cache="$out/cache")
+      workers.max_workers=null workers.cpus=1)
     for stage in vae denoiser; do
       tiny+=("${stage}_training.steps=4" "${stage}_training.batch_size=4" "${stage}_training.warmup=1" "${stage}_training.validate_every=2")
     done
@@ -67,7 +67,8 @@ endpoint=("$serve" synthesizer="$out/published" port="${PORT:-8000}")
 if [ "${SERVE:-}" = true ]; then
   step -m lora_diffusion.cli serve "${endpoint[@]}"
 elif [ -n "${PHOTO:-}" ]; then
-  step -m lora_diffusion.endpoint.demo --photo "$PHOTO" --out "$out/personalised" "${endpoint[@]}"
+  case $out in s3://*) pictures=runs/personalised ;; *) pictures=$out/personalised ;; esac
+  step -m lora_diffusion.endpoint.demo --photo "$PHOTO" --out "$pictures" "${endpoint[@]}"
 fi
 
 echo

@@ -1,6 +1,6 @@
 """What Prometheus reads at /metrics: requests, and for each stage how long it waited, how long it worked, in which batch.
 
-A gateway counts what went through itself. With several, scrape each (they carry its replica id), or Ray's own exporter.
+A gateway counts what went through itself. With several, scrape each at its own port: the proxy's leads to any of them.
 """
 
 from __future__ import annotations

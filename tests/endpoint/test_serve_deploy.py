@@ -168,13 +168,16 @@ def serve_configs() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
 def test_production_files_fit_serves_schema_and_our_graph(name: str) -> None:
-    values = serve_configs()[name]
+    values = yaml.safe_load(
+        yaml.safe_dump(serve_configs()[name]).replace("your-bucket", "acme")
+    )  # as its reader edits it
     (application,) = ServeDeploySchema.model_validate(values).applications
     assert {deployment.name for deployment in application.deployments} <= DEPLOYMENTS
     config = build(application.args)._bound_deployment.init_args[0]
     assert values["http_options"]["request_timeout_s"] > config.limits.max_seconds
     reloaded = [deployment.user_config["synthesizer"] for deployment in application.deployments]
     assert reloaded == [config.synthesizer] * 2  # a fresh start and a reload serve the same
+    assert config.synthesizer.startswith("s3://acme/")
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])

@@ -84,13 +84,7 @@ def check_laws(manifest: Manifest) -> None:
         if "s3://" in word:
             place = word.partition("s3://")[2]
             assert any(f"arn:aws:s3:::{place}/x".startswith(resource.rstrip("*")) for resource in allowed), word
-    for part in (head, group):
-        pod = part["template"]["spec"]
-        (container,) = pod["containers"]
-        assert pod["serviceAccountName"] == "lora-diffusion"
-        cache = next(v["value"] for v in container["env"] if v["name"] == "LORA_DIFFUSION_CACHE")
-        (mount,) = (m for m in container["volumeMounts"] if m["mountPath"] == cache)
-        assert mount["name"] in {volume["name"] for volume in pod["volumes"]}
+    check_pods(cluster)
     affinity = {
         name: part["template"]["spec"]["affinity"]["nodeAffinity"] for name, part in (("head", head), ("gpu", group))
     }
@@ -104,6 +98,29 @@ def check_laws(manifest: Manifest) -> None:
         int(stop.partition("--grace-period ")[2].partition("'")[0])
         < group["template"]["spec"]["terminationGracePeriodSeconds"]
     )
+
+
+def check_pods(cluster: Manifest) -> None:
+    """Their rights, and a cache that user `ray` of the image may write."""
+    assert cluster["authOptions"] == {"mode": "token"}, "who reaches the dashboard could run code"
+    for part in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = part["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["serviceAccountName"] == "lora-diffusion"
+        values = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert "AWS_DEFAULT_REGION" in values
+        (mount,) = (m for m in container["volumeMounts"] if m["mountPath"] == values["LORA_DIFFUSION_CACHE"])
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == mount["name"])
+        if "hostPath" in volume:  # the kubelet makes it for root
+            (init,) = pod["initContainers"]
+            assert (init["volumeMounts"], init["securityContext"]) == ([mount], {"runAsUser": 0})
+            assert init["command"] == ["install", "-d", "-o", "1000", "-g", "100", mount["mountPath"]]
+        else:
+            assert pod["securityContext"] == {"fsGroup": 100}
+
+
+def test_the_pods_of_the_endpoint_have_rights_and_a_cache_too() -> None:
+    check_pods(read("rayservice.yaml")["spec"]["rayClusterConfig"])
 
 
 @pytest.mark.parametrize("name", [*JOB_FILES, "rayservice.yaml"])
