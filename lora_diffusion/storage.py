@@ -200,7 +200,11 @@ class Store:
             for entry in entries
             if entry["type"] not in ("directory", "other") and not entry["name"].endswith("/")
         }
-        files = {name: size for name, size in files.items() if not _HALF_WRITTEN.fullmatch(name)}
+        files = {
+            name: size
+            for name, size in files.items()
+            if not _HALF_WRITTEN.fullmatch(f"{name.removesuffix('.tmp')}.tmp")
+        }
         return files, sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
 
     def check(self) -> None:
@@ -357,17 +361,20 @@ def _write_local(path: Path, parts: Iterable[Buffer]) -> None:
     if path.parent not in _swept:
         _sweep(path.parent)
         _swept.add(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    unlocked = path.with_name(f".{path.name}.{secrets.token_hex(6)}")  # under this name nobody sweeps it
+    temporary = unlocked.with_name(f"{unlocked.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with unlocked.open("wb") as file:
             with suppress(OSError):  # some network disks have no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for `_sweep`; gone with the process
+            os.replace(unlocked, temporary)
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # before the lock goes
     except BaseException:
+        unlocked.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)

@@ -95,6 +95,21 @@ open_store(sys.argv[1]).write_parts("scores/x", parts())
     assert os.listdir(tmp_path / "scores") == ["y"]
 
 
+def test_no_writer_loses_its_file_to_anothers_first_write(tmp_path: Path) -> None:
+    """Between a file's making and its lock, or its lock's end and its rename, another process' sweep took it."""
+    program = """
+import sys
+from lora_diffusion import storage
+
+for i in range(400):
+    storage._swept.clear()
+    storage.open_store(sys.argv[1]).write(sys.argv[2], b"x" * 1000)
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), name]) for name in ("a", "b", "c")]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
 def test_sweep_removes_what_killed_writers_left_and_nothing_of_others(tmp_path: Path) -> None:
     others = ["notes.tmp", ".x.tmp", ".x.123.tmp", ".x.0123456789AB.tmp", "x.0123456789ab.tmp", ".x.0123456789ab.tmp~"]
     for name in [*others, ".x.0123456789ab.tmp"]:

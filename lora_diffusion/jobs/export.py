@@ -14,6 +14,7 @@ both are written as they are read, so memory does not grow with the corpus.
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,7 +74,11 @@ def run(config: Config, ray_address: str) -> None:
     dataset, folder = checked(config)
     folder.mkdir(parents=True, exist_ok=True)
     layout = dataset.reader.layout
-    dtype, count, raw = getattr(torch, config.dtype), dataset.people, folder / ".all_weights.tmp"
+    dtype, count, raw = (
+        getattr(torch, config.dtype),
+        dataset.people,
+        folder / f".all_weights.{secrets.token_hex(6)}.tmp",
+    )
     statistics = Statistics.empty(layout.size)  # of whom is written, as the corpus has them
     names: list[str] = []
     embeddings = []
@@ -88,6 +93,10 @@ def run(config: Config, ray_address: str) -> None:
                 rows_MN[row] = to_weights2weights(vector_N, layout, rescale=config.rescale).to(dtype)
             names += table["identity"].to_pylist()
             embeddings.append(matrix(table["embedding"]))
+        if len(names) != count:
+            raise ValueError(f"{config.corpus} was changed while it was read: give the same command again")
+        for name in ("identity_df.csv", "mean.pt", "std.pt", "embeddings.npy"):
+            (folder / name).unlink(missing_ok=True)  # of an earlier export: other people's names
         save(rows_MN, folder / "all_weights.pt")
     finally:
         raw.unlink(missing_ok=True)
@@ -113,6 +122,6 @@ def checked(config: Config) -> tuple[HubDataset, Path]:
 
 def save(tensor: torch.Tensor, path: Path) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     torch.save(tensor, temporary)
     os.replace(temporary, path)

@@ -11,6 +11,7 @@ No pickle. docs/reference/formats.md describes the fields. Axes: P people, C con
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,11 +135,14 @@ def write_folder(path: str | Path, parts: Parts, dtype: torch.dtype = torch.floa
             for name in ("normaliser.mean_N", "normaliser.std_N"):
                 files["codes"][name] = files["codes"][name].half()
             files["codes"] |= {COMPONENTS: (U_KM / scale_K[:, None]).round().to(torch.int8), COMPONENTS_SCALE: scale_K}
-    store = open_store(path)
+    store, belong = open_store(path), {}
     for name, tensors in files.items():
         compact = {key: _compact(tensor, dtype) for key, tensor in tensors.items()}
-        store.write(f"{name}.safetensors", checksum.seal(safetensors.torch.save(compact)))
-    store.write_json("config.json", checksum.seal_json(config))
+        data = checksum.seal(safetensors.torch.save(compact))
+        store.write(f"{name}.safetensors", data)
+        if name in ("codes", "denoiser"):  # the others may change, or go, by themselves
+            belong[name] = hashlib.sha256(data).hexdigest()
+    store.write_json("config.json", checksum.seal_json({**config, "belong": belong}))
     for name in set(FILES) - files.keys():  # of what was written here before: a table of people must not go out with it
         store.delete(f"{name}.safetensors")
 
@@ -162,7 +166,7 @@ def read_folder(path: str | Path) -> Parts:
             f"1 to {FORMAT_VERSION}: install the release of lora_diffusion that wrote it"
         )
     try:
-        files = {name: _read(store, name) for name in config["files"]}
+        files = {name: _read(store, name, config.get("belong", {}).get(name)) for name in config["files"]}
         return _parts(config, files)
     except FileNotFoundError as error:
         raise ValueError(f"the synthesiser at {store.uri} is not whole: {error}. Copy it again") from error
@@ -173,15 +177,18 @@ def read_folder(path: str | Path) -> Parts:
         raise ValueError(f"the synthesiser at {store.uri} cannot be read: {reason[:500]}. Copy it again") from error
 
 
-def _read(store: Store, name: str) -> dict[str, Tensor]:
+def _read(store: Store, name: str, sha256: str | None) -> dict[str, Tensor]:
     if name not in FILES:
         raise ValueError(f"its config.json names a file {name!r}; there are {', '.join(FILES)}")
     data = store.read(f"{name}.safetensors")
     try:
         checksum.check(data)
-        return _float32(safetensors.torch.load(data))
+        tensors = _float32(safetensors.torch.load(data))
     except Exception as error:  # unknown dtypes, cut data: each has its own class
         raise ValueError(f"{name}.safetensors is damaged ({error or type(error).__name__})") from error
+    if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise ValueError(f"{name}.safetensors is another synthesiser's: it was being written, or its writer was killed")
+    return tensors
 
 
 def _parts(config: Mapping[str, Any], files: Mapping[str, dict[str, Tensor]]) -> Parts:

@@ -211,6 +211,32 @@ def test_a_file_that_comes_later_gives_nobody_anothers_photos(tmp_path: Path, ki
     assert [photo.data for photo in worker.photos(cid, 5)] == [jpeg(2)]
 
 
+def test_consent_that_was_rewritten_is_nobodys(tmp_path: Path) -> None:
+    """In a tar of its own it had no stamp: the place of one person's was read as another's."""
+    write_tar(tmp_path / "a.tar", {"ada/0.jpg": jpeg(1), "bob/0.jpg": jpeg(2)})
+    write_tar(tmp_path / "b.tar", {"ada/consent.txt": b"yes", "bob/consent.txt": b"no!"})
+    source = open_people(str(tmp_path))
+    ada, bob = sorted(source.list_people(), key=lambda person: person.identity)
+    assert (source.consent(ada), source.consent(bob)) == ("yes", "no!")
+    write_tar(tmp_path / "b.tar", {"bob/consent.txt": b"no!", "ada/consent.txt": b"yes", "more": b"1"})
+    with pytest.raises(StoreError, match=r"b.tar was changed since"):
+        open_people(str(tmp_path)).consent(bob)
+
+
+def test_a_tar_that_is_replaced_while_it_is_listed_is_not_believed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"ada/0.jpg": jpeg(1)})
+    source = open_people(str(tmp_path))
+    read = source._members
+
+    def replaced(name: str) -> Any:
+        yield from list(read(name))
+        write_tar(tmp_path / "a.tar", {"bob/0.jpg": jpeg(2), "more": b"1"})
+
+    source._members = replaced
+    with pytest.raises(StoreError, match=r"a.tar was changed since"):
+        source.list_people()
+
+
 def test_members_of_one_name_in_two_tars_keep_their_own_words(tmp_path: Path) -> None:
     for tar, number, consent, words in (("x", 1, "no", "on a beach"), ("y", 2, "yes", "in a forest")):
         members = {"jpg": jpeg(number), "json": f'{{"consent": "{consent}"}}'.encode(), "txt": words.encode()}

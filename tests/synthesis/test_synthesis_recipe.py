@@ -18,6 +18,7 @@ from low_rank_corpus import LAYOUT, write_corpus
 
 from lora_diffusion.config import from_dict
 from lora_diffusion.corpus import CorpusReader, Statistics
+from lora_diffusion.corpus.forget import forget
 from lora_diffusion.corpus.tombstone import keyed_hash, make_key
 from lora_diffusion.storage import open_store
 from lora_diffusion.synthesis.denoiser import DenoiserConfig
@@ -174,6 +175,33 @@ def test_each_photo_is_a_condition_of_its_own(corpus: str, tmp_path: Path) -> No
     for place, expected_B in ((0.0, torch.zeros_like(counts_B)), (0.999, counts_B - 1)):
         stage(stage.inputs(slots), {**draws, "photo": torch.full((len(slots),), place)}, 0)
         assert torch.equal(seen[-1], photos_BFC[torch.arange(len(slots)), expected_B])
+
+
+def test_who_was_forgotten_meanwhile_is_no_neighbour(tmp_path: Path) -> None:
+    make_key(open_store(tmp_path / "corpus"))
+    write_corpus(open_store(tmp_path / "corpus"), 16)
+    config = config_of(str(tmp_path / "corpus"), tmp_path / "run")
+    snapshot = begin(config)
+    rows = open_rows(snapshot, config.data)
+    training = SynthesizerTraining(
+        config, snapshot, rows, open_store(config.output), say=print, report=lambda values: None
+    )
+    forget(open_store(tmp_path / "corpus"), rows.identities[rows.train[1]])
+    codes = lambda slots: torch.zeros(len(slots), 6)  # noqa: E731
+    neighbours = training._neighbours(codes)
+    assert len(neighbours.embeddings_PC) == len(neighbours.codes_PZ) == len(neighbours.hashes_PH) == len(rows.train) - 1
+    gone = rows.embeddings(rows.train[1:2])[0]
+    assert (neighbours.embeddings_PC @ gone).max() < 0.999
+
+
+def test_a_folder_that_two_have_written_is_refused(calm: tuple[TrainConfig, list[str]], tmp_path: Path) -> None:
+    """A publish over an older folder that was killed left the new codes beside the old denoiser."""
+    source = Path(calm[0].output) / "synthesizer"
+    shutil.copytree(source, tmp_path / "folder")
+    Synthesizer.from_pretrained(source).save_pretrained(tmp_path / "other", torch.float16)
+    shutil.copy(tmp_path / "other" / "codes.safetensors", tmp_path / "folder" / "codes.safetensors")
+    with pytest.raises(ValueError, match=r"codes.safetensors is another synthesiser's"):
+        Synthesizer.from_pretrained(tmp_path / "folder")
 
 
 def test_a_denoiser_may_keep_the_newest_weights(corpus: str, tmp_path: Path) -> None:

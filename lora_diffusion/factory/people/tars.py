@@ -56,6 +56,7 @@ class TarPeople:
 
     def list_people(self) -> list[PersonRef]:
         folders: dict[str, list[Entry]] = {}
+        stamps = {name: self.store.stamp(name) for name in self.names}
         for name in self.names:
             for entry in self._members(name):
                 folder = entry.path.rpartition("/")[0]
@@ -70,7 +71,7 @@ class TarPeople:
             flat = folders.setdefault(os.path.basename(photo.path).partition(".")[0], [])
             flat += [photo, *filter(None, [root.captions.get(photo), sidecars.get(_stem(photo))])]
         sorted_ = {folder: sort_out(dict.fromkeys(entries), self.peek) for folder, entries in folders.items()}
-        stamps = {name: self.store.stamp(name) for name in self.names}
+        self._check(stamps)
         people, found = people_in(self.uri, sorted_, root, link_people(outside))
         tars = [{e.place[0] for folder in inner for e in folders[folder] if e.place[0]} for _, inner in people]
         spread = sum(len(names) > 1 for names in tars)
@@ -95,13 +96,15 @@ class TarPeople:
         if person.problem:
             return []
         places, _, tars = json.loads(person.where)
+        found = distinct(self._read_all(places), limit)
         self._check(tars)
-        return distinct(self._read_all(places), limit)
+        return found
 
     def consent(self, person: PersonRef) -> str | None:
         _, places, tars = json.loads(person.where or "[[], [], {}]")
+        consent = consent_of(_consent(name, self._read(*place)) if place else None for name, place in places)
         self._check(tars)
-        return consent_of(_consent(name, self._read(*place)) if place else None for name, place in places)
+        return consent
 
     def peek(self, entry: Entry, start: int, count: int) -> bytes:
         name, offset = entry.place
@@ -214,9 +217,10 @@ def _consents(folders: list[tuple[Sorted, list[Entry]]]) -> list[tuple[str, list
 
 def _where(folders: list[tuple[Sorted, list[Entry]]], stamps: dict[str, str]) -> str:
     """Photos and what speaks of consent, with their places; and what each of their tars was when it was listed."""
-    names = {photo.place[0] for found, _ in folders for photo in found.photos if not photo.problem}
-    tars = {name: stamps[name] for name in sorted(names)}
-    return json.dumps([_places(found for found, _ in folders), _consents(folders), tars])
+    places, consents = _places(found for found, _ in folders), _consents(folders)
+    of = [place for _, problem, photo, text in places if not problem for place in (photo, text)]
+    names = {place[0] for place in [*of, *(place for _, place in consents)] if place}
+    return json.dumps([places, consents, {name: stamps[name] for name in sorted(names)}])
 
 
 def _consent(name: str, data: bytes) -> Any:

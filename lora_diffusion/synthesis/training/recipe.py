@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lora_diffusion.artifacts import checksum
 from lora_diffusion.config import to_dict, to_yaml
-from lora_diffusion.corpus import Statistics
-from lora_diffusion.corpus.tombstone import keyed_hash, read_key
+from lora_diffusion.corpus import CorpusReader, Statistics
+from lora_diffusion.corpus.tombstone import keyed_hash, not_forgotten, read_key
 from lora_diffusion.lora.layout import LoRALayout
-from lora_diffusion.storage import Store, open_store
+from lora_diffusion.storage import Store
 from lora_diffusion.synthesis.baselines import Pairs
 from lora_diffusion.synthesis.codes import CodeSpace, LatentCodes, PCACodes, VectorCodes, reconstruction
 from lora_diffusion.synthesis.denoiser import Denoiser
@@ -313,12 +313,16 @@ class SynthesizerTraining(TrainingRun):
         return {name: line[name] for line in then for name in names if name in line}
 
     def _neighbours(self, codes: Callable[[Slots], Tensor]) -> Neighbours:
-        rows, key = self.rows, read_key(open_store(self.snapshot.uri))
-        hashes_PH = None
+        """Of the people who were learned from, but for those who were forgotten meanwhile."""
+        rows, corpus = self.rows, CorpusReader(self.snapshot.uri)
+        key, hashes_PH = read_key(corpus.store), None
+        names = [rows.identities[slot] for slot in rows.train]
+        there = set(not_forgotten(corpus.store, corpus.plan.identities, names))
+        slots = np.array([slot for slot, name in zip(rows.train, names, strict=True) if name in there], np.int64)
         if key is not None:
-            hashes = b"".join(keyed_hash(key, rows.identities[slot]) for slot in rows.train)
-            hashes_PH = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).reshape(len(rows.train), -1)
-        return Neighbours(rows.embeddings(rows.train), codes(rows.train), hashes_PH)
+            hashes = b"".join(keyed_hash(key, name) for name in names if name in there)
+            hashes_PH = torch.frombuffer(bytearray(hashes), dtype=torch.uint8).reshape(len(slots), -1)
+        return Neighbours(rows.embeddings(slots), codes(slots), hashes_PH)
 
     # -- all stages ------------------------------------------------------------------------------------------------
 

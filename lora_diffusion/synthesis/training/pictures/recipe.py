@@ -3,7 +3,9 @@ goes on from a published one, without any corpus."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from lora_diffusion.faces.embedder import EmbedderConfig, FaceEmbedder
 from lora_diffusion.models.stable_diffusion import BaseModel
 from lora_diffusion.synthesis.codes import LearnedCodes, PCACodes
 from lora_diffusion.synthesis.denoiser import count_parameters, widened
-from lora_diffusion.synthesis.synthesizer import Synthesizer
+from lora_diffusion.synthesis.synthesizer import Neighbours, Synthesizer
 from lora_diffusion.synthesis.training.begin import check_pictures
 from lora_diffusion.synthesis.training.pictures.people import PhotoCache
 from lora_diffusion.synthesis.training.pictures.stage import PictureStage
@@ -64,7 +66,7 @@ class PictureTraining(TrainingRun):
         grown = self._grown(start)
         stage = PictureStage(grown.to(self.group.device), base, people, config.pictures, recogniser)
         identity = {"people": people.digest, "pictures": _what_decides(config), "base": base.fingerprint}
-        identity["start"] = {"commit": start.provenance.commit, "layout_id": start.layout.layout_id}
+        identity["start"] = {"weights": _digest(start), "layout_id": start.layout.layout_id}
         loop = Loop("pictures", stage, config.pictures_training, self.store, self.group, "ddp", False, identity)
         self.group.barrier()  # nobody writes a new state while another still reads the old one
         self.train(loop, lambda: None if stage.sheet is None else _sheet(stage.sheet))
@@ -121,8 +123,8 @@ class PictureTraining(TrainingRun):
             seed=config.pictures_training.seed,
         )
         if start.neighbours is not None and config.keep_neighbours:
-            codes_PZ = made.encode(start.decode(start.neighbours.codes_PZ))
-            made.neighbours = replace(start.neighbours, codes_PZ=torch.from_numpy(codes_PZ))
+            left = _left(start.neighbours, Synthesizer.from_pretrained(config.before_pictures).neighbours)
+            made.neighbours = replace(left, codes_PZ=torch.from_numpy(made.encode(start.decode(left.codes_PZ))))
         made.save_pretrained(f"{self.store.uri}/{SYNTHESIZER}")
         self.store.write_json("results.json", made.provenance.figures)
         self.say(f"synthesiser: {self.store.uri}/{SYNTHESIZER}, of step {state.best_step}")
@@ -141,3 +143,22 @@ def _sheet(pictures_KPHWC: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(whole).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _digest(synthesizer: Synthesizer) -> str:
+    """16 hex digits over all that decides what it answers; when and from what it was made does not."""
+    digest = hashlib.sha256(json.dumps(to_dict(synthesizer.latent_sampling), sort_keys=True).encode())
+    for part in (synthesizer.codes, synthesizer.denoiser, synthesizer.diffusion):
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _left(before: Neighbours, now: Neighbours | None) -> Neighbours:
+    """Those of `before` whom nobody has taken out of the folder since."""
+    if before.hashes_PH is None or now is None or now.hashes_PH is None:
+        return before
+    there = {bytes(row) for row in now.hashes_PH.numpy()}
+    keep_P = torch.tensor([bytes(row) in there for row in before.hashes_PH.numpy()])
+    return Neighbours(before.embeddings_PC[keep_P], before.codes_PZ[keep_P], before.hashes_PH[keep_P])
