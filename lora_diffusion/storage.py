@@ -200,11 +200,7 @@ class Store:
             for entry in entries
             if entry["type"] not in ("directory", "other") and not entry["name"].endswith("/")
         }
-        files = {
-            name: size
-            for name, size in files.items()
-            if not _HALF_WRITTEN.fullmatch(f"{name.removesuffix('.tmp')}.tmp")
-        }
+        files = {name: size for name, size in files.items() if not _HALF_WRITTEN.fullmatch(name)}
         return files, sorted(e["name"].rstrip("/").rpartition("/")[2] for e in entries if e["type"] == "directory")
 
     def check(self) -> None:
@@ -321,13 +317,17 @@ def partial_folder(target: Path) -> Iterator[Path]:
         if _HALF_WRITTEN.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
             with suppress(OSError), locked(left, fcntl.LOCK_NB):
                 shutil.rmtree(left, ignore_errors=True)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    unlocked, mine = partial.with_suffix(""), None  # under this name nobody sweeps it
-    unlocked.mkdir(0o700)
+    while True:
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+        partial.mkdir(0o700)
+        mine = None
+        with suppress(OSError):  # some network disks have no locks; and a sweep may have been faster
+            mine = lock(partial)
+        if partial.exists():
+            break
+        if mine is not None:
+            os.close(mine)
     try:
-        with suppress(OSError):  # some network disks have no locks
-            mine = lock(unlocked)
-        unlocked.rename(partial)
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -356,25 +356,32 @@ def lock(folder: Path, flags: int = 0) -> int:
     return descriptor
 
 
+def _new_locked(path: Path) -> tuple[IO[bytes], Path]:
+    """A new file beside `path`, locked until it is closed, so that no sweep takes it; another one if a sweep was faster."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        file = temporary.open("wb")
+        with suppress(OSError):  # some network disks have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return file, temporary
+        file.close()
+
+
 def _write_local(path: Path, parts: Iterable[Buffer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent not in _swept:
         _sweep(path.parent)
         _swept.add(path.parent)
-    unlocked = path.with_name(f".{path.name}.{secrets.token_hex(6)}")  # under this name nobody sweeps it
-    temporary = unlocked.with_name(f"{unlocked.name}.tmp")
+    file, temporary = _new_locked(path)
     try:
-        with unlocked.open("wb") as file:
-            with suppress(OSError):  # some network disks have no locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for `_sweep`; gone with the process
-            os.replace(unlocked, temporary)
+        with file:
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)  # before the lock goes
     except BaseException:
-        unlocked.unlink(missing_ok=True)
         temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
